@@ -1,0 +1,250 @@
+"""Sources that decode images on demand: class folders, and torchvision's data sets. Needs the vision extra."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everbatch.data.sources import Resize, Source, SubsetSource, check_labels, digest, stratified_split, target_bytes
+from everbatch.errors import check, nearest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageSource", "Look", "open_folder", "open_torchvision"]
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+THREADS = 4
+"""Decoding releases the interpreter lock; more threads than this gain little beside loader workers."""
+CACHE_BYTES = 2**28
+"""Decoded images are kept when the whole source takes no more than this (CIFAR-10 takes 150 MB)."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The shape every image is brought to; see `everbatch.data.load`."""
+
+    image_size: int | None = None
+    resize: Resize = "crop"
+    channels: int | None = None
+
+    def apply(self, image: Image, channels: int) -> np.ndarray:
+        """The image as uint8 (channels, H, W): converted, scaled bilinearly, cut at the centre."""
+        from PIL.Image import Resampling
+
+        image = image.convert("L" if channels == 1 else "RGB")
+        size = self.image_size
+        if size is not None and image.size != (size, size):
+            width, height = image.size
+            if self.resize == "crop":
+                scale = size / min(width, height)
+                width, height = max(round(width * scale), size), max(round(height * scale), size)
+                left, top = (width - size) // 2, (height - size) // 2
+                image = image.resize((width, height), Resampling.BILINEAR)
+                image = image.crop((left, top, left + size, top + size))
+            else:
+                image = image.resize((size, size), Resampling.BILINEAR)
+        pixels = np.asarray(image, dtype=np.uint8)
+        return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+class ImageSource:
+    """N images, each opened by `read(i)` and brought to one shape; see `everbatch.data.Source`.
+
+    Cost: a fetch decodes what it is asked for, in a few threads; small sources keep what they have decoded.
+    """
+
+    def __init__(
+        self, name: str, read: Callable[[int], Image], labels: Sequence[str], targets: Tensor, classes: Sequence[str],
+        look: Look, default_channels: int | None,
+    ) -> None:
+        self.name, self.targets, self.classes = name, targets, tuple(classes)
+        self._read, self._labels, self._look = read, labels, look
+        check(len(targets) > 0, name, "no images", "hold at least one")
+        check_labels(name, targets, len(self.classes))
+        first = self._open(0)
+        channels = look.channels or default_channels or (1 if first.mode in ("1", "L") else 3)
+        self._shape: tuple[int, ...] = look.apply(first, channels).shape
+        self._cache: Tensor | None = None
+        self._have: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader worker that is sent the source decodes for itself; sending the cache would cost more.
+        return {**self.__dict__, "_cache": None, "_have": None}
+
+    def _open(self, index: int) -> Image:
+        try:
+            image = self._read(index)
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files, by format
+            raise ValueError(f"{self.name}: cannot read image {self._labels[index]!r} ({error}), "
+                             "must be a readable image; replace or remove the file") from error
+        check(not image.mode.startswith(("I", "F")), self.name,
+              f"image {self._labels[index]!r} has mode {image.mode!r}", "have 8 bits per channel", "convert it")
+        return image
+
+    def _decode(self, index: int) -> Tensor:
+        pixels = self._look.apply(self._open(index), self._shape[0])
+        check(pixels.shape == self._shape, self.name, f"image {self._labels[index]!r} is {pixels.shape[1:]}",
+              f"be {self._shape[1:]} (height, width) as the first", "pass image_size to resize them all")
+        return torch.from_numpy(pixels.copy(order="C"))
+
+    def _decode_all(self, indices: list[int]) -> Tensor:
+        if len(indices) > 2 * THREADS:
+            # A pool per call: a pool that lives on would break in a forked loader worker.
+            with ThreadPoolExecutor(THREADS) as pool:
+                return torch.stack(list(pool.map(self._decode, indices)))
+        rows = [self._decode(index) for index in indices]
+        return torch.stack(rows) if rows else torch.empty((0, *self._shape), dtype=torch.uint8)
+
+    def fetch(self, ids: Tensor) -> Tensor:
+        """See `Source.fetch`: uint8 (n, C, H, W)."""
+        if len(self) * int(np.prod(self._shape)) > CACHE_BYTES:
+            return self._decode_all(ids.tolist())
+        if self._cache is None or self._have is None:
+            self._cache = torch.empty((len(self), *self._shape), dtype=torch.uint8)
+            self._have = torch.zeros(len(self), dtype=torch.bool)
+        missing = torch.unique(ids[~self._have[ids]])
+        if len(missing):
+            self._cache[missing] = self._decode_all(missing.tolist())
+            self._have[missing] = True
+        return self._cache[ids]
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`: paths, labels and shape, not pixels."""
+        return digest(self.name, str(self._shape), *self.classes, target_bytes(self.targets), *self._labels)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Opens image i of a list of files (a class, so that sources can be sent to loader workers)."""
+
+    root: Path
+    paths: tuple[str, ...]
+
+    def __call__(self, index: int) -> Image:
+        from PIL import Image
+
+        with Image.open(self.root / self.paths[index]) as image:
+            copy: Image.Image = image.copy()
+            return copy
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and path.is_file()
+
+
+def _class_files(root: Path, leaf_classes: bool) -> dict[str, list[str]]:
+    """Files under `root`, relative to it and sorted, by class name in sorted order."""
+    if leaf_classes:
+        found: dict[str, list[str]] = {}
+        for path in sorted(root.rglob("*")):
+            if _is_image(path):
+                found.setdefault(path.parent.relative_to(root).as_posix(), []).append(path.relative_to(root).as_posix())
+        classes = dict(sorted(found.items()))
+    else:
+        folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        classes = {
+            folder.name: [path.relative_to(root).as_posix() for path in sorted(folder.rglob("*")) if _is_image(path)]
+            for folder in folders
+        }
+    check(bool(classes), "imagefolder", f"no class folders in {str(root)!r}", "hold one folder of images per class")
+    empty = [name for name, paths in classes.items() if not paths]
+    check(not empty, "imagefolder", f"class folder {empty[:5]} in {str(root)!r} holds no image",
+          f"hold files ending in {', '.join(EXTENSIONS)}")
+    return classes
+
+
+def _folder(name: str, root: Path, classes: dict[str, list[str]], look: Look) -> ImageSource:
+    paths = tuple(path for paths in classes.values() for path in paths)
+    targets = torch.tensor([label for label, paths in enumerate(classes.values()) for _ in paths])
+    return ImageSource(name, _Files(root, paths), paths, targets, tuple(classes), look, default_channels=3)
+
+
+def open_folder(
+    root: Path, train: bool, look: Look, leaf_classes: bool, test_fraction: float, split_seed: int,
+) -> Source:
+    """The training or test part of a folder of class folders; see `everbatch.data.load`."""
+    _require_pil("imagefolder")
+    check(root.is_dir(), "imagefolder", f"no folder {str(root)!r}", "exist", "check the path")
+    part = "train" if train else "test"
+    name = f"imagefolder:{root.name}/{part}"
+    if not (root / "train").is_dir():
+        source = _folder(name, root, _class_files(root, leaf_classes), look)
+        parts = stratified_split(source.targets, test_fraction, split_seed)
+        return SubsetSource(source, parts[0 if train else 1], name=name)
+    classes = _class_files(root / "train", leaf_classes)
+    if train:
+        return _folder(name, root / "train", classes, look)
+    held = next((root / other for other in ("test", "val") if (root / other).is_dir()), None)
+    if held is None:
+        raise ValueError(f"imagefolder: {str(root)!r} has 'train' and neither 'test' nor 'val', must have one of them; "
+                         "add it, or put the class folders directly into the folder to have them split")
+    tested = _class_files(held, leaf_classes)
+    odd = sorted(set(tested) ^ set(classes))
+    check(not odd, "imagefolder", f"classes {odd[:5]} are in only one of {str(root / 'train')!r} and {str(held)!r}",
+          "be in both")
+    return _folder(name, held, tested, look)
+
+
+def _require_pil(who: str) -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{who}: Pillow is not installed; pip install everbatch[vision]") from error
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Opens image i of a torchvision data set."""
+
+    dataset: Any
+
+    def __call__(self, index: int) -> Image:
+        image: Image = self.dataset[index][0]
+        return image
+
+
+def open_torchvision(name: str, root: str, train: bool, look: Look, download: bool) -> Source:
+    """One part of a torchvision classification data set by class name; see `everbatch.data.load`."""
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError("torchvision: it is not installed; pip install everbatch[vision]") from error
+    kinds = {
+        key: value for key, value in vars(datasets).items()
+        if inspect.isclass(value) and issubclass(value, datasets.VisionDataset)
+        and {"train", "split"} & set(inspect.signature(value).parameters)
+    }
+    check(name in kinds, "torchvision", f"data set {name!r}", "be a data set class with a train/test split",
+          nearest(name, kinds))
+    check(bool(root), "torchvision", f"no folder for {name}", "be 'torchvision:NAME:ROOT'")
+    accepts = inspect.signature(kinds[name]).parameters
+    options: dict[str, Any] = {"root": str(Path(root).expanduser())}
+    options["train" if "train" in accepts else "split"] = train if "train" in accepts else "train" if train else "test"
+    if "download" in accepts:
+        options["download"] = download
+    try:
+        dataset: Any = kinds[name](**options)
+    except RuntimeError as error:  # torchvision's "not found or corrupted"
+        raise ValueError(f"torchvision: {name} in {root!r}: {error}, must be there; pass download=True") from error
+    found = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
+    targets = torch.as_tensor(np.asarray([dataset[i][1] for i in range(len(dataset))] if found is None else found))
+    check(targets.ndim == 1 and not targets.is_floating_point(), "torchvision", f"{name} has targets of shape "
+          f"{tuple(targets.shape)} and type {targets.dtype}", "be one class index per image")
+    classes = getattr(dataset, "classes", None) or [str(c) for c in range(int(targets.max()) + 1)]
+    part = "train" if train else "test"
+    labels = [f"{name}/{part}[{index}]" for index in range(len(dataset))]
+    return ImageSource(f"torchvision:{name}/{part}", _Items(dataset), labels, targets.long(),
+                       [str(c) for c in classes], look, default_channels=None)

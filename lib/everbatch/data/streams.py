@@ -1,0 +1,294 @@
+"""Streams of tasks over data: class-, task- and domain-incremental, growing data, and i.i.d.
+
+A stream decides what arrives when and how labels are numbered; it moves no data. Sample ids number all training samples
+of the stream, then all test samples, so an id names one sample among everything the stream will ever show.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everbatch.data.sources import ConcatSource, Source, check_labels, digest, stratified_split, target_bytes
+from everbatch.errors import check
+from everbatch.seeds import generator
+
+__all__ = [
+    "Stream", "Task", "class_incremental", "domain_incremental", "growing", "iid", "pilot_increments",
+    "task_incremental", "validation",
+]
+
+Kind = Literal["class", "task", "domain", "growing", "iid"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stretch of a stream."""
+
+    id: int
+    """Place in the stream, from 0."""
+    name: str
+    classes: tuple[int, ...]
+    """The labels of the task, as the stream numbers them, ascending."""
+    train_ids: Tensor
+    """(n,) int64 ids of the training samples."""
+    test_ids: Tensor
+    """(m,) int64 ids of the test samples."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks over a training and a test source. Build one with the functions of this page, which check it."""
+
+    tasks: tuple[Task, ...]
+    train: Source
+    test: Source
+    num_classes: int
+    """Labels after numbering them in order of appearance; the width of a head for the whole stream."""
+    kind: Kind
+    label_map: Tensor
+    """(source classes,) int64: the stream's label of each source label, -1 where the stream never shows it."""
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each label, in the stream's numbering."""
+        names = {int(new): self.train.classes[old] for old, new in enumerate(self.label_map) if new >= 0}
+        return tuple(names[label] for label in range(self.num_classes))
+
+    @cached_property
+    def _everything(self) -> ConcatSource:
+        return ConcatSource((self.train, self.test))
+
+    def targets(self, ids: Tensor) -> Tensor:
+        """(n,) labels of the samples `ids`, as the stream numbers them."""
+        return self.label_map[self._everything.targets[ids]]
+
+    def fetch(self, ids: Tensor) -> Tensor:
+        """(n, ...) un-augmented inputs of the samples `ids`, training and test samples alike."""
+        return self._everything.fetch(ids)
+
+    def seen_classes(self, task: int) -> tuple[int, ...]:
+        """Labels of tasks 0 to `task`, ascending."""
+        return tuple(sorted({label for earlier in self.tasks[: task + 1] for label in earlier.classes}))
+
+    def fingerprint(self) -> str:
+        """A short hash of data, task order and labels: equal streams, and only those, resume each other."""
+        parts: list[str | bytes] = [self.kind, self.train.fingerprint(), self.test.fingerprint()]
+        parts.append(target_bytes(self.label_map))
+        for task in self.tasks:
+            parts += [str(task.classes), target_bytes(task.train_ids), target_bytes(task.test_ids)]
+        return digest(*parts)
+
+
+def _check_pair(who: str, train: Source, test: Source) -> None:
+    check(train.classes == test.classes, who, f"train has classes {train.classes[:5]}, test has {test.classes[:5]}",
+          "be the same classes in the same order")
+    for source in (train, test):
+        check(len(source) > 0, who, f"{source.name!r} is empty", "hold samples")
+        check_labels(f"{who}: {source.name}", source.targets, len(source.classes))
+
+
+def _finish(who: str, stream: Stream) -> Stream:
+    """Refuse empty tasks, warn of classes that a task promises and never shows."""
+    for task in stream.tasks:
+        for part, ids in (("training", task.train_ids), ("test", task.test_ids)):
+            check(len(ids) > 0, who, f"task {task.id} ({task.name}) has no {part} samples", "have some")
+        absent = sorted(set(task.classes) - set(torch.unique(stream.targets(task.train_ids)).tolist()))
+        # An early round of growing data may well miss a class that arrives later.
+        if absent and (stream.kind != "growing" or task is stream.tasks[-1]):
+            warnings.warn(f"{who}: task {task.id} has no training samples of classes "
+                          f"{[stream.classes[label] for label in absent[:5]]}", stacklevel=3)
+    return stream
+
+
+def pilot_increments(num_classes: int, initial: int, increment: int) -> tuple[int, ...]:
+    """Task sizes in PILOT's "B initial, Inc increment" notation: `initial`, then `increment` each, the rest last.
+
+    Example:
+        >>> pilot_increments(100, 50, 20)
+        (50, 20, 20, 10)
+    """
+    check(1 <= initial <= num_classes, "pilot_increments", f"initial={initial}", f"be in [1, {num_classes}]")
+    check(increment >= 1, "pilot_increments", f"increment={increment}", "be at least 1")
+    steps, rest = divmod(num_classes - initial, increment)
+    return (initial, *[increment] * steps, *([rest] if rest else []))
+
+
+def _class_order(
+    who: str, names: tuple[str, ...], seed: int, class_order: Sequence[int] | None, classes: Sequence[int] | None,
+) -> list[int]:
+    """Source labels in order of appearance."""
+    given = class_order if class_order is not None else classes
+    order = list(range(len(names)) if given is None else given)
+    label = "class_order" if class_order is not None else "classes"
+    check(class_order is None or classes is None, who, "both class_order and classes", "be at most one of them")
+    check(len(order) > 0, who, f"{label}=[]", "name at least one class")
+    repeated = [c for c in order if order.count(c) > 1]
+    check(not repeated, who, f"{label} has class {repeated[:1]} twice", "name every class once")
+    odd = [c for c in order if not 0 <= c < len(names)]
+    check(not odd, who, f"{label} has {odd[:1]}", f"be in [0, {len(names)})")
+    if class_order is None:
+        # The legacy generator of numpy, because PILOT, PyCIL and GTEP publish class orders by its seeds.
+        order = [order[i] for i in np.random.RandomState(seed).permutation(len(order)).tolist()]  # noqa: NPY002
+    return order
+
+
+def _split_classes(
+    kind: Kind, train: Source, test: Source, tasks: int | None, seed: int, class_order: Sequence[int] | None,
+    increments: Sequence[int] | None, classes: Sequence[int] | None,
+) -> Stream:
+    who = f"{kind}_incremental"
+    _check_pair(who, train, test)
+    order = _class_order(who, train.classes, seed, class_order, classes)
+    if increments is None:
+        count = 5 if tasks is None else tasks
+        check(1 <= count <= len(order), who, f"{count} tasks of {len(order)} classes", "be at least one class per task")
+        sizes = [len(order) // count + (k < len(order) % count) for k in range(count)]
+    else:
+        sizes = list(increments)
+        check(tasks is None or tasks == len(sizes), who, f"tasks={tasks} and {len(sizes)} increments", "agree")
+        check(all(size >= 1 for size in sizes), who, f"increments={sizes}", "be at least one class each")
+        check(sum(sizes) == len(order), who, f"increments={sizes} cover {sum(sizes)} classes",
+              f"cover the {len(order)} classes of the stream")
+    label_map = torch.full((len(train.classes),), -1)
+    label_map[torch.tensor(order)] = torch.arange(len(order))
+    labels = [label_map[source.targets] for source in (train, test)]
+    made, start = [], 0
+    for index, size in enumerate(sizes):
+        stop = start + size
+        ids = [torch.nonzero((label >= start) & (label < stop)).flatten() for label in labels]
+        name = ",".join(train.classes[c] for c in order[start:stop][:4]) + ("..." if size > 4 else "")
+        made.append(Task(index, name, tuple(range(start, stop)), ids[0], ids[1] + len(train)))
+        start = stop
+    return _finish(who, Stream(tuple(made), train, test, len(order), kind, label_map))
+
+
+def class_incremental(
+    train: Source, test: Source, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
+    increments: Sequence[int] | None = None, classes: Sequence[int] | None = None,
+) -> Stream:
+    """Disjoint sets of classes, one task after the other; no task id at test time.
+
+    Args:
+        train: training samples. test: test samples with the same classes.
+        tasks: number of tasks (default 5) of equal numbers of classes; the first ones get one more where they do not
+            divide.
+        seed: shuffles the classes by numpy's legacy generator, as PILOT, PyCIL and GTEP do.
+        class_order: source labels in order of appearance, instead of `seed`; those left out are not in the stream.
+        increments: classes of each task instead of `tasks`; see `pilot_increments`.
+        classes: the source labels that take part, shuffled by `seed`; by default all.
+
+    Raises:
+        ValueError: more tasks than classes, a class twice or out of range, increments that do not cover the classes, a
+            task without training or test samples, other classes in `test`, labels out of range.
+    """
+    return _split_classes("class", train, test, tasks, seed, class_order, increments, classes)
+
+
+def task_incremental(
+    train: Source, test: Source, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
+    increments: Sequence[int] | None = None, classes: Sequence[int] | None = None,
+) -> Stream:
+    """`class_incremental` with the task known at test time: predictions choose among the task's own classes."""
+    return _split_classes("task", train, test, tasks, seed, class_order, increments, classes)
+
+
+def domain_incremental(domains: Sequence[tuple[Source, Source]]) -> Stream:
+    """One set of classes, the distribution of inputs changes from task to task.
+
+    Args:
+        domains: one (train, test) pair per task, all with the same classes; see `permuted` and `rotated`.
+
+    Raises:
+        ValueError: no domains, an empty one, or classes that differ between domains.
+    """
+    who = "domain_incremental"
+    check(len(domains) > 0, who, "no domains", "be at least one (train, test) pair")
+    for pair in domains:
+        _check_pair(who, *pair)
+    train, test = ConcatSource([pair[0] for pair in domains]), ConcatSource([pair[1] for pair in domains])
+    check(train.classes == test.classes, who, "train and test classes differ", "be the same")
+    width = len(train.classes)
+    tasks, start, test_start = [], 0, len(train)
+    for index, (one, other) in enumerate(domains):
+        ids = torch.arange(start, start + len(one)), torch.arange(test_start, test_start + len(other))
+        tasks.append(Task(index, one.name, tuple(range(width)), *ids))
+        start, test_start = start + len(one), test_start + len(other)
+    return _finish(who, Stream(tuple(tasks), train, test, width, "domain", torch.arange(width)))
+
+
+def growing(
+    train: Source, test: Source, rounds: int | None = None, seed: int = 0, *, sizes: Sequence[int] | None = None,
+) -> Stream:
+    """Data that keep arriving: round k trains on everything that has arrived by then, and tests on all test samples.
+
+    Args:
+        train: training samples, shuffled by `seed` and cut into rounds. test: test samples with the same classes.
+        rounds: number of rounds (default 5) of equal numbers of new samples; the first ones get one more.
+        seed: the order of arrival.
+        sizes: new samples of each round instead of `rounds`; may leave samples out.
+
+    Returns:
+        A stream whose `train_ids` are in order of arrival: round k begins with the ids of round k - 1.
+
+    Raises:
+        ValueError: more rounds than samples, sizes below 1 or above the samples there are.
+    """
+    who = "growing"
+    _check_pair(who, train, test)
+    if sizes is None:
+        count = 5 if rounds is None else rounds
+        check(1 <= count <= len(train), who, f"{count} rounds of {len(train)} samples", "be at least one sample each")
+        sizes = [len(train) // count + (k < len(train) % count) for k in range(count)]
+    check(rounds is None or rounds == len(sizes), who, f"rounds={rounds} and {len(sizes)} sizes", "agree")
+    check(len(sizes) > 0 and all(size >= 1 for size in sizes), who, f"sizes={list(sizes)}", "be at least 1 each")
+    check(sum(sizes) <= len(train), who, f"sizes={list(sizes)} sum to {sum(sizes)}", f"sum to at most {len(train)}")
+    order = torch.randperm(len(train), generator=generator(seed, "growing"))
+    everything = torch.arange(len(train), len(train) + len(test))
+    width = len(train.classes)
+    tasks = tuple(
+        Task(index, f"round {index}", tuple(range(width)), order[:stop].clone(), everything)
+        for index, stop in enumerate(np.cumsum(sizes).tolist())
+    )
+    return _finish(who, Stream(tasks, train, test, width, "growing", torch.arange(width)))
+
+
+def iid(train: Source, test: Source) -> Stream:
+    """Everything in one task: ordinary training."""
+    _check_pair("iid", train, test)
+    width = len(train.classes)
+    task = Task(0, train.name, tuple(range(width)), torch.arange(len(train)),
+                torch.arange(len(train), len(train) + len(test)))
+    return _finish("iid", Stream((task,), train, test, width, "iid", torch.arange(width)))
+
+
+def validation(stream: Stream, fraction: float = 0.1, seed: int = 0) -> Stream:
+    """The same stream with a stratified share of every task's training samples held out in place of its test samples.
+
+    For tuning: the test samples are never shown. In a growing stream a sample held out in one round is held out in all.
+
+    Raises:
+        ValueError: fraction outside (0, 1), or a class with a single sample.
+    """
+    last = stream.tasks[-1].train_ids
+    tasks = []
+    for task in stream.tasks:
+        if stream.kind == "growing":
+            held = last[stratified_split(stream.targets(last), fraction, seed)[1]]
+            out = torch.isin(task.train_ids, held)
+            ids = task.train_ids[~out], held.sort().values
+        else:
+            kept, out = stratified_split(stream.targets(task.train_ids), fraction, seed)
+            ids = task.train_ids[kept], task.train_ids[out]
+        tasks.append(replace(task, train_ids=ids[0], test_ids=ids[1]))
+    return _finish("validation", replace(stream, tasks=tuple(tasks)))

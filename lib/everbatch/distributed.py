@@ -1,0 +1,93 @@
+"""The process group as the rest of the package sees it; the only place outside the hosts that talks to it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from everbatch.errors import check
+
+__all__ = ["World", "init"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the data-parallel ranks. Methods are collectives: call them on every rank."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> World:
+        """The default process group, or one rank when there is none."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum `value` over ranks, in place; returns it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def all(self, flag: bool, device: torch.device | str = "cpu") -> bool:
+        """Whether `flag` holds on every rank."""
+        if self.size == 1:
+            return flag
+        bad = torch.tensor(0.0 if flag else 1.0, device=device)
+        dist.all_reduce(bad)
+        return bad.item() == 0.0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: object) -> list[object]:
+        """`value` of every rank, in rank order (small picklable metadata only; slow)."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def require_same(self, what: str, value: str) -> None:
+        """Raise `ValueError` on every rank unless all ranks hold the same `value`; names the ranks that differ."""
+        values = self.gather(value)
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        first = values[odd[0]] if odd else ""
+        check(not odd, what, f"rank 0 has {values[0]!r}, ranks {odd} have {first!r}", "be the same on every rank",
+              "start every rank with the same arguments, data and environment")
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Send `send[r]` leading rows, in order, to each rank r; get `receive[r]` rows from each, stacked by rank.
+
+        Both sides know the counts beforehand, so one all-to-all does it. Shapes: (sum(send), ...) to (sum(receive), ...).
+        """
+        if self.size == 1:
+            return rows
+        result = rows.new_empty((sum(receive), *rows.shape[1:]))
+        flat_in, flat_out = rows.contiguous().view(rows.shape[0], -1), result.view(result.shape[0], -1)
+        dist.all_to_all_single(flat_out, flat_in, list(receive), list(send))
+        return result
+
+
+def init(device: str | None = None, timeout_s: float = 600.0) -> World:
+    """Join the process group that `torchrun` describes in the environment, once; one rank without it.
+
+    Args:
+        device: "cuda" or "cpu"; by default CUDA where there is one. Decides the backend: nccl with gloo for CPU tensors, or gloo.
+        timeout_s: seconds until a collective that some rank never joined raises instead of hanging.
+    """
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    return World.current()

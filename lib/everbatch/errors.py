@@ -1,0 +1,51 @@
+"""Errors that say who, got what, expected what, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+__all__ = ["CheckpointMismatch", "CompositionError", "UnsupportedHost", "check", "check_real", "nearest"]
+
+
+class CompositionError(TypeError):
+    """A class that was put together in a way that cannot work; raised when the class is created."""
+
+
+class UnsupportedHost(RuntimeError):
+    """The engine, or a mode of it, cannot run a method exactly; raised at construction."""
+
+
+class CheckpointMismatch(RuntimeError):
+    """A checkpoint that is damaged, or that belongs to another model, configuration or data set."""
+
+
+def check(good: bool, who: str, got: str, must: str, cure: str = "") -> None:
+    """Raise `ValueError` "who: got, must ...; cure" unless `good`."""
+    if not good:
+        raise ValueError(f"{who}: {got}, must {must}" + (f"; {cure}" if cure else ""))
+
+
+def check_real(
+    who: str, name: str, value: float, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False,
+    open_high: bool = False, cure: str = "",
+) -> None:
+    """Raise unless `value` is a finite real number inside the interval from `low` to `high`."""
+    left, right = ("(" if open_low else "["), (")" if open_high else "]")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    inside = number and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
+    if low == -math.inf and high == math.inf:
+        must = "be a finite number"
+    elif high == math.inf:
+        must = f"be a finite number {'>' if open_low else '>='} {low:g}"
+    else:
+        must = f"be in {left}{low:g}, {high:g}{right}"
+    check(inside, who, f"{name}={value!r}", must, cure)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Text that names the choice most like `name`, or all choices when none is near."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"

@@ -1,0 +1,83 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from everbatch.compose import Cost
+from everbatch.errors import check, check_real
+from everbatch.optim.mixin import OptimizerMixin
+from everbatch.optim.shards import ByName
+
+__all__ = ["EMA"]
+
+
+class EMA(OptimizerMixin):
+    """Moving average of the masters:  a_1 = theta_1;  a_t = decay * a_{t-1} + (1 - decay) * theta_t  after each applied step.
+
+    `with opt.averaged():` puts the average into the model, on every rank, and the weights back afterwards, bit for bit.
+    Buffers (BatchNorm statistics) are not averaged.
+
+    Args (Config):
+        ema_decay: in [0, 1).
+        ema_every: average after every so many applied steps, >= 1.
+
+    Cost: one copy of the owned masters, kept; no pass, no collective.
+    Order: leftmost of the mixins that edit weights, so that it averages what they leave.
+    """
+
+    left_of = ("DynamicSparsity",)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        ema_decay: float = 0.9998
+        """Weight of the old average; in [0, 1)."""
+        ema_every: int = 1
+        """Applied steps between two averagings; >= 1."""
+
+        def __post_init__(self) -> None:
+            check_real("EMA", "ema_decay", self.ema_decay, 0.0, 1.0, open_high=True)
+            check(isinstance(self.ema_every, int) and self.ema_every >= 1, "EMA", f"ema_every={self.ema_every!r}",
+                  "be an integer >= 1")
+
+    @dataclass
+    class State:
+        average: ByName = field(default_factory=ByName)
+
+    def edit_parameters(self) -> None:
+        """Fold the new weights into the average."""
+        super().edit_parameters()
+        config, average = self.configs[EMA], self.states[EMA].average
+        if not average:
+            average.update({s.name: s.data.clone() for s in self.host.shards})
+        elif self.step_count % config.ema_every == 0:
+            pairs = [(average[s.name], s.data) for s in self.host.shards]
+            if pairs:
+                torch._foreach_lerp_([a for a, _ in pairs], [d for _, d in pairs], 1.0 - config.ema_decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Compute with the averaged weights inside the block. Collective: two publications."""
+        average = self.states[EMA].average
+        saved = {s.name: s.data.clone() for s in self.host.shards}
+        with torch.no_grad():
+            self._write(average or saved)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._write(saved)
+
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        for shard in self.host.shards:
+            shard.data.copy_(values[shard.name])
+        self.host.touch()
+        self.host.publish_if_dirty()
+
+    def cost(self) -> Cost:
+        """One kept copy."""
+        return Cost(state_bytes=4)

@@ -1,0 +1,175 @@
+"""The interface of a host, and what every host shares."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everbatch.optim.shards import Shard, Vector
+
+__all__ = ["Host", "plain_name"]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the bare model: without the prefixes of DDP, torch.compile and activation checkpointing."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
+
+
+class Host(abc.ABC):
+    """One engine, seen as shards, sums over the model, and a gradient that can be asked for again.
+
+    Masters are edited in place through `Shard.data`; `touch()` says so, and the next pass, or the end of the step, publishes
+    them to the weights the model computes with. Nothing here decides anything a mixin could decide.
+    """
+
+    title: str
+    """For describe(): "plain", "DDP", "FSDP2", "ZeRO stage 2 (bf16)", ..."""
+    device: torch.device
+    """Where sums over the model are computed."""
+    module: nn.Module | None
+    """The bare module, where the host knows it."""
+    sharded: bool
+    """Whether a rank holds only a part of the masters."""
+    rank: int = 0
+    world: int = 1
+    pass_cost: str = "one forward and backward"
+    """For describe(): what one more pass costs here."""
+    replicas: int = 1
+    """Data-parallel ranks that hold the same masters."""
+
+    def __init__(self) -> None:
+        self.dirty = False
+        self._shards: list[Shard] | None = None
+
+    @property
+    def shards(self) -> list[Shard]:
+        """This rank's non-empty slices, in the model's parameter order."""
+        if self._shards is None:
+            self._shards = self._build_shards()
+        return self._shards
+
+    @property
+    @abc.abstractmethod
+    def names(self) -> list[str]:
+        """Names of all trained parameters, the same list on every rank."""
+
+    @abc.abstractmethod
+    def _build_shards(self) -> list[Shard]: ...
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over the ranks that share one copy of the model, in place; the identity where each rank holds it whole."""
+        return value
+
+    @abc.abstractmethod
+    def publish(self) -> None:
+        """Make the model compute with the masters as they are now. Collective; called when dirty only."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Forget all gradients, so that the next backward starts from zero."""
+
+    @abc.abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a scalar loss; at a synchronisation boundary the reduced gradient is ready afterwards."""
+
+    @abc.abstractmethod
+    def update(self) -> None:
+        """Let the base optimizer update the masters from the gradients, and publish the result."""
+
+    def end_pass(self) -> None:  # noqa: B027
+        """After the last backward of a pass (gradient unscaling)."""
+
+    def end_step(self, applied: bool) -> None:  # noqa: B027
+        """After the decision to apply or skip the step (loss-scale update)."""
+
+    def set_sync(self, last: bool) -> None:  # noqa: B027
+        """Before each forward under accumulation: whether its backward shall reduce gradients."""
+
+    def verify(self, objective: Any) -> None:  # noqa: B027
+        """Once, after the recorded pass of the first step with several passes: prove that a pass can be repeated."""
+
+    def recipe(self) -> tuple[Any, ...]:
+        """Arguments after the optimizer that rebuild this host, for copying and pickling."""
+        raise NotImplementedError
+
+    def meet(self, module: nn.Module) -> None:  # noqa: B027
+        """Called for every outermost module a pass runs, before its forward."""
+
+    def touch(self) -> None:
+        """Say that masters were edited."""
+        self.dirty = True
+
+    def publish_if_dirty(self) -> None:
+        """Publish edited masters once."""
+        if self.dirty:
+            self.publish()
+            self.dirty = False
+
+    def finite(self) -> Tensor:
+        """0-dim bool: whether every gradient element on every rank is finite. At most one all-reduce, no host sync."""
+        grads = [s.grad for s in self.shards]
+        # The largest absolute value is finite iff every element is; unlike a sum or a norm it cannot overflow.
+        peaks = torch._foreach_norm([g for g in grads if g is not None and g.numel()], float("inf"))
+        bad = torch.zeros((), dtype=torch.float64, device=self.device)
+        if peaks:
+            bad += (~torch.isfinite(torch.stack([p.float() for p in peaks]))).sum().to(bad)
+        return self.total(bad) == 0
+
+    def gradient(self) -> Vector:
+        """The present gradient as views; in the engine's accumulation dtype."""
+        pairs = [(s, s.grad) for s in self.shards]
+        return Vector(self, [s for s, g in pairs if g is not None], [g for _, g in pairs if g is not None])
+
+    def weights(self) -> Vector:
+        """The masters as views."""
+        return Vector(self, self.shards, [s.data for s in self.shards])
+
+    def reset_moments(self) -> None:
+        """Drop the base optimizer's per-parameter state, as a newly built optimizer has none."""
+        state = self.state()
+        for shard in self.shards:
+            state.pop(shard.owner, None)
+
+    @abc.abstractmethod
+    def state(self) -> dict[Any, Any]:
+        """The base optimizer's live state."""
+
+    @abc.abstractmethod
+    def groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's live parameter groups."""
+
+    @abc.abstractmethod
+    def group_index(self) -> dict[str, int]:
+        """Index of the parameter group of every trained parameter, by name, the same on every rank."""
+
+    def gather(self, pieces: Sequence[tuple[Shard, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole tensors from slices, on every rank: each rank adds the bits it owns to zeros, so every bit survives.
+
+        Collective: one all-reduce of the whole tensor per name; for exports and tests, not for the step.
+        """
+        mine = {s.name: (s, t) for s, t in pieces}
+        result = {}
+        for name in names:
+            dtype, shape = self._layout(name, mine)
+            flat = torch.zeros(shape.numel(), dtype=dtype, device=self.device)
+            if name in mine:
+                shard, t = mine[name]
+                flat[shard.start : shard.start + t.numel()] = t.reshape(-1).to(self.device)
+            if self.sharded:
+                bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+                flat = self.total(bits.to(torch.int32) if dtype.itemsize == 2 else bits).to(bits.dtype).view(dtype)
+            result[name] = flat.view(shape)
+        return result
+
+    def _layout(self, name: str, mine: dict[str, tuple[Shard, Tensor]]) -> tuple[torch.dtype, torch.Size]:
+        dtype, shape = self.master_layout()[name]
+        return (mine[name][1].dtype if name in mine and not self.sharded else dtype), shape
+
+    @abc.abstractmethod
+    def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Master dtype and whole shape of every trained parameter, by name, the same on every rank."""

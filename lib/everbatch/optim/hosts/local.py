@@ -1,0 +1,204 @@
+"""The host of plain torch, DDP and FSDP2: the optimizer's own parameters are the masters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Sharded
+from torch.nn.parallel import DistributedDataParallel
+
+from everbatch.errors import UnsupportedHost, check
+from everbatch.optim.hosts.base import Host, plain_name
+from everbatch.optim.shards import Shard
+
+if TYPE_CHECKING:
+    from everbatch.optim.mixin import OptimizerMixin
+
+__all__ = ["LocalHost"]
+
+
+class LocalHost(Host):
+    """Masters are `p` (plain, DDP: whole on every rank) or its local DTensor shard (FSDP2, sharded on dimension 0).
+
+    Cost of one more pass: one forward and backward, with DDP's gradient reduction, or FSDP2's parameter gathers and gradient
+    reduce-scatter. Publishing is free: on FSDP2 it frees parameters that were left gathered.
+    """
+
+    def __init__(self, optimizer: OptimizerMixin, module: nn.Module | None, scaler: Any | None) -> None:
+        super().__init__()
+        # The optimizer owns its host; a strong reference back would keep both alive until the garbage collector runs.
+        self._optimizer = weakref.proxy(optimizer)
+        self._outer = module
+        self.module = module.module if isinstance(module, DistributedDataParallel) else module
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._named = [(plain_name(n), p) for g in optimizer.param_groups for n, p in _named(g)]
+        names = [n for n, _ in self._named]
+        check(len(set(names)) == len(names), type(optimizer).__name__, f"parameter names {_twice(names)} occur twice",
+              "be unique", "pass the module, or named_parameters() with a prefix for each module")
+        check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
+        self.device = _device(self._named[0][1])
+        self.sync = True
+        self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        for part in module.modules() if module is not None else ():
+            if isinstance(part, FSDPModule | DistributedDataParallel):
+                self._met.add(part)
+        sharded = [(n, p) for n, p in self._named if isinstance(p, DTensor)]
+        self.sharded = bool(sharded)
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.replicas = self.world
+        self._group = self._shard_group(sharded) if sharded else None
+        ddp = isinstance(module, DistributedDataParallel)
+        self.title = "FSDP2" if sharded else "DDP" if ddp else "plain"
+        self.pass_cost = ("parameter gathers of a forward and backward, one gradient reduce-scatter" if sharded else
+                          "one gradient all-reduce" if ddp else "no collective")
+
+    def _shard_group(self, sharded: list[tuple[str, DTensor]]) -> Any:
+        """The process group over which FSDP2 shards; refuses layouts whose elements we could not count once."""
+        for name, p in self._named:
+            if not isinstance(p, DTensor):
+                raise UnsupportedHost(f"FSDP2: parameter {name!r} is not sharded, others are; its gradient would not be "
+                                      "reduced; call fully_shard on the root module")
+        mesh = sharded[0][1].device_mesh
+        for name, p in sharded:
+            placements = p.placements
+            if p.device_mesh != mesh or type(placements[-1]) is not Sharded or placements[-1].dim != 0 \
+                    or any(not x.is_replicate() for x in placements[:-1]):
+                raise UnsupportedHost(f"FSDP2: parameter {name!r} has placements {placements}; supported: one mesh, sharded "
+                                      "on dimension 0 (fully_shard's default), replicated on an outer mesh dimension")
+        group = mesh.get_group(mesh.ndim - 1)
+        self.replicas = self.world // dist.get_world_size(group)
+        return group
+
+    @property
+    def names(self) -> list[str]:
+        return [n for n, p in self._named if p.requires_grad]
+
+    def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        return {n: (p.dtype, p.shape) for n, p in self._named if p.requires_grad}
+
+    @property
+    def shards(self) -> list[Shard]:
+        trained = sum(p.requires_grad for _, p in self._named)
+        if self._shards is None or trained != self._trained:
+            self._shards, self._trained = self._build_shards(), trained
+        return self._shards
+
+    def _build_shards(self) -> list[Shard]:
+        index_of = self.group_index()
+        result = []
+        for name, p in self._named:
+            local, start = (p.to_local(), _start(p)) if isinstance(p, DTensor) else (p, 0)
+            if p.requires_grad and local.numel():
+                index = index_of[name]
+                result.append(Shard(name, p.shape, start, p, view=_local_view, grad=_grad_of(p),
+                                    group=lambda i=index: self.groups()[i], state=self.state))  # type: ignore[misc]
+        return result
+
+    def state(self) -> dict[Any, Any]:
+        return self._optimizer.state
+
+    def groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def total(self, value: Tensor) -> Tensor:
+        if self._group is not None:
+            dist.all_reduce(value, group=self._group)
+        return value
+
+    def publish(self) -> None:
+        for module in self._met:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def discard(self) -> None:
+        for _, p in self._named:
+            p.grad = None
+
+    def set_sync(self, last: bool) -> None:
+        self.sync = last
+        for module in self._met:
+            self._apply_sync(module)
+
+    def _apply_sync(self, module: nn.Module) -> None:
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = self.sync
+        elif isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(self.sync)
+
+    def meet(self, module: nn.Module) -> None:
+        for part in module.modules():
+            if isinstance(part, FSDPModule | DistributedDataParallel) and part not in self._met:
+                self._met.add(part)
+                self._apply_sync(part)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def end_pass(self) -> None:
+        """Unscale by hand: `GradScaler.unscale_` allows one call per step, and a step may have several passes."""
+        if self.scaler is not None:
+            inverse = 1.0 / self.scaler.scale(torch.ones((), device=self.device))
+            self.gradient().mul_(inverse)
+
+    def end_step(self, applied: bool) -> None:
+        """The growth rule of `GradScaler.update`, fed with our own finding and kept in the scaler's own state."""
+        if self.scaler is None:
+            return
+        kept = self.scaler.state_dict()
+        kept["_growth_tracker"] = kept["_growth_tracker"] + 1 if applied else 0
+        if not applied:
+            kept["scale"] *= kept["backoff_factor"]
+        elif kept["_growth_tracker"] == kept["growth_interval"]:
+            kept["scale"], kept["_growth_tracker"] = kept["scale"] * kept["growth_factor"], 0
+        self.scaler.load_state_dict(kept)
+        self.scaler.update(kept["scale"])
+
+    def update(self) -> None:
+        self._optimizer.base_step()
+
+    def group_index(self) -> dict[str, int]:
+        place = {id(p): i for i, g in enumerate(self.groups()) for p in g["params"]}
+        return {n: place[id(p)] for n, p in self._named if p.requires_grad}
+
+    def recipe(self) -> tuple[Any, ...]:
+        return (self._outer, self.scaler)
+
+
+def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return list(zip(group["param_names"], group["params"], strict=True))
+
+
+def _twice(names: list[str]) -> list[str]:
+    return sorted({n for n in names if names.count(n) > 1})[:3]
+
+
+def _device(p: Tensor) -> torch.device:
+    return p.to_local().device if isinstance(p, DTensor) else p.device
+
+
+def _start(p: DTensor) -> int:
+    """Offset of the local shard: FSDP2 splits dimension 0 in chunks of ceil(n / ranks) rows."""
+    size, rank = p.device_mesh.size(p.device_mesh.ndim - 1), p.device_mesh.get_local_rank(p.device_mesh.ndim - 1)
+    rows = p.shape[0] if p.dim() else 1
+    chunk = -(-rows // size)
+    return min(rank * chunk, rows) * (p.numel() // max(rows, 1))
+
+
+def _local_view(t: Tensor) -> Tensor:
+    # .data, not detach(): an edit between passes must not count as a new version of a tensor that autograd may hold.
+    return t.to_local().data if isinstance(t, DTensor) else t.data
+
+
+def _grad_of(p: Tensor) -> Callable[[], Tensor | None]:
+    def grad() -> Tensor | None:
+        return None if p.grad is None else _local_view(p.grad)
+
+    return grad

@@ -1,0 +1,301 @@
+"""The host of a DeepSpeed engine at ZeRO stage 0 to 3, in fp32 or bf16, with CPU optimizer offload or without.
+
+DeepSpeed has no public calls for what a second pass needs, so internals of the tested version are used; each is checked once,
+at construction, and a first step with several passes proves on the user's own model that a discarded gradient leaves nothing
+behind.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from everbatch.errors import UnsupportedHost
+from everbatch.optim.hosts.base import Host, plain_name
+from everbatch.optim.objective import Objective
+from everbatch.optim.shards import Shard
+
+__all__ = ["ZeroHost"]
+
+TESTED = "0.19.8"
+NEEDED = {
+    "engine": ("optimizer", "basic_optimizer", "module", "backward", "step", "zero_grad", "zero_optimization_stage",
+               "set_gradient_accumulation_boundary", "gradient_clipping", "bfloat16_enabled", "fp16_enabled"),
+    "DeepSpeedZeroOptimizer": ("averaged_gradients", "all_grad_tensors", "micro_step_id", "update_lp_params", "zero_grad",
+                               "single_partition_of_fp32_groups", "bit16_groups", "clear_backward_seen_flag"),
+    "BF16_Optimizer": ("fp32_groups_flat_partition", "update_lp_params", "clear_lp_grads", "clear_hp_grads", "bf16_groups"),
+    "FP16_UnfusedOptimizer": ("fp16_groups", "fp32_groups", "zero_grad"),
+    "DeepSpeedZeroOptimizer_Stage3": ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id",
+                                      "averaged_gradients", "sub_group_to_group_id", "persistent_parameters",
+                                      "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters",
+                                      "clear_backward_seen_flag"),
+}
+PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "lbfgs", "muon", "novograd", "nvnovograd", "shampoo",
+              "adamp", "sgdp", "fromage"}
+"""Base optimizers whose update of an element depends on its whole tensor: wrong on slices."""
+
+
+class ZeroHost(Host):
+    """Masters are the engine's fp32 shards (stage 0 in fp32: the parameters themselves).
+
+    Cost of one more pass: stage 0 one gradient all-reduce; stages 1 and 2 one gradient reduction and one all-gather of the
+    weights; stage 3 one gradient reduction, the parameter gathers of a forward and backward, and one gather of the persistent
+    parameters.
+
+    Raises:
+        UnsupportedHost: for a mode in which a method would not be exact, naming it.
+    """
+
+    def __init__(self, engine: Any, base: type) -> None:
+        super().__init__()
+        _refuse(engine)
+        self.engine, self.zero, self.stage = engine, engine.optimizer, int(engine.zero_optimization_stage())
+        self.inner: torch.optim.Optimizer = engine.basic_optimizer
+        self.kind = type(self.zero).__name__ if self.zero is not self.inner else "torch"
+        _check_optimizer(self.inner, base, self.stage)
+        for owner, names in NEEDED.items():
+            target = engine if owner == "engine" else self.zero if owner == self.kind else None
+            for name in names if target is not None else ():
+                if not hasattr(target, name):
+                    raise UnsupportedHost(f"DeepSpeed: {type(target).__name__}.{name} is missing in this version; "
+                                          f"tested: {TESTED}; install deepspeed=={TESTED} or report this")
+        if self.kind not in (*NEEDED, "torch"):
+            raise UnsupportedHost(f"DeepSpeed: optimizer wrapper {self.kind} is not supported; use a torch.optim optimizer")
+        self.module = engine.module
+        self.device = torch.device(engine.device)
+        self.sharded = self.stage > 0 and dist.get_world_size() > 1
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.replicas = 1 if self.stage else self.world
+        self._named = [(plain_name(n), p) for n, p in self.module.named_parameters() if p.requires_grad]
+        self.bf16 = bool(engine.bfloat16_enabled())
+        self.title = f"ZeRO stage {self.stage} ({'bf16' if self.bf16 else 'fp32'})"
+        self.pass_cost = {0: "one gradient all-reduce", 3: "one gradient reduction, parameter gathers of a forward and backward, "
+                          "one gather of persistent parameters"}.get(self.stage, "one gradient reduction, one all-gather")
+        self._verified = False
+        self._backwards, self._open = 0, True
+        if self.kind == "FP16_UnfusedOptimizer" and not engine.global_steps:
+            # The wrapper takes a step with zero gradients to allocate state: decay has moved the masters, moments count a step.
+            self.inner.state.clear()
+            for low, master in self._unfused_pairs():
+                master.data.copy_(low.data)
+
+    # ------------------------------------------------------------------------------------------------ the shards
+    @property
+    def names(self) -> list[str]:
+        return [n for n, _ in self._named]
+
+    def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        return {n: (p.dtype if self.kind == "torch" else torch.float32, torch.Size(getattr(p, "ds_shape", p.shape)))
+                for n, p in self._named}
+
+    def state(self) -> dict[Any, Any]:
+        return self.inner.state
+
+    def groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    def group_index(self) -> dict[str, int]:
+        """Parameter group of every trained parameter, by name."""
+        if self.kind == "torch":
+            sets = [g["params"] for g in self.groups()]
+        elif self.kind == "DeepSpeedZeroOptimizer":
+            sets = self.zero.bit16_groups
+        elif self.kind == "BF16_Optimizer":
+            sets = self.zero.bf16_groups
+        else:
+            sets = self.zero.fp16_groups
+        place = {id(p): i for i, params in enumerate(sets) for p in params}
+        if self.stage == 3:
+            place = {k: self.zero.sub_group_to_group_id[i] for k, i in place.items()}
+        return {n: place[id(p)] for n, p in self._named}
+
+    def _build_shards(self) -> list[Shard]:
+        build = {0: self._whole_shard, 3: self._stage3_shard}.get(self.stage, self._fragment_shard)
+        if self.stage == 0 and self.kind != "torch":
+            self._master_of = {id(low): master for low, master in self._unfused_pairs()}
+        index = self.group_index()
+        shards = [build(n, p, index[n]) for n, p in self._named]
+        return [s for s in shards if s is not None and s.numel]
+
+    def _shard(self, name: str, p: Any, start: int, owner: Tensor, view: Any, grad: Any, index: int) -> Shard:
+        return Shard(name, getattr(p, "ds_shape", p.shape), start, owner, view=view, grad=grad,
+                     group=lambda: self.groups()[index], state=self.state)
+
+    def _whole_shard(self, name: str, p: Any, index: int) -> Shard | None:
+        owner = p if self.kind == "torch" else self._master_of[id(p)]
+        return self._shard(name, p, 0, owner, lambda t: t.data, lambda: None if p.grad is None else p.grad.data, index)
+
+    def _fragment_shard(self, name: str, p: Any, index: int) -> Shard | None:
+        mapping = p._hp_mapping
+        if mapping is None:  # this rank owns nothing of p
+            return None
+        flats = self.zero.fp32_groups_flat_partition if self.kind == "BF16_Optimizer" \
+            else self.zero.single_partition_of_fp32_groups
+        at, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+
+        def grad() -> Tensor | None:
+            if self.kind == "BF16_Optimizer":  # its buffer holds the whole gradient on every rank
+                whole = mapping.gradient_dict[mapping.param_group_index][p._index_in_param_group]
+                return whole.view(-1).narrow(0, low.start, low.numel) if self._backwards else None  # type: ignore[no-any-return]
+            kept = mapping.offload_gradient_dict if mapping.use_offload else mapping.gradient_dict
+            if not self._backwards or kept.get(mapping.param_group_index) is None:
+                return None
+            return mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)  # type: ignore[no-any-return]
+
+        return self._shard(name, p, low.start, flats[mapping.param_group_index],
+                           lambda t: t.data.view(-1).narrow(0, at.start, at.numel), grad, index)
+
+    def _stage3_shard(self, name: str, p: Any, index: int) -> Shard | None:
+        sub, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+        each = p.ds_tensor.ds_numel
+        start = min(self.rank * each, p.ds_numel)
+        count = min(start + each, p.ds_numel) - start  # what follows is padding, and holds garbage
+        place = next(i for i, q in enumerate(self.zero.fp16_groups[sub]) if q is p)
+        owner = self.zero.fp32_partitioned_groups_flat[sub]
+
+        def grad() -> Tensor | None:
+            if not self._backwards:
+                return None
+            if self.zero.offload_optimizer:
+                return owner.grad.data.narrow(0, offset, count)  # type: ignore[no-any-return]
+            kept = self.zero.averaged_gradients.get(sub)
+            return None if kept is None else kept[place].view(-1).narrow(0, 0, count)
+
+        return self._shard(name, p, start, owner, lambda t: t.data.narrow(0, offset, count), grad, index)
+
+    def _unfused_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [pair for lows, masters in zip(self.zero.fp16_groups, self.zero.fp32_groups, strict=True)
+                for pair in zip(lows, masters, strict=True)]
+
+    # ----------------------------------------------------------------------------------------------- the gradient
+    def total(self, value: Tensor) -> Tensor:
+        if self.sharded:
+            dist.all_reduce(value)
+        return value
+
+    def publish(self) -> None:
+        if self.stage in (1, 2):
+            self.zero.update_lp_params()
+        elif self.stage == 3:
+            # Persistent parameters stay gathered and would hide the edit: partition them, write, gather them again.
+            self.zero._partition_all_parameters()
+            for sub in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(sub)
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        elif self.kind != "torch":
+            for low, master in self._unfused_pairs():
+                low.data.copy_(master.data)
+
+    def discard(self) -> None:
+        self.zero.zero_grad()
+        self.engine.zero_grad()
+        if self.kind == "BF16_Optimizer":
+            self.zero.clear_lp_grads()
+            self.zero.clear_hp_grads()
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            kept = getattr(self.zero, name, None)
+            for key in list(kept or {}) if self.stage < 3 else ():
+                kept[key] = None
+        if self.kind == "DeepSpeedZeroOptimizer":
+            self.zero.micro_step_id = -1
+        self._backwards, self._open = 0, True
+
+    def set_sync(self, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        if self.stage and self.kind != "BF16_Optimizer":
+            # The engine does this in its own forward, which a closure that calls engine.module does not enter.
+            self.zero.clear_backward_seen_flag()
+        elif self.kind == "BF16_Optimizer":
+            self.zero.clear_lp_grads()
+        self._open = True
+
+    def backward(self, loss: Tensor) -> None:
+        if not self._open:
+            raise RuntimeError("DeepSpeed: opt.backward was called twice for one forward boundary; sum the losses, or loop "
+                               "over opt.micro_batches(...)")
+        self._open = False
+        self._backwards += 1
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def update(self) -> None:
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        self._backwards = 0
+        if not self.engine.was_step_applied():
+            raise RuntimeError("DeepSpeed skipped an update whose gradient was finite on every rank; the engine's own overflow "
+                               "check disagrees, and the step would be lost on it alone")
+
+    def reset_moments(self) -> None:
+        super().reset_moments()
+        if hasattr(self.zero, "_hp_optimizer_states_linked"):
+            self.zero._hp_optimizer_states_linked = False
+
+    def verify(self, objective: Objective) -> None:
+        """Once, in the first step with several passes: the same pass again must give the same gradient.
+
+        A host that fails to forget the first gradient shows a norm twice as large. Cost: one pass, once.
+        """
+        if self._verified or objective.closure is None:
+            return
+        first = self.gradient().norm().item()
+        objective()
+        second = self.gradient().norm().item()
+        self._verified = True
+        if math.isfinite(first) and abs(second - first) > 1e-2 * first:
+            raise UnsupportedHost(f"DeepSpeed: repeating one pass changed the gradient norm from {first:.6g} to {second:.6g}: "
+                                  f"gradients of a discarded pass survive in this engine ({self.title}, {self.kind}), or the "
+                                  f"closure is not repeatable; tested with deepspeed {TESTED}")
+
+    def recipe(self) -> tuple[Any, ...]:
+        raise TypeError("an optimizer on a DeepSpeed engine cannot be copied or pickled; use state_dict()")
+
+
+def _refuse(engine: Any) -> None:
+    """Refuse the modes of an engine in which methods were not shown to be exact."""
+    zero = engine.zero_config if hasattr(engine, "zero_config") else engine._config.zero_config
+    stage = int(engine.zero_optimization_stage())
+    offload = getattr(zero, "offload_optimizer", None)
+    offload_device = str(getattr(getattr(offload, "device", None), "value", getattr(offload, "device", "none")))
+    params = getattr(zero, "offload_param", None)
+    params_device = str(getattr(getattr(params, "device", None), "value", getattr(params, "device", "none")))
+    accumulation = str(getattr(getattr(engine._config, "data_types_config", None), "grad_accum_dtype", None) or
+                       getattr(engine._config, "grad_accum_dtype", None))
+    modes = {
+        "pipeline parallelism": "Pipeline" in type(engine).__name__,
+        "fp16 (use bf16)": engine.fp16_enabled(),
+        f"gradient_clipping={engine.gradient_clipping()} in the engine (set gradient_clipping: 0, add ClipGradNorm)":
+            engine.gradient_clipping() != 0.0,
+        "NVMe offload": "nvme" in (offload_device, params_device),
+        "parameter offload": params_device not in ("none", "None"),
+        "hpZ (zero_hpz_partition_size > 1)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
+        "MoE groups": bool(getattr(engine, "has_moe_layers", False)),
+        "ZenFlow": bool(getattr(engine, "zenflow", False)),
+        "SuperOffload": bool(getattr(offload, "super_offload", False)),
+        "round_robin_gradients": bool(getattr(zero, "round_robin_gradients", False)),
+        "unmanaged gradient accumulation": not engine.managed_gradient_accumulation(),
+        "torch_autocast": bool(engine.torch_autocast_enabled()) if hasattr(engine, "torch_autocast_enabled") else False,
+        "stage 0 in bf16 with fp32 accumulation": stage == 0 and engine.bfloat16_enabled() and accumulation == "fp32",
+        "model or sequence parallelism": any(f() > 1 for f in (getattr(engine, n, None) for n in (
+            "mp_world_size", "sequence_parallel_size")) if callable(f)) or getattr(engine, "mpu", None) is not None,
+        "DeepCompile": bool(engine.is_deepcompile_enabled()) if hasattr(engine, "is_deepcompile_enabled") else False,
+        "1-bit or compressed communication": getattr(zero, "zero_quantized_gradients", False)
+            or getattr(zero, "zero_quantized_weights", False),
+    }
+    for mode, present in modes.items():
+        if present:
+            raise UnsupportedHost(f"DeepSpeed: {mode} is not supported; tested: stages 0-3, fp32 and bf16, CPU optimizer "
+                                  f"offload, deepspeed {TESTED}")
+
+
+def _check_optimizer(inner: Any, base: type, stage: int) -> None:
+    if not isinstance(inner, base):
+        raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, the class is built on "
+                              f"{base.__name__}; initialise the engine with a {base.__name__}")
+    if stage and type(inner).__name__.lower() in PER_TENSOR:
+        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__} uses norms of whole tensors, and stage {stage} shows it slices; "
+                              "use the LARS or LAMB mixin over torch.optim.SGD or AdamW, or stage 0")

@@ -1,0 +1,278 @@
+"""The root of the optimizer mixins: the final step, and what a mixin may ask for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from everbatch.compose import Contract, Cost, base_of, parts_of, reject_unknown
+from everbatch.errors import check
+from everbatch.optim import state as persistence
+from everbatch.optim.hosts.base import Host
+from everbatch.optim.hosts.local import LocalHost
+from everbatch.optim.objective import Objective
+from everbatch.optim.shards import Vector
+
+__all__ = ["OptimizerMixin"]
+
+Opt = TypeVar("Opt", bound="OptimizerMixin")
+
+
+class OptimizerMixin(Contract):
+    """Root of the optimizer mixins; stands between the parts and a `torch.optim` class.
+
+    Verbs, in the order the gradient travels: `move_parameters`, `estimate_gradient`, `add_penalty` (after every pass),
+    `displacement`, `edit_gradient`, `update`, `edit_parameters`. Verbs that edit call `super()` first, so the leftmost
+    part acts last; in `update` and `estimate_gradient` the leftmost is outermost.
+
+    Cost of the bare step: one host sync (is the gradient finite?), and one scalar all-reduce where weights are sharded.
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ("move_parameters", "estimate_gradient", "add_penalty", "displacement",
+                                        "edit_gradient", "update", "edit_parameters")
+    final: ClassVar[tuple[str, ...]] = ("step", "backward", "zero_grad", "state_dict", "load_state_dict")
+    host: Host
+    metrics: dict[str, Tensor]
+    """What mixins logged during the last step: 0-dim tensors, still on the device."""
+
+    def __init__(self, params: Any, *, seed: int = 0, scaler: Any | None = None, **options: Any) -> None:
+        """Build over plain torch, DDP or FSDP2.
+
+        Args:
+            params: the module the closure calls (DDP-wrapped or fully sharded as it is), its named parameters, or parameter
+                groups whose "params" are named.
+            seed: root of all randomness of the mixins.
+            scaler: a `torch.amp.GradScaler` for fp16; the step unscales, skips and updates it.
+            options: options of the mixins, and of the base optimizer.
+        """
+        module = params if isinstance(params, nn.Module) else None
+        rest = self._start(options, seed)
+        base = base_of(type(self))
+        allowed = set(inspect.signature(base.__init__).parameters) - {"self", "params"}  # type: ignore[misc]
+        reject_unknown(type(self), rest, allowed | {"seed", "scaler"})
+        super().__init__(_named_groups(type(self).__name__, params), **rest)  # type: ignore[call-arg]
+        self._attach(LocalHost(self, module, scaler))
+
+    @classmethod
+    def on(cls: type[Opt], engine: Any, *, seed: int = 0, **options: Any) -> Opt:
+        """Build over a DeepSpeed engine whose client optimizer is of this class's base.
+
+        `param_groups` and `state` are live views of the engine's inner optimizer, so torch schedulers attach to the
+        result; if the engine has a scheduler of its own, the engine steps it. Options of the base belong to the client
+        optimizer and are refused here.
+
+        Raises:
+            UnsupportedHost: a mode of the engine in which a method would not be exact.
+        """
+        from everbatch.optim.hosts.zero import ZeroHost
+
+        self = cls.__new__(cls)
+        reject_unknown(cls, self._start(options, seed), {"seed"})
+        base = base_of(cls)
+        assert base is not None
+        host = ZeroHost(engine, base)
+        torch.optim.Optimizer.__setstate__(self, {"defaults": dict(host.inner.defaults)})  # type: ignore[arg-type]
+        self._attach(host)
+        return self
+
+    def _start(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
+        check(isinstance(seed, int), type(self).__name__, f"seed={seed!r}", "be an integer")
+        self.seed, self.step_count, self.skipped_count, self.metrics = seed, 0, 0, {}
+        self._on_apply: list[Callable[[], None]] = []
+        self._replaced = ""
+        return self._configure(options)
+
+    def _attach(self, host: Host) -> None:
+        self.host = host
+        for part in parts_of(type(self)):
+            if "on_attach" in vars(part):
+                part.on_attach(self)  # type: ignore[attr-defined]
+
+    # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        inner = getattr(self.__dict__.get("host"), "inner", None)
+        return inner.param_groups if inner is not None else self.__dict__["param_groups"]  # type: ignore[no-any-return]
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = value
+
+    @property
+    def state(self) -> Any:
+        inner = getattr(self.__dict__.get("host"), "inner", None)
+        return inner.state if inner is not None else self.__dict__["state"]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+
+    # ------------------------------------------------------------------------------------------------- the step
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step: passes, agreement on finiteness, update.
+
+        Args:
+            closure: runs forward, calls `opt.backward(loss)` and returns the loss. It must not zero gradients. Without it
+                the gradients that are there are used, and a mixin that needs a pass raises `RuntimeError`.
+
+        Returns:
+            What the closure returned in the recorded pass, detached.
+        """
+        self.metrics, self._on_apply, self._replaced = {}, [], ""
+        objective = Objective(self.host, closure, self.add_penalty, several=self.extra_passes() > 0,
+                              seed=(self.seed, self.step_count))
+        try:
+            self.move_parameters(objective)
+            loss = self.estimate_gradient(objective)
+            applied = bool(self.host.finite())
+            if applied:
+                self.edit_gradient()
+                for commit in self._on_apply:
+                    commit()
+                if not self._replaced:
+                    self.update()
+                    self.host.dirty = False
+                self.step_count += 1
+                self.edit_parameters()
+            else:
+                objective.rollback()
+                self.skipped_count += 1
+        finally:
+            self._on_apply = []
+        self.host.end_step(applied)
+        self.host.discard()
+        self.host.publish_if_dirty()
+        self.last_applied = applied
+        self.last_passes = objective.passes
+        return objective.loss if closure is not None else loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate through the engine in use: `loss.backward()`, scaled under fp16, or `engine.backward`."""
+        with torch.enable_grad():
+            self.host.backward(loss)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients. The step does so before every pass; a loop need not."""
+        self.host.discard()
+
+    def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield micro-batches of one pass, reducing gradients with the last only. The caller weights the losses.
+
+        for x, y in opt.micro_batches(batches): opt.backward(loss_fn(model(x), y) / len(batches))
+        """
+        items = list(batches)
+        check(bool(items), type(self).__name__, "micro_batches([])", "hold at least one micro-batch")
+        for i, item in enumerate(items):
+            self.host.set_sync(i == len(items) - 1)
+            yield item
+
+    def base_step(self) -> None:
+        """The base optimizer's own step, without torch's hook wrapper, so step hooks fire once per step of ours."""
+        step = base_of(type(self)).step  # type: ignore[union-attr]
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
+
+    # -------------------------------------------------------------------------------------------- verbs, innermost
+    def move_parameters(self, objective: Objective) -> None:
+        """Move weights before the gradient is taken."""
+
+    def estimate_gradient(self, objective: Objective) -> Any:
+        """Leave the gradient to use in the shards; returns the recorded pass's result."""
+        loss = objective()
+        if objective.several:
+            self.host.verify(objective)
+        return loss
+
+    def add_penalty(self) -> None:
+        """After every pass: add the closed-form gradient of a term in the weights to the shards' gradients."""
+
+    def displacement(self, vector: Vector) -> Vector:
+        """Filter a displacement of the weights before it is applied."""
+        return vector
+
+    def edit_gradient(self) -> None:
+        """Edit the final gradient in place; it is finite on every rank."""
+
+    def update(self) -> None:
+        """Update the weights with the base optimizer."""
+        self.host.update()
+
+    def edit_parameters(self) -> None:
+        """Edit weights and moments after an applied step."""
+
+    # ------------------------------------------------------------------------------------------ what a mixin may ask
+    @contextmanager
+    def displaced(self, vector: Vector) -> Iterator[None]:
+        """Weights moved by `displacement(vector)` inside the block; their saved bits are copied back after it, also when it
+        raises (locally then: no collective on the exception path). Cost: one copy of the owned masters."""
+        vector = self.displacement(vector)
+        weights = Vector(self.host, vector.shards, [s.data for s in vector.shards])
+        saved = weights.clone()
+        try:
+            weights.add_(vector)
+            self.host.touch()
+            yield
+        finally:
+            if saved.tensors:
+                torch._foreach_copy_([s.data for s in saved.shards], saved.tensors)
+            self.host.touch()
+
+    def on_apply(self, commit: Callable[[], None]) -> None:
+        """Run `commit` if this step is applied: how a part changes its state before it is known whether the step counts."""
+        self._on_apply.append(commit)
+
+    def replace_update(self, reason: str) -> None:
+        """Apply the step without the base optimizer's update (a topology change, say)."""
+        self._replaced = reason
+
+    def extra_passes(self) -> float:
+        """Passes per step beyond the recorded one, as the parts declare them."""
+        return sum(cost.passes for cost in self.costs().values())
+
+    def costs(self) -> dict[str, Cost]:
+        """What each part adds to a step."""
+        return {part.__name__: part.cost(self) for part in parts_of(type(self)) if "cost" in vars(part)}  # type: ignore[attr-defined]
+
+    # ----------------------------------------------------------------------------------------------- persistence
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, by parameter name and whole where it is per parameter. Collective when sharded."""
+        return persistence.state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, at any world size and ZeRO stage. Collective when sharded."""
+        persistence.load_state_dict(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("host", "step")} | {"_rebuild": self.host.recipe()}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        rebuild = kept.pop("_rebuild", None)
+        super().__setstate__(kept)  # type: ignore[misc]
+        if rebuild is not None:
+            self.host = LocalHost(self, *rebuild)
+
+    def describe(self) -> str:
+        """The order of the parts, and what a step costs."""
+        from everbatch.optim.describe import describe
+
+        return describe(self)
+
+
+def _named_groups(who: str, params: Any) -> list[dict[str, Any]]:
+    """Parameter groups whose "params" are (name, parameter) pairs, from a module, pairs, or groups of pairs."""
+    if isinstance(params, nn.Module):
+        return [{"params": list(params.named_parameters())}]
+    items = list(params)
+    groups = items if items and isinstance(items[0], dict) else [{"params": items}]
+    groups = [{**g, "params": list(g["params"])} for g in groups]
+    for group in groups:
+        for item in group["params"]:
+            if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+                raise TypeError(f"{who}: got an unnamed {type(item).__name__}, expected (name, parameter) pairs, because state "
+                                "is kept by name; pass the module, or module.named_parameters()")
+    return groups

@@ -1,0 +1,153 @@
+"""The one owner of forward and backward: an objective that mixins call to ask for the gradient once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from everbatch import seeds
+
+if TYPE_CHECKING:
+    from everbatch.optim.hosts.base import Host
+
+__all__ = ["Objective"]
+
+Closure = Callable[[], Any]
+
+
+class Objective:
+    """One step's closure, bound to its host. Call it to run a pass; the gradient is in the shards afterwards.
+
+    The first call is the *recorded* pass: it alone moves running statistics and gives the loss. Later calls repeat its noise
+    (dropout, stochastic depth) and leave statistics as they are. A *probe* (before the gradient is estimated) has noise of its
+    own. Modules are found through torch's global forward pre-hook, so the closure may call whatever it likes.
+    """
+
+    def __init__(self, host: Host, closure: Closure | None, penalty: Callable[[], None], *, several: bool,
+                 seed: tuple[int, int] = (0, 0)) -> None:
+        self.host, self.closure, self.penalty, self.several, self.seed = host, closure, penalty, several, seed
+        self.loss: Any = None
+        self.passes = 0
+        self.recorded = False
+        self._noise: list[Tensor] = []
+        self._after: list[Tensor] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._known: set[int] = set()
+
+    def __call__(self, *, probe: bool = False) -> Any:
+        """Run one pass; returns the closure's result, detached. Collective."""
+        if self.closure is None:
+            if not self.recorded:  # step() without a closure: the gradients that are there are the recorded pass
+                self.recorded, self.passes = True, 1
+                self.host.end_pass()
+                self.penalty()
+                return None
+            raise RuntimeError("step() needs a closure: a mixin asked for the gradient a second time; "
+                               "call opt.step(closure) with a closure that runs forward and opt.backward(loss)")
+        first = not self.recorded and not probe
+        self.host.publish_if_dirty()
+        self.host.discard()
+        self.host.set_sync(True)
+        if self.several and (first or probe):
+            self._noise = _random_state()
+        if probe:
+            seeds.seed_step(seeds.derive(self.seed[0], "probe", self.passes), self.seed[1], self.host.rank)
+        elif not first:
+            _set_random_state(self._noise)
+        with _Watch(self, statistics=first), torch.enable_grad():
+            result = self.closure()
+        self.host.end_pass()
+        self.passes += 1
+        if first:
+            self.recorded, self.loss = True, _detach(result)
+            self._after = _random_state() if self.several else []
+        else:
+            _set_random_state(self._noise if probe else self._after)
+        self.penalty()
+        return _detach(result)
+
+    def rollback(self) -> None:
+        """Put every buffer the recorded pass may have moved back to where it was before the step."""
+        for module, name, tensor, kept in self._buffers:
+            tensor.copy_(kept)
+            module._buffers[name] = tensor
+
+    def _keep_buffers(self, root: nn.Module) -> None:
+        for module, name, tensor in _buffers_of(root):
+            if id(module) not in self._known:
+                self._buffers.append((module, name, tensor, tensor.clone()))
+        self._known.update(id(m) for m in root.modules())
+
+
+class _Watch:
+    """Watches the modules of one pass. With `statistics`: keeps a copy of their buffers for a rollback. Without: freezes
+    running statistics and DDP's buffer broadcast, and puts every other buffer back at the end."""
+
+    def __init__(self, objective: Objective, *, statistics: bool) -> None:
+        self.objective, self.statistics = objective, statistics
+        self.seen: set[int] = set()
+        self.undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        self.handle = register_module_forward_pre_hook(self._meet)
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
+        for action in reversed(self.undo):
+            action()
+
+    def _meet(self, module: nn.Module, _inputs: object) -> None:
+        if id(module) in self.seen:
+            return
+        self.seen.update(id(m) for m in module.modules())
+        self.objective.host.meet(module)
+        if self.statistics:
+            self.objective._keep_buffers(module)
+            return
+        for part in module.modules():
+            if isinstance(part, DistributedDataParallel) and part.broadcast_buffers:
+                self._switch(part, "broadcast_buffers")
+            elif part.training and getattr(part, "track_running_stats", False):
+                # Batch statistics are used as before, nothing is moved; momentum = 0 would still count the batch.
+                self._switch(part, "track_running_stats")
+            else:
+                self._hold_buffers(part)
+
+    def _switch(self, module: nn.Module, flag: str) -> None:
+        setattr(module, flag, False)
+        self.undo.append(lambda: setattr(module, flag, True))
+
+    def _hold_buffers(self, module: nn.Module) -> None:
+        for name, tensor in module._buffers.items():
+            if tensor is not None:
+                def put_back(name: str = name, tensor: Tensor = tensor, kept: Tensor = tensor.clone()) -> None:
+                    tensor.copy_(kept)
+                    module._buffers[name] = tensor
+
+                self.undo.append(put_back)
+
+
+def _buffers_of(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
+
+
+def _detach(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _random_state() -> list[Tensor]:
+    state = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state.append(torch.cuda.get_rng_state())
+    return state
+
+
+def _set_random_state(state: list[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1])

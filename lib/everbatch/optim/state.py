@@ -1,0 +1,197 @@
+"""State of a composed optimizer as data: whole tensors by parameter name, or this rank's pieces of them, and plain values.
+
+Nothing here depends on the host: what ZeRO stage 3 saved on four ranks, plain torch loads on one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from everbatch.checkpoint import Checkpoint, Piece
+from everbatch.compose import parts_of
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch
+from everbatch.optim.shards import ByName, Shard
+
+if TYPE_CHECKING:
+    from everbatch.optim.mixin import OptimizerMixin
+
+__all__ = ["load_pieces", "load_state_dict", "pieces", "state_dict"]
+
+
+def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
+    """This rank's slices of masters, moments and mixin state, and the plain values beside them (JSON-able).
+
+    Where every rank holds everything, only rank 0 has slices to write. Cost: no copy; one gather of small metadata.
+    """
+    host, tensors = opt.host, []
+    writer = host.rank == 0 if not host.sharded else host.rank < host.world // host.replicas
+    scalars: dict[str, dict[str, Any]] = {}
+    for shard in host.shards:
+        kept = {"master": shard.data} | {f"moment.{k}": v for k, v in shard.moments.items()}
+        for kind, value in kept.items():
+            tensors.append(_piece(f"{kind}/{shard.name}", shard, value))
+        scalars[shard.name] = _scalars(opt, shard)
+    for part, state in opt.states.items():
+        for name, value in _fields(state).items():
+            if isinstance(value, ByName):
+                tensors += [_piece(f"{part.__name__}.{name}/{s.name}", s, value[s.name]) for s in host.shards if s.name in value]
+    merged: dict[str, Any] = {}
+    for other in World.current().gather(scalars):
+        merged.update(other)  # type: ignore[call-overload]
+    return tensors if writer else [], {"scalars": merged, **_plain(opt)}
+
+
+def load_pieces(opt: OptimizerMixin, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    """Restore what `pieces` gave, reading only this rank's slices.
+
+    Raises:
+        CheckpointMismatch: other parameters, shapes, groups, mixins or base; nothing is touched then.
+    """
+    known = set(checkpoint.names())
+    _match(opt, meta, {n.split("/", 1)[1]: tuple(checkpoint.shape(n)) for n in known if n.startswith("master/")})
+    _restore(opt, meta, lambda key, s: checkpoint.read(f"{key}/{s.name}", s.start, s.numel)
+             if f"{key}/{s.name}" in known else None, {n.split("/", 1)[0] for n in known})
+
+
+def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
+    """Everything by name, whole, on every rank: tensors under "tensors", plain values under "meta".
+
+    On plain torch, DDP and FSDP2 torch's own "state" and "param_groups" are there as well, for tools that look at them.
+    """
+    host, slices = opt.host, {}
+    for shard in host.shards:
+        for kind, value in ({"master": shard.data} | {f"moment.{k}": v for k, v in shard.moments.items()}).items():
+            slices.setdefault(kind, []).append((shard, value))
+    for part, state in opt.states.items():
+        for name, value in _fields(state).items():
+            if isinstance(value, ByName):
+                slices[f"{part.__name__}.{name}"] = [(s, value[s.name]) for s in host.shards if s.name in value]
+    kinds = sorted({k for ks in World.current().gather(sorted(slices)) for k in ks}) if host.sharded else list(slices)  # type: ignore[attr-defined]
+    whole = {}
+    for kind in kinds:
+        held = slices.get(kind, [])
+        names = [s.name for s, _ in held]
+        if host.sharded:
+            names = [n for n in host.names if any(n in got for got in World.current().gather(names))]  # type: ignore[operator]
+        whole.update({f"{kind}/{n}": t for n, t in host.gather(held, names).items()})
+    scalars: dict[str, Any] = {}
+    for other in World.current().gather({s.name: _scalars(opt, s) for s in host.shards}) if host.sharded else [
+            {s.name: _scalars(opt, s) for s in host.shards}]:
+        scalars.update(other)  # type: ignore[call-overload]
+    result: dict[str, Any] = {"everbatch": {"tensors": whole, "meta": {"scalars": scalars, **_plain(opt)}}}
+    if getattr(host, "inner", None) is None:
+        result = {**torch.optim.Optimizer.state_dict(opt), **result}  # type: ignore[arg-type]
+    return result
+
+
+def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any]) -> None:
+    """Restore what `state_dict` gave, on any host; a plain `state_dict` of the base optimizer alone is an error."""
+    if "everbatch" not in saved:
+        raise CheckpointMismatch(f"{type(opt).__name__}: the state has no 'everbatch' entry, so the mixins' state is missing; "
+                                 "save it with this class's state_dict()")
+    tensors, meta = saved["everbatch"]["tensors"], saved["everbatch"]["meta"]
+    _match(opt, meta, {n.split("/", 1)[1]: tuple(t.shape) for n, t in tensors.items() if n.startswith("master/")})
+
+    def read(key: str, s: Shard) -> Tensor | None:
+        whole = tensors.get(f"{key}/{s.name}")
+        return None if whole is None else whole.reshape(-1)[s.start : s.start + s.numel]
+
+    _restore(opt, meta, read, {n.split("/", 1)[0] for n in tensors})
+
+
+def _plain(opt: OptimizerMixin) -> dict[str, Any]:
+    index = opt.host.group_index()
+    groups = [{"names": [n for n, i in index.items() if i == k],
+               "options": {name: value for name, value in g.items() if _is_plain(value) and name != "param_names"}}
+              for k, g in enumerate(opt.host.groups())]
+    mixins = {part.__name__: {n: v for n, v in _fields(state).items() if not isinstance(v, ByName)}
+              for part, state in opt.states.items()}
+    return {"class": [p.__name__ for p in parts_of(type(opt))], "groups": groups, "mixins": mixins, "seed": opt.seed,
+            "steps": opt.step_count, "skipped": opt.skipped_count}
+
+
+def _match(opt: OptimizerMixin, meta: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a state of another model, other groups or other mixins, before anything is touched."""
+    who, host = type(opt).__name__, opt.host
+    ours = {n: tuple(shape) for n, (_, shape) in host.master_layout().items()}
+    odd = sorted(set(ours) ^ set(shapes)) or [n for n in ours if ours[n] != shapes[n]]
+    if odd:
+        raise CheckpointMismatch(f"{who}: parameters {odd[:5]} differ between the state and the model "
+                                 f"(shape {[shapes.get(n) for n in odd[:5]]} against {[ours.get(n) for n in odd[:5]]})")
+    here = [p.__name__ for p in parts_of(type(opt))]
+    if here != meta["class"]:
+        raise CheckpointMismatch(f"{who}: the state is of {meta['class']}, this class is {here}; compose the same mixins")
+    index = host.group_index()
+    names = [[n for n, i in index.items() if i == k] for k in range(len(host.groups()))]
+    if names != [g["names"] for g in meta["groups"]]:
+        raise CheckpointMismatch(f"{who}: the state has {len(meta['groups'])} parameter groups with other members than the "
+                                 f"{len(names)} here; build the same groups")
+
+
+def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[str]) -> None:
+    host = opt.host
+    host.reset_moments()
+    for group, saved in zip(host.groups(), meta["groups"], strict=True):
+        for name, value in saved["options"].items():
+            group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+    moments = sorted(k for k in kinds if k.startswith("moment."))
+    state = host.state()
+    for shard in host.shards:
+        shard.data.copy_(read("master", shard).view_as(shard.data))
+        kept = state[shard.owner] if shard.owner in state else state.setdefault(shard.owner, {})
+        for kind in moments:
+            value = read(kind, shard)
+            if value is not None:
+                key = kind.split(".", 1)[1]
+                if key not in kept:
+                    kept[key] = torch.zeros_like(shard.owner, dtype=value.dtype)
+                shard.moments[key].copy_(value.view_as(shard.data))
+        for key, (kind, value) in meta["scalars"].get(shard.name, {}).items():
+            device = shard.owner.device if shard.group.get("capturable") or shard.group.get("fused") else "cpu"
+            kept[key] = value if kind == "value" else torch.tensor(value, dtype=getattr(torch, kind), device=device)
+        if not kept:
+            state.pop(shard.owner, None)
+    opt.step_count, opt.skipped_count = meta["steps"], meta["skipped"]
+    for part, fields in opt.states.items():
+        for name, value in _fields(fields).items():
+            if isinstance(value, ByName):
+                got = {s.name: (s, read(f"{part.__name__}.{name}", s)) for s in host.shards}
+                fresh = {n: t.to(s.data.device).view_as(s.data).clone() for n, (s, t) in got.items() if t is not None}
+                setattr(fields, name, ByName(fresh))
+            elif name in meta["mixins"][part.__name__]:
+                setattr(fields, name, meta["mixins"][part.__name__][name])
+    host.touch()
+    host.publish_if_dirty()
+
+
+def _piece(name: str, shard: Shard, value: Tensor) -> Piece:
+    return Piece(name, shard.shape, shard.start, value.reshape(-1))
+
+
+def _scalars(opt: OptimizerMixin, shard: Shard) -> dict[str, Any]:
+    """Per-parameter state that is not per element, such as a step count: name to (dtype or "value", number)."""
+    result: dict[str, Any] = {}
+    for key, value in opt.host.state().get(shard.owner, {}).items():
+        if torch.is_tensor(value):
+            if value.dim() == 0:
+                result[key] = (str(value.dtype).removeprefix("torch."), value.item())
+            elif value.shape != shard.owner.shape:
+                raise CheckpointMismatch(f"{type(opt).__name__}: state {key!r} of {shard.name} has shape {tuple(value.shape)}, "
+                                         "neither per element nor a number; this base optimizer cannot be saved by name")
+        elif _is_plain(value):
+            result[key] = ("value", value)
+    return result
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str) or (
+        isinstance(value, tuple | list) and all(_is_plain(v) for v in value))

@@ -1,0 +1,65 @@
+"""Stateless randomness: every number is a function of (seed, purpose, ...), never of a stream's history.
+
+What is replicated (noise on weights, class order, buffer keys) is keyed without the rank, so it is the same at any world
+size, ZeRO stage and sharding; what belongs to a rank (dropout, augmentation) is keyed with it. Nothing of it is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "derive", "generator", "normal", "numpy_generator", "seed_step", "uniform_keys"]
+
+BLOCK = 65_536
+"""Elements drawn from one generator; a shard draws only the blocks it touches."""
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed from a tuple of integers and strings (BLAKE2b, the same on every platform)."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded with `derive(*parts)`."""
+    return torch.Generator().manual_seed(derive(*parts))
+
+
+def numpy_generator(*parts: int | str) -> np.random.Generator:
+    """A numpy generator seeded with `derive(*parts)`."""
+    return np.random.default_rng(derive(*parts))
+
+
+def normal(parts: tuple[int | str, ...], start: int, count: int) -> Tensor:
+    """Elements `start` to `start + count` of the standard normal sequence named by `parts`: float32, CPU, shape (count,).
+
+    The sequence is drawn in blocks of `BLOCK` elements, each from its own generator, so any slice of it is the same
+    whoever asks. Cost: at most two blocks more than asked.
+    """
+    if count == 0:
+        return torch.empty(0)
+    first, last = start // BLOCK, (start + count - 1) // BLOCK
+    blocks = [torch.randn(BLOCK, generator=generator(*parts, block)) for block in range(first, last + 1)]
+    return torch.cat(blocks)[start - first * BLOCK :][:count]
+
+
+def uniform_keys(ids: np.ndarray, *parts: int | str) -> np.ndarray:
+    """One number in (0, 1) for each integer id, a function of (parts, id) alone: float64, same shape.
+
+    SplitMix64 over (id + seed); 53 bits, offset by half a unit so that neither end is reached.
+    """
+    with np.errstate(over="ignore"):
+        z = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive(*parts))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        z = z ^ (z >> np.uint64(31))
+    return ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's global generators for one training step of one rank (dropout, stochastic depth)."""
+    torch.manual_seed(derive(seed, "step", step, rank))

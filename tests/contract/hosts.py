@@ -1,0 +1,160 @@
+"""Small real runs on every host, for the contract suite: the same data, the same start, whatever the engine."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+WIDTH, CLASSES, BATCH = 20, 5, 24
+
+
+def net(seed: int = 0, *, dropout: float = 0.0, norm: bool = False) -> nn.Module:
+    """A smooth net (no kinks that amplify rounding) with odd sizes, so that every sharding pads, and one tensor of 1 element."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [nn.Linear(WIDTH, 31), nn.Tanh(), Scale()]
+    layers += [nn.BatchNorm1d(31)] if norm else []
+    layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(31, 17), nn.Tanh(), nn.Linear(17, CLASSES))
+
+
+class Scale(nn.Module):
+    """A learned scalar: a parameter smaller than any world size above one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def batches(steps: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(BATCH, WIDTH, generator=g), torch.randint(0, CLASSES, (BATCH,), generator=g)) for _ in range(steps)]
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """One engine in one mode."""
+
+    kind: str
+    """"plain", "ddp", "fsdp2", "zero"."""
+    stage: int = 0
+    bf16: bool = False
+    fp32_accumulation: bool = False
+    offload: bool = False
+    persist: int = 0
+    """stage3_param_persistence_threshold."""
+
+    @property
+    def name(self) -> str:
+        if self.kind != "zero":
+            return self.kind
+        flags = [f for f, on in (("bf16", self.bf16), ("fp32acc", self.fp32_accumulation), ("offload", self.offload),
+                                 ("persistent", self.persist > 0)) if on]
+        return "-".join([f"zero{self.stage}", *flags])
+
+
+HOSTS = [HostSpec("plain"), HostSpec("ddp"), HostSpec("fsdp2"), *(HostSpec("zero", s) for s in range(4)),
+         HostSpec("zero", 3, persist=100_000), *(HostSpec("zero", s, offload=True) for s in (1, 2, 3)),
+         *(HostSpec("zero", s, bf16=True) for s in range(4)),
+         *(HostSpec("zero", s, bf16=True, fp32_accumulation=True) for s in (1, 2, 3)), HostSpec("zero", 2, bf16=True, offload=True)]
+BY_NAME = {h.name: h for h in HOSTS}
+
+
+def deepspeed_config(spec: HostSpec, micro: int, accumulation: int = 1) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": spec.stage, "stage3_param_persistence_threshold": spec.persist}
+    if spec.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,
+              "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero,
+              "bf16": {"enabled": spec.bf16}, "steps_per_print": 10**9}
+    if spec.fp32_accumulation:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+@dataclass
+class Run:
+    """One optimizer over one model on one host, and how to take a step with rows of a global batch."""
+
+    opt: Any
+    forward: Callable[[Tensor], Tensor]
+    model: nn.Module
+    spec: HostSpec
+    rank: int
+    world: int
+    losses: list[Tensor] = field(default_factory=list)
+
+    def local(self, x: Tensor) -> Tensor:
+        """This rank's rows of a global batch."""
+        return x.chunk(self.world)[self.rank]
+
+    def step(self, x: Tensor, y: Tensor, accumulation: int = 1) -> Any:
+        x, y = self.local(x), self.local(y)
+
+        def closure() -> Tensor:
+            total = torch.zeros(())
+            for rows in self.opt.micro_batches(torch.arange(len(x)).chunk(accumulation)):
+                inputs = x[rows].bfloat16() if self.spec.bf16 else x[rows]
+                loss = nn.functional.cross_entropy(self.forward(inputs).float(), y[rows]) / accumulation
+                self.opt.backward(loss)
+                total += loss.detach()
+            return total
+
+        loss = self.opt.step(closure)
+        self.losses.append(loss)
+        return loss
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole masters by name, on every rank."""
+        host = self.opt.host
+        return {n: t.detach().clone() for n, t in host.gather(list(host.weights()), host.names).items()}
+
+
+def start(spec: HostSpec, cls: type, options: dict[str, Any], *, model: nn.Module | None = None, base: Any = None,
+          accumulation: int = 1) -> Run:
+    """Put `cls` over a copy of `model` on the host of `spec`."""
+    model = copy.deepcopy(model) if model is not None else net()
+    base = base or functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and spec.kind != "plain" else (0, 1)
+    if spec.kind == "plain":
+        return Run(cls(model, **base.keywords, **options), model, model, spec, rank, world)
+    if spec.kind == "ddp":
+        wrapped = DistributedDataParallel(model)
+        return Run(cls(wrapped, **base.keywords, **options), wrapped, model, spec, rank, world)
+    if spec.kind == "fsdp2":
+        for part in model.children():
+            if isinstance(part, nn.Linear):
+                fully_shard(part)
+        fully_shard(model)
+        assert isinstance(model, FSDPModule)
+        return Run(cls(model, **base.keywords, **options), model, model, spec, rank, world)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=base(model.parameters()),
+        config=deepspeed_config(spec, BATCH // world // accumulation, accumulation))
+    return Run(cls.on(engine, **options), engine.module, engine.module, spec, rank, world)
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest absolute difference over all parameters."""
+    assert a.keys() == b.keys(), (sorted(a), sorted(b))
+    return max((a[n].float() - b[n].float()).abs().max().item() for n in a)
+
+
+def seeded(steps: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches, with torch's global stream seeded before each, as the trainer does."""
+    for i, batch in enumerate(steps):
+        torch.manual_seed(1000 + i)
+        yield batch
