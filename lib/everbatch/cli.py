@@ -22,5 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from everbatch.logging import versions
 
     for name, version in versions().items():
-        print(f"{name:<14} {version or 'not installed'}")
+        print(f"{name:<14} {version or '-'}")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

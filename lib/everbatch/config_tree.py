@@ -67,7 +67,7 @@ class Group:
                 yield from child.paths()
 
 
-def tree(cls: type, default: Any = None, path: str = "", text: str = "", optional: bool = False) -> Group:
+def tree(cls: type, default: Any = None, path: str = "", text: str = "", is_optional: bool = False) -> Group:
     """The tree of `cls`, with defaults from the instance `default` where there is one.
 
     Raises:
@@ -76,7 +76,7 @@ def tree(cls: type, default: Any = None, path: str = "", text: str = "", optiona
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"configuration: {cls!r}, must be a dataclass")
     hints, texts = typing.get_type_hints(cls), _field_texts(cls)
-    group = Group(path, cls, default, text, optional)
+    group = Group(path, cls, default, text, is_optional)
     for item in dataclasses.fields(cls):
         if not item.init:
             continue
@@ -89,7 +89,8 @@ def tree(cls: type, default: Any = None, path: str = "", text: str = "", optiona
         members = [member for member in _members(hint) if member is not type(None)]
         nested = [member for member in members if dataclasses.is_dataclass(member)]
         if len(nested) == 1 and len(members) == 1:
-            group.children[item.name] = tree(typing.cast(type, nested[0]), value, here, note, type(None) in _members(hint))
+            inner, optional = typing.cast(type, nested[0]), type(None) in _members(hint)
+            group.children[item.name] = tree(inner, value, here, note, optional)
         elif nested:
             raise TypeError(f"configuration: {here} is {hint}, must be one dataclass, optional or not, or plain values")
         else:

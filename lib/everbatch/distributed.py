@@ -73,7 +73,7 @@ class World:
         if self.size == 1:
             return rows
         result = rows.new_empty((sum(receive), *rows.shape[1:]))
-        flat_in, flat_out = rows.contiguous().view(rows.shape[0], -1), result.view(result.shape[0], -1)
+        flat_in, flat_out = rows.contiguous().flatten(1), result.flatten(1)
         dist.all_to_all_single(flat_out, flat_in, list(receive), list(send))
         return result
 

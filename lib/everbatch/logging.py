@@ -36,8 +36,9 @@ _PACKAGES = (
 class Recorder:
     """Records one run into a folder.
 
-    The folder gets `scalars.jsonl` (one object per step: "step" and the tags), TensorBoard event files under
-    `tensorboard/`, `figures/TAG.png` and `result.json`. Use it as a context manager, or call `close`.
+    The folder gets `scalars.jsonl` (an object per step, "step" and the tags; a second one if scalars of the step
+    follow a flush; `read_scalars` joins them), TensorBoard event files under `tensorboard/`, `figures/TAG.png` and
+    `result.json`. Use it as a context manager, or call `close`.
 
     Args:
         folder: of this run; made when missing.
@@ -69,15 +70,15 @@ class Recorder:
             self._lines = _reopen(self.folder / "scalars.jsonl", resume)
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Record named scalars of one step. Tags use slashes ("loss/total"); tensors hold one element, on any device."""
+        """Record named scalars of one step: tags with slashes ("loss/total"), numbers or one-element tensors."""
         if not self.active:
             return
+        if self._pending and step - self._pending[0][0] >= self.every_steps:
+            self.flush()  # before the new step's first scalar, so that a step's scalars stay in one line
         for tag, value in values.items():
             # A copy: the caller may go on to change the tensor in place. No host synchronisation.
             kept = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
             self._pending.append((step, tag, kept))
-        if step - self._pending[0][0] >= self.every_steps if self._pending else False:
-            self.flush()
 
     def figure(self, tag: str, figure: Figure, step: int) -> Path | None:
         """Save a matplotlib figure as figures/TAG.png (the newest replaces older ones) and add it to TensorBoard.
@@ -90,7 +91,7 @@ class Recorder:
 
         path = self.folder / "figures" / (tag.replace("/", "-") + ".png")
         path.parent.mkdir(exist_ok=True)
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)
         canvas.print_png(path)
         if self._tensorboard:
             canvas.draw()
@@ -188,19 +189,23 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is used
 
             purge = None if self._resume is None else self._resume + 1
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         return self._writer
 
 
 def read_scalars(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The lines of a scalars.jsonl, in order; "nan" and "inf" texts become numbers again, a cut-off last line is left out."""
-    rows = []
+    """The steps of a scalars.jsonl, "nan" and "inf" as numbers again, without a last line that a kill cut off."""
+    rows: list[dict[str, float]] = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        rows.append({key: value if key == "step" else float(value) for key, value in row.items()})
+        numbers = {key: value if key == "step" else float(value) for key, value in row.items()}
+        if rows and rows[-1]["step"] == numbers["step"]:
+            rows[-1].update(numbers)
+        else:
+            rows.append(numbers)
     return rows
 
 

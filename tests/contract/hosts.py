@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 WIDTH, CLASSES, BATCH = 20, 5, 24
 
 
-def net(seed: int = 0, *, dropout: float = 0.0, norm: bool = False) -> nn.Module:
-    """A smooth net (no kinks that amplify rounding) with odd sizes, so that every sharding pads, and one tensor of 1 element."""
-    torch.manual_seed(seed)
+def build(dropout: float = 0.0, norm: bool = False) -> nn.Module:
+    """A smooth net (no kinks that amplify rounding) with odd sizes, so that every sharding pads, and one tensor of 1
+    element; drawn from the global stream."""
     layers: list[nn.Module] = [nn.Linear(WIDTH, 31), nn.Tanh(), Scale()]
     layers += [nn.BatchNorm1d(31)] if norm else []
     layers += [nn.Dropout(dropout)] if dropout else []
     return nn.Sequential(*layers, nn.Linear(31, 17), nn.Tanh(), nn.Linear(17, CLASSES))
+
+
+def net(seed: int = 0, *, dropout: float = 0.0, norm: bool = False) -> nn.Module:
+    """`build` with the global stream seeded."""
+    torch.manual_seed(seed)
+    return build(dropout, norm)
 
 
 class Scale(nn.Module):
@@ -40,6 +47,10 @@ class Scale(nn.Module):
 def batches(steps: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(BATCH, WIDTH, generator=g), torch.randint(0, CLASSES, (BATCH,), generator=g)) for _ in range(steps)]
+
+
+class Interrupted(Exception):
+    """What a failing pass raises."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +110,43 @@ class Run:
         """This rank's rows of a global batch."""
         return x.chunk(self.world)[self.rank]
 
-    def step(self, x: Tensor, y: Tensor, accumulation: int = 1) -> Any:
+    def step(self, x: Tensor, y: Tensor, accumulation: int = 1, *, spoil: bool = False, fail_in_pass: int = 0) -> Any:
+        """One step on this rank's rows of a global batch.
+
+        Args:
+            accumulation: micro-batches per pass.
+            spoil: make this rank's loss NaN.
+            fail_in_pass: raise `Interrupted` in this pass, after the first forward; 0 for never.
+        """
         x, y = self.local(x), self.local(y)
+        passes = 0
 
         def closure() -> Tensor:
+            nonlocal passes
+            passes += 1
             total = torch.zeros(())
             for rows in self.opt.micro_batches(torch.arange(len(x)).chunk(accumulation)):
                 inputs = x[rows].bfloat16() if self.spec.bf16 else x[rows]
                 loss = nn.functional.cross_entropy(self.forward(inputs).float(), y[rows]) / accumulation
-                self.opt.backward(loss)
+                if passes == fail_in_pass:
+                    raise Interrupted
+                self.opt.backward(loss * math.nan if spoil else loss)
                 total += loss.detach()
             return total
 
         loss = self.opt.step(closure)
         self.losses.append(loss)
         return loss
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        """What the model computes now, in evaluation mode, for fixed inputs."""
+        inputs = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
+        self.model.eval()
+        try:
+            return self.forward(inputs.bfloat16() if self.spec.bf16 else inputs).clone()
+        finally:
+            self.model.train()
 
     def weights(self) -> dict[str, Tensor]:
         """Whole masters by name, on every rank."""

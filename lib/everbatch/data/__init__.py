@@ -1,8 +1,10 @@
 """Data: sources of samples, streams of tasks over them, batches, and memories for replay."""
 
 from everbatch.data.batch import Batch
+from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
 from everbatch.data.domains import Permute, Rotate, permuted, rotated
 from everbatch.data.loader import Loader, evaluation_batches
+from everbatch.data.slots import balancoir_index, group_quotas, largest, reservoir_index, ring_index, share
 from everbatch.data.sources import (
     ConcatSource,
     Source,
@@ -12,6 +14,7 @@ from everbatch.data.sources import (
     load,
     stratified_split,
 )
+from everbatch.data.store import ReplayStore
 from everbatch.data.streams import (
     Stream,
     Task,
@@ -25,7 +28,9 @@ from everbatch.data.streams import (
 )
 
 __all__ = [
-    "Batch", "ConcatSource", "Loader", "Permute", "Rotate", "Source", "Stream", "SubsetSource", "Task", "TensorSource",
-    "TransformedSource", "class_incremental", "domain_incremental", "evaluation_batches", "growing", "iid", "load",
-    "permuted", "pilot_increments", "rotated", "stratified_split", "task_incremental", "validation",
+    "Batch", "Buffer", "ClassBalanced", "ConcatSource", "Loader", "Permute", "ReplayStore", "Reservoir", "Ring",
+    "Rotate", "Slots", "Source", "Stream", "SubsetSource", "Task", "TensorSource", "TransformedSource",
+    "balancoir_index", "class_incremental", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
+    "iid", "largest", "load", "permuted", "pilot_increments", "reservoir_index", "ring_index", "rotated", "share",
+    "stratified_split", "task_incremental", "validation",
 ]

@@ -51,3 +51,19 @@ class Batch:
     def mean(self, losses: Tensor) -> Tensor:
         """Reduce (n,) per-row losses to this rank's scalar share of the part's loss."""
         return losses.mean() if self.weight is None else (losses * self.weight).sum()
+
+    def split(self, pieces: int) -> list[Batch]:
+        """Cut into `pieces` micro-batches whose weighted sums add up to this batch's.
+
+        A batch of fewer rows than pieces is filled up with its first row at weight 0, so that every rank runs as many
+        forwards.
+        """
+        index, weight = torch.arange(len(self), device=self.targets.device), self.weight
+        if weight is None:
+            weight = torch.full((len(self),), 1.0 / len(self), device=self.targets.device)
+        if len(self) < pieces:
+            fill = index.new_zeros(pieces - len(self))
+            index, weight = torch.cat([index, fill]), torch.cat([weight, weight.new_zeros(len(fill))])
+        return [replace(self, inputs=self.inputs[at], targets=self.targets[at], ids=self.ids[at],
+                        position=self.position[at], weight=w, extras={k: v[at] for k, v in self.extras.items()})
+                for at, w in zip(index.tensor_split(pieces), weight.tensor_split(pieces), strict=True)]

@@ -139,7 +139,7 @@ def _class_order(
     check(not odd, who, f"{label} has {odd[:1]}", f"be in [0, {len(names)})")
     if class_order is None:
         # The legacy generator of numpy, because PILOT, PyCIL and GTEP publish class orders by its seeds.
-        order = [order[i] for i in np.random.RandomState(seed).permutation(len(order)).tolist()]  # noqa: NPY002
+        order = [order[i] for i in np.random.RandomState(seed).permutation(len(order)).tolist()]
     return order
 
 

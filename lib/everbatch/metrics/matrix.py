@@ -82,7 +82,7 @@ def seen_accuracy(
 def final_average_accuracy(
     matrix: ArrayLike, *, counts: Sequence[int] | None = None, unit: Unit = "fraction",
 ) -> float:
-    """Mean accuracy over tasks after the last one, (1/T) sum_j a_Tj; over samples with `counts`: see `seen_accuracy`."""
+    """Mean accuracy over tasks after the last one, (1/T) sum_j a_Tj; over samples with `counts` (`seen_accuracy`)."""
     return float(seen_accuracy(matrix, counts=counts, unit=unit)[-1])
 
 

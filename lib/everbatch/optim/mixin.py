@@ -85,6 +85,8 @@ class OptimizerMixin(Contract):
         self.seed, self.step_count, self.skipped_count, self.metrics = seed, 0, 0, {}
         self._on_apply: list[Callable[[], None]] = []
         self._replaced = ""
+        self._objective: Objective | None = None
+        self.last_applied, self.last_passes = True, 0
         return self._configure(options)
 
     def _attach(self, host: Host) -> None:
@@ -125,7 +127,7 @@ class OptimizerMixin(Contract):
             What the closure returned in the recorded pass, detached.
         """
         self.metrics, self._on_apply, self._replaced = {}, [], ""
-        objective = Objective(self.host, closure, self.add_penalty, several=self.extra_passes() > 0,
+        self._objective = objective = Objective(self.host, closure, self.add_penalty, several=self.extra_passes() > 0,
                               seed=(self.seed, self.step_count))
         try:
             self.move_parameters(objective)
@@ -144,13 +146,18 @@ class OptimizerMixin(Contract):
                 objective.rollback()
                 self.skipped_count += 1
         finally:
-            self._on_apply = []
+            self._on_apply, self._objective = [], None
         self.host.end_step(applied)
         self.host.discard()
         self.host.publish_if_dirty()
         self.last_applied = applied
         self.last_passes = objective.passes
         return objective.loss if closure is not None else loss
+
+    @property
+    def recording(self) -> bool:
+        """Inside a closure: whether this is the recorded pass, the one whose loss and outputs count."""
+        return self._objective is None or self._objective.recording
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate through the engine in use: `loss.backward()`, scaled under fp16, or `engine.backward`."""

@@ -34,6 +34,7 @@ class Objective:
         self.loss: Any = None
         self.passes = 0
         self.recorded = False
+        self.recording = False
         self._noise: list[Tensor] = []
         self._after: list[Tensor] = []
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
@@ -59,8 +60,10 @@ class Objective:
             seeds.seed_step(seeds.derive(self.seed[0], "probe", self.passes), self.seed[1], self.host.rank)
         elif not first:
             _set_random_state(self._noise)
+        self.recording = first
         with _Watch(self, statistics=first), torch.enable_grad():
             result = self.closure()
+        self.recording = False
         self.host.end_pass()
         self.passes += 1
         if first:

@@ -1,0 +1,42 @@
+# Shared by the scripts of this folder; sourced, not run. Sets ROOT and PYTHON, and defines the steps below.
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+die() { echo "everbatch: $*" >&2; exit 1; }
+
+# Use the active virtual environment, else make one in ROOT/.venv. PYTHON3 names the interpreter to make it with.
+use_environment() {
+    # The base environment of conda is no place to install into.
+    if [ -n "${VIRTUAL_ENV:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
+        PYTHON="$(command -v python)" || die "the active environment has no python"
+    else
+        PYTHON="$ROOT/.venv/bin/python"
+        if [ ! -x "$PYTHON" ]; then
+            local base="${PYTHON3:-python3}"
+            command -v "$base" >/dev/null || die "no $base found; install Python 3.10 or newer, or set PYTHON3"
+            need_python "$base"
+            echo "everbatch: making a virtual environment in $ROOT/.venv"
+            "$base" -m venv "$ROOT/.venv" || die "$base -m venv failed (on Debian and Ubuntu: apt install python3-venv)"
+        fi
+        export VIRTUAL_ENV="$ROOT/.venv" PATH="$ROOT/.venv/bin:$PATH"
+    fi
+    need_python "$PYTHON"
+}
+
+need_python() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "$1 is $("$1" --version 2>&1), must be Python 3.10 or newer; set PYTHON3 to a newer interpreter"
+}
+
+# need EXTRAS: install this checkout (editable) with the extras, unless it and all their requirements are there already.
+need() {
+    if "$PYTHON" "$ROOT/launch/installed.py" "$ROOT" "$1"; then return; fi
+    echo "everbatch: installing .[$1] into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
+    "$PYTHON" -m pip install --disable-pip-version-check -e "$ROOT[$1]" || die "pip install -e .[$1] failed (see above)"
+}
+
+# Without a GPU: tell DeepSpeed so, and keep every rank to one thread, or the ranks fight over the cores.
+use_devices() {
+    if [ "$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
+        export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    fi
+}

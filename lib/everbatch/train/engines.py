@@ -1,0 +1,105 @@
+"""Put a model and a composed optimizer on an engine: plain torch, DDP, FSDP2 or DeepSpeed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from everbatch.compose import base_of, option_names, route
+from everbatch.distributed import World
+from everbatch.errors import check, nearest
+from everbatch.optim.groups import groups
+from everbatch.optim.mixin import OptimizerMixin
+
+__all__ = ["Engine", "launch", "shard_blocks"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A launched model."""
+
+    optimizer: OptimizerMixin
+    module: nn.Module
+    """The bare module; with DeepSpeed's and FSDP2's hooks on it."""
+    call: Callable[[Tensor], Any]
+    """Runs a forward so that gradients of its result are reduced."""
+
+
+def launch(
+    model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any], *, world: World,
+    device: torch.device, decay_vectors: bool, seed: int,
+) -> Engine:
+    """Build the optimizer over `model` on `engine`.
+
+    Args:
+        model: on any device; moved, and converted in place by FSDP2 and DeepSpeed.
+        optimizer: `functools.partial(Cls, **options)`, options of the base and of the mixins together.
+        engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration.
+        decay_vectors: False puts parameters of fewer than two dimensions into a group with weight_decay 0.
+    """
+    cls, options = optimizer.func, dict(optimizer.keywords)
+    check(isinstance(cls, type) and issubclass(cls, OptimizerMixin) and not optimizer.args, "Trainer",
+          f"optimizer={optimizer!r}", "be functools.partial(Cls, option=value, ...) of a composed optimizer class")
+    if isinstance(engine, Mapping):
+        return _deepspeed(model, cls, options, engine, device, decay_vectors, seed)
+    check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}", "be plain, ddp, fsdp2 or a DeepSpeed configuration",
+          nearest(str(engine), ("plain", "ddp", "fsdp2")))
+    check(engine != "plain" or world.size == 1, "Trainer", f"engine='plain' on {world.size} ranks", "run on one rank",
+          "use engine='ddp', 'fsdp2' or a DeepSpeed configuration")
+    model.to(device)
+    call: nn.Module = model
+    if engine == "ddp":
+        # Buffers stay each rank's own, as on ZeRO; evaluation and other world sizes use their mean.
+        call = DistributedDataParallel(model, broadcast_buffers=False)
+    elif engine == "fsdp2":
+        shard_blocks(model)
+    target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
+    return Engine(cls(target, seed=seed, **options), model, call)
+
+
+def shard_blocks(model: nn.Module) -> nn.Module:
+    """`fully_shard` every block of the outermost ModuleLists and Sequentials that has parameters, then the root; in place."""
+    from torch.distributed.fsdp import fully_shard
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(module, nn.Sequential | nn.ModuleList):
+                if any(True for _ in child.parameters()):
+                    fully_shard(child)
+            else:
+                visit(child)
+
+    visit(model)
+    fully_shard(model)
+    return model
+
+
+def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, Any], config: Mapping[str, Any],
+               device: torch.device, decay_vectors: bool, seed: int) -> Engine:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("engine: DeepSpeed is not installed; pip install everbatch[deepspeed]") from error
+    chosen, rest = route(cls, options)
+    base = base_of(cls)
+    assert base is not None
+    target = list(model.parameters()) if decay_vectors else [
+        {**g, "params": [p for _, p in g["params"]]} for g in groups(model, weight_decay=rest.get("weight_decay", 0.0))]
+    try:
+        client = base(target, **rest)
+    except TypeError as error:
+        raise TypeError(f"{cls.__name__}: {error}; options of the mixins: {', '.join(sorted(option_names(cls)))}") from None
+    engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=dict(config))
+    flat = {f"{part.__name__.lower()}_{name}": value for part, values in chosen.items() for name, value in values.items()}
+    half = bool(engine.bfloat16_enabled())
+
+    def call(inputs: Tensor) -> Any:
+        return engine.module(inputs.bfloat16() if half and inputs.is_floating_point() else inputs)
+
+    return Engine(cls.on(engine, seed=seed, **flat), engine.module, call)

@@ -1,0 +1,82 @@
+"""Accuracy on tasks, without a trace in the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from everbatch.data import Stream, Task, evaluation_batches
+from everbatch.distributed import World
+
+if TYPE_CHECKING:
+    from everbatch.train.trainer import Trainer
+
+__all__ = ["accuracies", "evaluating", "mean_buffers"]
+
+
+@torch.no_grad()
+def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task]) -> list[float]:
+    """Accuracy on the test samples of each task, in [0, 1], counted exactly once each at any world size.
+
+    Class-incremental: the prediction is among the classes of tasks 0 to `seen` (a task not yet seen: among its own as well).
+    Task-incremental: among the task's classes. Otherwise: among all.
+
+    Cost: one forward of every test sample; one all-reduce for all tasks. Training flags, statistics and random streams are as
+    before.
+    """
+    counts = torch.zeros(len(tasks), 2, dtype=torch.float64, device=trainer.device)
+    with evaluating(trainer.module, trainer.world):
+        for i, task in enumerate(tasks):
+            allowed = allowed_classes(stream, seen, task).to(trainer.device)
+            for batch in evaluation_batches(stream, task, trainer.config.eval_batch, trainer.world):
+                ready = batch.to(trainer.device)
+                logits = trainer.predict(replace(ready, inputs=trainer.inputs_of(ready.inputs)))
+                guess = allowed[logits[:, allowed].argmax(1)]
+                assert ready.weight is not None
+                counts[i, 0] += ((guess == ready.targets) * ready.weight).sum()
+                counts[i, 1] += ready.weight.sum()
+    right, total = trainer.world.sum(counts).cpu().unbind(1)
+    return (right / total).tolist()  # type: ignore[no-any-return]
+
+
+def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
+    """Labels a prediction on `task` may take after training on tasks 0 to `seen`, ascending."""
+    if stream.kind == "task":
+        return torch.tensor(task.classes)
+    if stream.kind == "class":
+        return torch.tensor(stream.seen_classes(max(seen, task.id)))
+    return torch.arange(stream.num_classes)
+
+
+@contextmanager
+def evaluating(module: nn.Module, world: World) -> Iterator[None]:
+    """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards."""
+    flags = [(m, m.training) for m in module.modules()]
+    state = torch.get_rng_state()
+    with mean_buffers(module, world):
+        module.eval()
+        try:
+            yield
+        finally:
+            for m, training in flags:
+                m.training = training
+            torch.set_rng_state(state)
+
+
+@contextmanager
+def mean_buffers(module: nn.Module, world: World) -> Iterator[None]:
+    """Floating buffers replaced by their mean over ranks inside the block. One all-reduce each; none on one rank."""
+    own = [(b, b.clone()) for b in module.buffers() if b.is_floating_point()] if world.size > 1 else []
+    for buffer, _ in own:
+        mean = world.sum(buffer.float().clone()).div_(world.size)
+        buffer.copy_(mean)
+    try:
+        yield
+    finally:
+        for buffer, kept in own:
+            buffer.copy_(kept)

@@ -1,0 +1,75 @@
+"""The root of the trainer mixins: the verbs a batch travels through, and what a trainer must offer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from everbatch.compose import Contract, base_of, option_names, parts_of, reject_unknown
+from everbatch.data import Batch
+from everbatch.distributed import World
+from everbatch.errors import CompositionError
+
+__all__ = ["TrainerMixin", "gather_rows"]
+
+
+class TrainerMixin(Contract):
+    """Root of the trainer mixins; stands between the parts and a trainer: everbatch's or your own.
+
+    Verbs, in the order the data travels; a trainer that wants to take a mixin offers those the mixin extends:
+
+    - `configure_model(model) -> model`            once, before the engine is built
+    - `on_task_start(task)`, `on_task_end(task)`   around each task
+    - `draw_batch(parts) -> parts`                 host side; may add parts (`Batch` with a name of its own)
+    - `augment_batch(parts) -> parts`              device side, once per step
+    - `forward(batch) -> outputs`                  one part
+    - `loss_terms(outputs, batch) -> {name: scalar}`  one part; the sum of all terms of all parts is minimised
+    - `after_step(record)`                         after an applied or skipped step
+    - `consolidate(task)`                          after the last step of a task; may run loops of its own
+    - `predict(batch) -> logits`                   inference
+
+    A trainer also offers the attributes `world` (`everbatch.distributed.World`), `seed` and `step` (steps begun), and calls
+    its verbs itself. `global_rows(batch)` is optional: ids, targets and positions of the whole global batch; without it they
+    are gathered, one small collective per step.
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ("configure_model", "on_task_start", "draw_batch", "augment_batch", "forward",
+                                        "loss_terms", "after_step", "consolidate", "on_task_end", "predict")
+    final: ClassVar[tuple[str, ...]] = ("training_step", "fit")
+    world: World
+    seed: int
+    step: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = base_of(cls)
+        for part in parts_of(cls) if base is not None else ():
+            lacking = [v for v in cls.verbs if v in vars(part) and not hasattr(base, v)]
+            if lacking:
+                raise CompositionError(f"{cls.__name__}: {part.__name__} extends {lacking[0]}(), which {base.__name__} "
+                                       f"does not offer; define {', '.join(f'{v}()' for v in lacking)} there")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        rest = self._configure(options)
+        base = base_of(type(self))
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            reject_unknown(type(self), rest, set(parameters) - {"self"} | option_names(type(self)))
+        super().__init__(*args, **rest)
+
+    def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, targets and positions of the global batch of which `batch` is this rank's part, the same on every rank."""
+        base = super()
+        return base.global_rows(batch) if hasattr(base, "global_rows") else gather_rows(batch, self.world)
+
+
+def gather_rows(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather ids, targets and positions of equally large parts in rank order: (world * n,) each. One all-reduce."""
+    mine = torch.stack([batch.ids, batch.targets, batch.position]).cpu()
+    table = mine.new_zeros((world.size, *mine.shape))
+    table[world.rank] = mine
+    ids, targets, position = world.sum(table).permute(1, 0, 2).reshape(3, -1)
+    return ids, targets, position

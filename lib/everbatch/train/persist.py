@@ -1,0 +1,131 @@
+"""The trainer's state as a checkpoint, and back, at the same world size or another."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everbatch import checkpoint
+from everbatch.checkpoint import Checkpoint, Piece
+from everbatch.compose import parts_of
+from everbatch.errors import CheckpointMismatch
+from everbatch.optim import state as optimizer_state
+
+if TYPE_CHECKING:
+    from everbatch.train.trainer import Trainer
+
+__all__ = ["identity", "load", "save"]
+
+
+def save(trainer: Trainer) -> None:
+    """Write a checkpoint of the present step boundary. Collective."""
+    pieces, meta = optimizer_state.pieces(trainer.optimizer)
+    for name, buffer in trainer.module.named_buffers():
+        key = f"buffer/{trainer.world.rank}/{name}"
+        pieces.append(Piece(key, tuple(buffer.shape), 0, buffer))
+    plain: dict[str, Any] = {}
+    for part, state in getattr(trainer, "states", {}).items():
+        for field, value in _fields(state).items():
+            key = f"{part.__name__}.{field}"
+            if hasattr(value, "state_dict"):
+                saved, plain[key] = _store_pieces(key, value.state_dict(), trainer.world.rank)
+                pieces += saved
+            elif isinstance(value, Tensor):
+                pieces += [Piece(key, tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
+            else:
+                plain[key] = value
+    counters = {"step": trainer.step, "task_index": trainer.task_index, "task_step": trainer.task_step,
+                "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain}
+    assert trainer.folder is not None
+    checkpoint.save(trainer.folder, trainer.step, pieces, {"optimizer": meta, "trainer": counters, "identity": identity(trainer)},
+                    world=trainer.world, keep_last=trainer.config.keep_last)
+
+
+def load(trainer: Trainer, kept: Checkpoint) -> None:
+    """Restore a checkpoint: bit for bit at the same world size.
+
+    Another world size or ZeRO stage gets the same weights, moments, mixin state and memory; buffers that differed by rank become
+    their mean, and the order of samples follows the new number of ranks only where a batch is divided among them.
+
+    Raises:
+        CheckpointMismatch: another configuration, stream or class, naming what differs; nothing is touched then.
+    """
+    ours, theirs = identity(trainer), kept.meta.get("identity", {})
+    differs = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+    if differs:
+        k = differs[0]
+        raise CheckpointMismatch(f"{kept}: made with {k}={theirs.get(k)!r}, this run has {ours.get(k)!r}"
+                                 + (f" (and {', '.join(differs[1:])} differ)" if differs[1:] else "")
+                                 + "; repeat the configuration, or use another folder")
+    optimizer_state.load_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
+    saved = kept.meta["trainer"]
+    _load_buffers(trainer, kept)
+    for part, state in getattr(trainer, "states", {}).items():
+        for field, value in _fields(state).items():
+            key = f"{part.__name__}.{field}"
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(_store_state(key, saved["mixins"][key], kept))
+            elif isinstance(value, Tensor):
+                setattr(state, field, kept.whole(key))
+            else:
+                setattr(state, field, saved["mixins"][key])
+    trainer.step, trainer.task_index, trainer.task_step = saved["step"], saved["task_index"], saved["task_step"]
+    trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
+
+
+def identity(trainer: Trainer) -> dict[str, Any]:
+    """What must be equal for a run to be the continuation of another: configuration, stream, classes and their options."""
+    free = {"keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation"}
+    config = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in free}
+    mixins = {part.__name__: repr(c) for part, c in getattr(trainer, "configs", {}).items()}
+    optimizer = {part.__name__: repr(c) for part, c in trainer.optimizer.configs.items()}
+    classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in parts_of(type(trainer.optimizer))]]
+    assert trainer.stream is not None
+    values = {"trainer": config, "mixins": mixins, "optimizer": optimizer, "classes": classes, "lr": trainer._base_lr,
+              "stream": trainer.stream.fingerprint()}
+    flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
+    return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
+
+
+def _load_buffers(trainer: Trainer, kept: Checkpoint) -> None:
+    rank, same = trainer.world.rank, kept.world_size == trainer.world.size
+    for name, buffer in trainer.module.named_buffers():
+        ranks = [rank] if same else range(kept.world_size)
+        values = [kept.whole(f"buffer/{r}/{name}").to(buffer.device) for r in ranks]
+        mean = torch.stack([v.float() for v in values]).mean(0) if len(values) > 1 and buffer.is_floating_point() else values[0]
+        buffer.copy_(mean.to(buffer.dtype))
+
+
+def _store_pieces(key: str, saved: dict[str, Any], rank: int) -> tuple[list[Piece], dict[str, Any]]:
+    """A sample memory: the replicated index once, and this rank's rows of the payload."""
+    index, pieces = saved["index"], []
+    total = len(index["slots"])
+    for name, rows in saved["rows"].items():
+        pieces.append(Piece(f"{key}/rows/{name}", (total, *rows.shape[1:]), saved["start"] * rows[:1].numel(), rows))
+    plain = {"names": sorted(saved["rows"]), "arrays": sorted(k for k, v in index.items() if isinstance(v, np.ndarray)),
+             "numbers": {k: v for k, v in index.items() if not isinstance(v, np.ndarray)}}
+    if rank == 0:
+        for name in plain["arrays"]:
+            array = torch.from_numpy(np.ascontiguousarray(index[name]))
+            pieces.append(Piece(f"{key}/index/{name}", tuple(array.shape), 0, array))
+    return pieces, plain
+
+
+def _store_state(key: str, plain: dict[str, Any], kept: Checkpoint) -> dict[str, Any]:
+    index: dict[str, Any] = {name: kept.whole(f"{key}/index/{name}").numpy() for name in plain["arrays"]}
+    rows = {name: kept.whole(f"{key}/rows/{name}") for name in plain["names"]}
+    return {"index": {**index, **plain["numbers"]}, "start": 0, "rows": rows}
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    return [_jsonable(v) for v in value] if isinstance(value, tuple | list) else value

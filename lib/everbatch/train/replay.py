@@ -1,0 +1,140 @@
+"""Rehearsal from a memory of earlier samples: ER, DER and DER++, at any world size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
+from everbatch.errors import check, check_real
+from everbatch.train.mixin import TrainerMixin
+from everbatch.train.record import StepRecord
+
+__all__ = ["Replay", "dark_term", "label_term"]
+
+
+def label_term(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row: CE(u_i, y_i). Shapes (n, C), (n,) -> (n,). ER's term, averaged over the replay batch."""
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def dark_term(logits: Tensor, stored: Tensor, reduction: Literal["element_mean", "sample_sum"] = "element_mean") -> Tensor:
+    """Squared distance of each row's logits to those stored with it: ||u_i - z_i||^2, divided by C for "element_mean".
+
+    Where the head has grown since, the common prefix is compared. Shapes (n, C), (n, C') -> (n,).
+
+    Source: Buzzega et al. 2020, arXiv 2004.07211. The authors' code averages over all n * C elements, hence the default;
+    the paper's squared norm is "sample_sum", so alpha there is alpha here divided by C.
+    """
+    width = min(logits.shape[1], stored.shape[1])
+    distance = (logits[:, :width].float() - stored[:, :width].float()).square()
+    return distance.mean(1) if reduction == "element_mean" else distance.sum(1)
+
+
+class Replay(TrainerMixin):
+    """Rehearse samples of a memory beside each batch of the stream.
+
+        er:            CE(B) + beta * CE(M)
+        dark_er:       CE(B) + alpha * mse(u(M1), z(M1))
+        dark_er_pp:    CE(B) + alpha * mse(u(M1), z(M1)) + beta * CE(M2)      two independent draws
+
+    Stored are inputs before augmentation, labels, and the logits of the pass before the update; on the draw the training
+    augmentation is applied anew. Each draw is min(replay_batch, filled) samples without replacement, forwarded on its own.
+    The memory is a function of the stream: the same at any world size. A skipped step adds nothing.
+
+    Args (Config): see the fields; `capacity=0` switches rehearsal off and leaves every bit of the training.
+
+    Cost: one forward and backward of replay_batch samples per draw; payload capacity / world rows on each rank's CPU; one
+    all-to-all per draw and per step that stores.
+    Order: right of mixins that craft from the stream (ConAdv), so that crafted parts are not stored.
+
+    Source: Buzzega et al. 2020, arXiv 2004.07211 (DER, DER++), named dark_er here because DER also names another method.
+    Differs: the memory keeps the samples with the largest hashed keys (the law of reservoir sampling, without its history)
+    and, by default, a sample met again in a later epoch refreshes its logits instead of entering twice.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        method: Literal["er", "dark_er", "dark_er_pp"] = "dark_er_pp"
+        """Which terms: labels, stored logits, or both from independent draws."""
+        capacity: int = 500
+        """Samples in the memory, over all ranks; >= 0, 0 switches rehearsal off."""
+        replay_batch: int = 32
+        """Samples per draw, over all ranks; >= 1."""
+        alpha: float = 0.1
+        """Weight of the stored-logits term; >= 0."""
+        beta: float = 0.5
+        """Weight of the label term; >= 0."""
+        memory: Literal["reservoir", "class_balanced", "ring"] = "reservoir"
+        """Which samples stay: uniformly over the stream, equally many of each class, or the last of each task."""
+        key: Literal["stream", "sample"] = "sample"
+        """What a sample's key hashes: its place in the stream (every visit counts), or its id (a visit refreshes it)."""
+        reduction: Literal["element_mean", "sample_sum"] = "element_mean"
+        """Squared distance of logits: mean over classes (the authors' code) or sum (the paper)."""
+
+        def __post_init__(self) -> None:
+            check(isinstance(self.capacity, int) and self.capacity >= 0, "Replay", f"capacity={self.capacity!r}",
+                  "be an integer >= 0")
+            check(isinstance(self.replay_batch, int) and self.replay_batch >= 1, "Replay",
+                  f"replay_batch={self.replay_batch!r}", "be an integer >= 1")
+            check_real("Replay", "alpha", self.alpha, 0.0)
+            check_real("Replay", "beta", self.beta, 0.0)
+
+    @dataclass
+    class State:
+        store: ReplayStore | None = None
+
+    def configure_model(self, model: nn.Module) -> nn.Module:
+        """Make the empty memory."""
+        config: Replay.Config = self.configs[Replay]
+        if config.capacity:
+            self.states[Replay].store = ReplayStore(_memory(config, self), self.world, self.seed)
+        return super().configure_model(model)  # type: ignore[misc, no-any-return]
+
+    def draw_batch(self, parts: list[Batch]) -> list[Batch]:
+        """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels), or both."""
+        parts = super().draw_batch(parts)  # type: ignore[misc]
+        config, store = self.configs[Replay], self.states[Replay].store
+        wanted = {"er": ("replay",), "dark_er": ("dark",), "dark_er_pp": ("dark", "replay")}[config.method]
+        for part in wanted if store is not None else ():
+            rows = store.draw(config.replay_batch, self.step, part)
+            if rows is not None:
+                extras = {"logits": rows["logits"]} if part == "dark" else {}
+                parts = [*parts, Batch(rows["raw"], rows["targets"], rows["ids"], rows["position"], task=parts[0].task,
+                                       part=part, weight=rows["weight"], extras=extras)]
+        return parts
+
+    def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Add the term of a replay part."""
+        terms: dict[str, Tensor] = super().loss_terms(outputs, batch)  # type: ignore[misc]
+        config: Replay.Config = self.configs[Replay]
+        if batch.part == "dark":
+            distance = dark_term(outputs, batch.extras["logits"], config.reduction)
+            terms = {**terms, "replay_dark": config.alpha * batch.mean(distance)}
+        elif batch.part == "replay":
+            terms = {**terms, "replay_label": config.beta * batch.mean(label_term(outputs, batch.targets))}
+        return terms
+
+    def after_step(self, record: StepRecord) -> None:
+        """Offer the stream's samples to the memory, with the logits of the recorded pass."""
+        super().after_step(record)  # type: ignore[misc]
+        store: ReplayStore | None = self.states[Replay].store
+        if store is None or not record.applied:
+            return
+        batch = next(p for p in record.parts if p.part == "stream")
+        rows = {"raw": batch.extras.get("raw", batch.inputs), "logits": record.outputs["stream"].float()}
+        ids, targets, position = self.global_rows(batch)
+        store.add(ids.numpy(), targets.numpy(), position.numpy(), batch.task, rows)
+
+
+def _memory(config: Replay.Config, trainer: Any) -> Buffer:
+    if config.memory == "ring":
+        tasks = getattr(trainer, "num_tasks", None)
+        check(isinstance(tasks, int), "Replay", "memory='ring'", "know the number of tasks",
+              "set num_tasks on the trainer before configure_model")
+        return Ring(config.capacity, tasks=tasks, seed=trainer.seed)
+    kind = {"reservoir": Reservoir, "class_balanced": ClassBalanced}[config.memory]
+    return kind(config.capacity, seed=trainer.seed, key=config.key)

@@ -1,0 +1,74 @@
+"""Learning-rate schedules measured in epochs, by torch's own schedulers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    PolynomialLR,
+    SequentialLR,
+)
+
+from everbatch.errors import check, check_real
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Warm-up, then decay, over the steps of one task; step 0 is the first update.
+
+    Warm-up:  lr(s) = peak * (s + 1) / (w + 1)  for s < w steps, so that the first update is not a no-op.
+    Then, over the remaining S steps:  constant;  cosine to 0;  polynomial peak * (1 - s/S)^power;  or steps: times `factor`
+    at each milestone.
+    """
+
+    kind: Literal["constant", "cosine", "polynomial", "steps"] = "constant"
+    """Shape after the warm-up."""
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up, in epochs of the task; >= 0."""
+    power: float = 2.0
+    """Exponent of the polynomial decay; > 0. 2 for LARS recipes, 1 for LAMB."""
+    milestones: tuple[float, ...] = ()
+    """kind="steps": epochs of the task at which the rate drops, ascending."""
+    factor: float = 0.1
+    """kind="steps": factor at each milestone; in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        check(self.kind in ("constant", "cosine", "polynomial", "steps"), "Schedule", f"kind={self.kind!r}",
+              "be constant, cosine, polynomial or steps")
+        check_real("Schedule", "warmup_epochs", self.warmup_epochs, 0.0)
+        check_real("Schedule", "power", self.power, 0.0, open_low=True)
+        check_real("Schedule", "factor", self.factor, 0.0, 1.0, open_low=True)
+        rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
+        check(rising, "Schedule", f"milestones={self.milestones}", "ascend")
+
+    def build(self, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int) -> LRScheduler:
+        """A scheduler to be stepped once after every training step.
+
+        Raises:
+            ValueError: a warm-up as long as the training or longer.
+        """
+        total, warm = epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)
+        check(warm < total, "Schedule", f"warmup_epochs={self.warmup_epochs}", f"be shorter than the {epochs} epochs of the task")
+        rest = total - warm
+        main: LRScheduler
+        if self.kind == "cosine":
+            main = CosineAnnealingLR(optimizer, T_max=rest)
+        elif self.kind == "polynomial":
+            main = PolynomialLR(optimizer, total_iters=rest, power=self.power)
+        elif self.kind == "steps":
+            main = MultiStepLR(optimizer, [round(m * steps_per_epoch) - warm for m in self.milestones], gamma=self.factor)
+        else:
+            main = ConstantLR(optimizer, factor=1.0, total_iters=0)
+        if not warm:
+            return main
+        ramp = LinearLR(optimizer, start_factor=1.0 / (warm + 1), total_iters=warm)
+        return SequentialLR(optimizer, [ramp, main], milestones=[warm])

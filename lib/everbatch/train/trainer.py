@@ -1,0 +1,364 @@
+"""The trainer: a final step over cooperative verbs, a stream of tasks, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from everbatch import checkpoint, seeds
+from everbatch.compose import parts_of
+from everbatch.data import Batch, Loader, Stream, Task
+from everbatch.distributed import init
+from everbatch.errors import check
+from everbatch.logging import Recorder
+from everbatch.train import persist
+from everbatch.train.engines import launch
+from everbatch.train.evaluate import accuracies
+from everbatch.train.mixin import TrainerMixin
+from everbatch.train.record import StepRecord
+from everbatch.train.schedule import Schedule
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains a model on a stream of tasks, on any engine, with any trainer mixins to its left in a class statement.
+
+    Args:
+        model: a bare module that maps inputs to logits (n, classes), the head as wide as the stream.
+        optimizer: `functools.partial(Cls, lr=..., ...)` of a composed optimizer class.
+        engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration (`everbatch.config.deepspeed_config`).
+        config: see `Trainer.Config`.
+        augment: maps one un-augmented sample to a training sample; it may draw from torch's global generator, which is seeded
+            for every row by (seed, step, part, sample id), so the result is the same at any world size.
+        prepare: maps a batch of (augmented or plain) samples to model inputs: scaling, normalisation.
+        folder: where checkpoints go; None for none.
+        recorder: where scalars go; None for none.
+        device: "cuda" or "cpu"; by default this rank's GPU where there is one.
+
+    Seeds: torch's global generator is reseeded for every step from (seed, step, rank), and everything else is stateless, so a
+    resumed run repeats an uninterrupted one bit for bit without any saved random state.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        batch_size: int = 64
+        """Samples of the stream per step, over all ranks and micro-batches; >= 1, divisible by ranks * accumulation."""
+        epochs: int = 1
+        """Passes over each task; >= 1."""
+        accumulation: int = 1
+        """Micro-batches per step and rank; >= 1."""
+        schedule: Schedule = field(default_factory=Schedule)
+        """Learning-rate schedule, restarted at every task."""
+        precision: Literal["fp32", "bf16"] = "fp32"
+        """bf16: autocast on plain, ddp and fsdp2 (masters stay fp32); on DeepSpeed say it in the engine's configuration."""
+        seed: int = 0
+        """Root of all randomness."""
+        decay_vectors: bool = True
+        """Weight decay on biases and norm scales too; False for large-batch recipes."""
+        reset_optimizer: bool = True
+        """Start every task with fresh optimizer moments, as the reference implementations do."""
+        eval_batch: int = 256
+        """Samples per rank and forward in evaluation; >= 1."""
+        eval_future: bool = False
+        """Evaluate tasks before they are trained as well (forward transfer)."""
+        checkpoint_every: int = 0
+        """Steps between checkpoints beside the one after each task; 0 for none."""
+        keep_last: int = 2
+        """Checkpoints kept; >= 1."""
+        max_bad_steps: int = 10
+        """Consecutive steps with a gradient that is not finite before the run stops; >= 1."""
+        workers: int = 0
+        """Processes per rank that fetch batches ahead; 0 fetches in the trainer's."""
+
+        def __post_init__(self) -> None:
+            for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation", 1), ("eval_batch", 1), ("keep_last", 1),
+                                ("checkpoint_every", 0), ("max_bad_steps", 1), ("workers", 0)):
+                value = getattr(self, name)
+                check(isinstance(value, int) and value >= least, "Trainer", f"{name}={value!r}", f"be an integer >= {least}")
+            check(self.precision in ("fp32", "bf16"), "Trainer", f"precision={self.precision!r}", "be fp32 or bf16")
+
+    def __init__(
+        self, model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any] = "plain", *,
+        config: Config | None = None, augment: Callable[[Tensor], Tensor] | None = None,
+        prepare: Callable[[Tensor], Tensor] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
+        device: str | None = None, num_tasks: int | None = None,
+    ) -> None:
+        self.config = config or self.Config()
+        self.world, self.seed, self.num_tasks = init(device), self.config.seed, num_tasks
+        share = self.world.size * self.config.accumulation
+        check(self.config.batch_size % share == 0, "Trainer", f"batch_size={self.config.batch_size}",
+              f"be divisible by {self.world.size} ranks * {self.config.accumulation} micro-batches")
+        cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        self.augment, self.prepare, self.recorder = augment, prepare, recorder
+        self.folder = None if folder is None else Path(folder)
+        model = self.configure_model(model)
+        self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
+                             decay_vectors=self.config.decay_vectors)
+        self.optimizer, self.module = self.engine.optimizer, self.engine.module
+        self._base_lr = [g["lr"] for g in self.optimizer.param_groups]
+        self.step, self.task_index, self.task_step, self.bad_steps = 0, 0, 0, 0
+        self.matrix: list[list[float]] = []
+        self.stream: Stream | None = None
+        self.loader: Loader | None = None
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._terms: dict[str, Tensor] = {}
+        self._stop_asked = self.stopped = False
+
+    @property
+    def title(self) -> str:
+        """Method, optimizer and engine, for figures."""
+        parts = [p.__name__ for p in parts_of(type(self))] if isinstance(self, TrainerMixin) else []
+        return f"{' + '.join(parts) or 'fine-tuning'}, {self.optimizer.host.title}"
+
+    def describe(self) -> str:
+        """The trainer's mixins with their options, then what the optimizer says of itself."""
+        lines = [f"{type(self).__name__}: {self.title}, {self.world.size} rank{'s' * (self.world.size > 1)}, global batch "
+                 f"{self.config.batch_size} in {self.config.accumulation} micro-batch(es)"]
+        lines += [f"  {part.__name__:<18} {c!r}".replace(f"{part.__name__}.Config", "")
+                  for part, c in getattr(self, "configs", {}).items()]
+        return "\n".join([*lines, self.optimizer.describe()])
+
+    # ---------------------------------------------------------------------------------------------- verbs, innermost
+    def configure_model(self, model: nn.Module) -> nn.Module:
+        """Change the model before the engine is built."""
+        return model
+
+    def on_task_start(self, task: Task) -> None:
+        """Before the first step of a task; not called again when a run resumes inside it."""
+
+    def draw_batch(self, parts: list[Batch]) -> list[Batch]:
+        """On the host: add parts to the batch of the stream."""
+        return parts
+
+    def augment_batch(self, parts: list[Batch]) -> list[Batch]:
+        """Once per step: augment, move to the device, prepare. The stream part keeps its raw inputs in `extras`."""
+        return [self._ready(part) for part in parts]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of one part, (n, classes) float32."""
+        half = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return self.engine.call(batch.inputs).float()  # type: ignore[no-any-return]
+
+    def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Named scalars of one part; cross-entropy for the stream."""
+        if batch.part != "stream":
+            return {}
+        return {"cross_entropy": batch.mean(functional.cross_entropy(outputs, batch.targets, reduction="none"))}
+
+    def after_step(self, record: StepRecord) -> None:
+        """After every step, applied or skipped."""
+
+    def consolidate(self, task: Task) -> None:
+        """After the last step of a task."""
+
+    def on_task_end(self, task: Task) -> None:
+        """After consolidation, before evaluation."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits of a batch whose inputs are ready, in evaluation mode."""
+        return self.forward(batch)
+
+    # -------------------------------------------------------------------------------------------------------- the step
+    def training_step(self, batch: Batch) -> StepRecord:
+        """One step of one batch of the stream: draw, augment, passes, update. Collective."""
+        seeds.seed_step(self.seed, self.step, self.world.rank)
+        parts = self.augment_batch(self.draw_batch([batch]))
+        micros = list(zip(*(part.split(self.config.accumulation) for part in parts), strict=True))
+
+        def closure() -> Tensor:
+            if self.optimizer.recording:
+                self._outputs, self._terms = {}, {}
+            return torch.stack([self._micro(micro) for micro in self.optimizer.micro_batches(micros)]).sum()
+
+        loss = self.optimizer.step(closure)
+        outputs = {part: torch.cat(rows) for part, rows in self._outputs.items()}
+        sizes = {part.part: len(part) for part in parts}
+        record = StepRecord(self.step, self.optimizer.last_applied, loss, self._terms, parts,
+                            {part: rows[: sizes[part]] for part, rows in outputs.items()})
+        self.after_step(record)
+        self.step += 1
+        return record
+
+    def _micro(self, parts: tuple[Batch, ...]) -> Tensor:
+        """Forward and backward of one micro-batch, all parts of it; returns its loss, detached."""
+        terms: dict[str, Tensor] = {}
+        for part in parts:
+            outputs = self.forward(part)
+            for name, term in self.loss_terms(outputs, part).items():
+                terms[name] = terms[name] + term if name in terms else term
+            if self.optimizer.recording:
+                self._outputs.setdefault(part.part, []).append(outputs.detach())
+        loss = torch.stack(list(terms.values())).sum()
+        self.optimizer.backward(loss)
+        if self.optimizer.recording:
+            for name, term in terms.items():
+                self._terms[name] = self._terms[name] + term.detach() if name in self._terms else term.detach()
+        return loss.detach()
+
+    def _ready(self, part: Batch) -> Batch:
+        raw = part.inputs
+        inputs = self._augmented(part) if self.augment is not None else raw
+        extras = {**part.extras, "raw": raw} if part.part == "stream" else part.extras
+        part = replace(part, inputs=inputs, extras=extras).to(self.device)
+        return replace(part, inputs=self.inputs_of(part.inputs))
+
+    def inputs_of(self, raw: Tensor) -> Tensor:
+        """Model inputs of samples as the source gives them, without augmentation."""
+        return self.prepare(raw) if self.prepare is not None else raw.float()
+
+    def _augmented(self, part: Batch) -> Tensor:
+        rows = []
+        assert self.augment is not None
+        with torch.random.fork_rng(devices=[]):
+            for row, key in zip(part.inputs, part.ids.tolist(), strict=True):
+                torch.manual_seed(seeds.derive(self.seed, "augment", part.part, self.step, key))
+                rows.append(self.augment(row))
+        return torch.stack(rows)
+
+    # --------------------------------------------------------------------------------------------------------- the run
+    def fit(self, stream: Stream, *, resume: bool = False) -> list[list[float]]:
+        """Train on all tasks; returns the accuracy matrix: row k, after task k, column j, on task j (NaN: not evaluated).
+
+        Args:
+            stream: the tasks.
+            resume: go on from the newest good checkpoint in `folder`, if there is one.
+
+        Raises:
+            CheckpointMismatch: a checkpoint of another configuration, stream or model.
+            RuntimeError: too many consecutive steps without a finite gradient.
+        """
+        self.stream, self.num_tasks = stream, len(stream)
+        self._validate(stream)
+        self.world.require_same("Trainer's stream", stream.fingerprint())
+        kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
+        if kept is not None:
+            persist.load(self, kept)
+        with _StopOnSignal(self):
+            while self.task_index < len(stream):
+                self._run_task(stream, stream.tasks[self.task_index])
+                if self.stopped:
+                    break
+        return self.matrix
+
+    def _validate(self, stream: Stream) -> None:
+        """Errors of any task before the first step of the first."""
+        for task in stream.tasks:
+            loader = Loader(stream, task, self.config.batch_size, self.config.epochs, self.seed, self.world)
+            self.config.schedule.build(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), epochs=self.config.epochs,
+                                       steps_per_epoch=loader.steps_per_epoch)
+
+    def _run_task(self, stream: Stream, task: Task) -> None:
+        config = self.config
+        if self.task_step == 0:
+            if self.task_index and config.reset_optimizer:
+                self.optimizer.host.reset_moments()
+            self.on_task_start(task)
+        position = sum(len(t.train_ids) // config.batch_size for t in stream.tasks[: self.task_index]) * config.epochs
+        self.loader = Loader(stream, task, config.batch_size, config.epochs, self.seed, self.world, start=self.task_step,
+                             workers=config.workers, position0=position * config.batch_size)
+        schedule = self._schedule(self.loader.steps_per_epoch)
+        if self.recorder is not None:
+            self.recorder.bar(len(self.loader), f"task {task.id + 1}/{len(stream)}", done=self.task_step, show=("loss/total",))
+        for batch in self.loader:
+            self.module.train()
+            record = self.training_step(batch)
+            schedule.step()
+            self.task_step += 1
+            self._account(record)
+            if self._should_stop():
+                self._save()
+                return
+            if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.task_step < len(self.loader):
+                self._save()
+        self.consolidate(task)
+        self.on_task_end(task)
+        last = len(stream) if config.eval_future else self.task_index + 1
+        row = accuracies(self, stream, self.task_index, list(stream.tasks[:last]))
+        self.matrix.append(row + [float("nan")] * (len(stream) - last))
+        self.task_index, self.task_step = self.task_index + 1, 0
+        if self.recorder is not None:
+            self.recorder.scalars(self.step, {f"accuracy/task_{j}": a for j, a in enumerate(row)}
+                                  | {"accuracy/seen": float(np.mean(row[: self.task_index]))})
+            self.recorder.flush()
+            shown = " ".join(f"{100 * a:5.1f}" for a in row)
+            self.recorder.say(f"after task {task.id + 1}/{len(stream)} ({task.name}): accuracy by task, %: {shown}")
+        self._save()
+
+    def _schedule(self, steps_per_epoch: int) -> torch.optim.lr_scheduler.LRScheduler:
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = lr
+            group.pop("initial_lr", None)
+        schedule = self.config.schedule.build(self.optimizer, epochs=self.config.epochs, steps_per_epoch=steps_per_epoch)  # type: ignore[arg-type]
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a resumed run steps the schedule before the optimizer
+        for _ in range(self.task_step):
+            schedule.step()
+        return schedule
+
+    def _account(self, record: StepRecord) -> None:
+        self.bad_steps = 0 if record.applied else self.bad_steps + 1
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise RuntimeError(f"Trainer: {self.bad_steps} consecutive steps up to step {record.step} gave a gradient that is not "
+                               "finite, and were skipped on every rank; lower the learning rate or look at the data, or raise "
+                               "max_bad_steps")
+        if self.recorder is not None:
+            values = {"loss/total": record.loss, "lr": self.optimizer.param_groups[0]["lr"],
+                      "steps/skipped": float(self.optimizer.skipped_count)}
+            values |= {f"loss/{name}": term for name, term in record.terms.items()}
+            values |= {f"optimizer/{name}": value for name, value in self.optimizer.metrics.items()}
+            self.recorder.scalars(record.step, values)
+            self.recorder.advance()
+
+    def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, targets and positions of the whole global batch: a function of the step, without communication."""
+        assert self.loader is not None
+        return self.loader.global_rows(self.task_step)
+
+    def _should_stop(self) -> bool:
+        """Whether a signal reached any rank; asked every tenth step, because the answer is a collective."""
+        if self._signals and self.step % 10 == 0:
+            self.stopped = not self.world.all(not self._stop_asked)
+        return self.stopped
+
+    _signals = False
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            persist.save(self)
+
+
+class _StopOnSignal:
+    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps, and an end after it; a second signal ends the process at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.before = trainer, {}  # type: ignore[var-annotated]
+
+    def __enter__(self) -> None:
+        import threading
+
+        if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
+            return
+        self.trainer._signals = True
+        for sign in (signal.SIGTERM, signal.SIGUSR1):
+            self.before[sign] = signal.signal(sign, self._ask)
+
+    def _ask(self, sign: int, _frame: object) -> None:
+        self.trainer._stop_asked = True
+        signal.signal(sign, signal.SIG_DFL)
+
+    def __exit__(self, *error: object) -> None:
+        for sign, handler in self.before.items():
+            signal.signal(sign, handler)
+
+

@@ -1,0 +1,99 @@
+"""Class-incremental learning with rehearsal, on any number of ranks.
+
+torchrun --nproc-per-node 2 recipes/class_incremental.py                         scikit-learn's digits, DER++, DeepSpeed ZeRO-1
+torchrun --nproc-per-node 2 recipes/class_incremental.py replay=null             plain fine-tuning on the same stream
+torchrun --nproc-per-node 8 recipes/class_incremental.py data.source=imagefolder:PATH model.name=resnet18 data.image_size=64
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from everbatch import config
+from everbatch.data import class_incremental, task_incremental
+from everbatch.distributed import init
+from everbatch.logging import Recorder, versions
+from everbatch.metrics import summary
+from everbatch.plots import accuracy_heatmap
+from everbatch.recipe import Data, Engine, Model, Optimizer, guard
+from everbatch.strict_yaml import dump_text
+from everbatch.train import Replay, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Options of this recipe."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    engine: Engine = field(default_factory=Engine)
+    trainer: Trainer.Config = field(default_factory=Trainer.Config)
+    replay: Replay.Config | None = field(default_factory=Replay.Config)
+    """Rehearsal; null for plain fine-tuning."""
+    tasks: int = 5
+    """Tasks into which the classes are divided; >= 1."""
+    scenario: str = "class"
+    """class: no task id at test; task: the task id is given at test."""
+    output: str = "runs/class_incremental"
+    """Folder of this run: result.json, figures, TensorBoard, checkpoints."""
+    resume: bool = False
+    """Go on from the newest good checkpoint in the output folder."""
+    dry_run: bool = False
+    """Print the resolved configuration and what a step costs, and stop."""
+
+
+def main() -> None:
+    """Train, evaluate after each task, report."""
+    options = config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="class_incremental")
+    with guard("class_incremental"):
+        run(options)
+
+
+def run(options: Recipe) -> None:
+    """One run."""
+    world = init()
+    folder = Path(options.output)
+    train, test = options.data.open()
+    split = {"class": class_incremental, "task": task_incremental}[options.scenario]
+    stream = split(train, test, tasks=options.tasks, seed=options.trainer.seed)
+    sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+    learner = type("Learner", ((Replay,) if options.replay else ()) + (Trainer,), {})
+    recorder = None if options.dry_run else Recorder(folder, world.rank, resume=0 if options.resume else None)
+    trainer = learner(
+        options.model.build(sample, stream.num_classes, options.trainer.seed), options.optimizer.build(),
+        options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
+        config=options.trainer, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
+        folder=None if options.dry_run else folder / "checkpoints", recorder=recorder, num_tasks=len(stream),
+        **(vars(options.replay) if options.replay else {}))
+    if options.dry_run:
+        if world.rank == 0:
+            print(dump_text(config.resolved(options)) + trainer.describe())
+        return
+    assert recorder is not None
+    started = time.perf_counter()
+    matrix = trainer.fit(stream, resume=options.resume)
+    if trainer.stopped:
+        recorder.say("stopped by a signal; a checkpoint was written; go on with resume=true")
+        recorder.close()
+        sys.exit(143)
+    seconds = time.perf_counter() - started
+    counts = [len(task.test_ids) for task in stream.tasks]
+    figures = summary(matrix, counts=counts)
+    recorder.figure("accuracy_matrix", accuracy_heatmap(matrix, title=f"{train.name}: {trainer.title}"), trainer.step)
+    recorder.result({
+        "accuracy_matrix": matrix, **figures, "test_samples": counts, "classes": stream.classes, "seconds": seconds,
+        "steps": trainer.step, "skipped_steps": trainer.optimizer.skipped_count, "seed": options.trainer.seed,
+        "world_size": world.size, "describe": trainer.describe(), "stream": stream.fingerprint(), "versions": versions(),
+        "configuration": config.resolved(options)})
+    lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}" for name, value in figures.items()]
+    recorder.say("\n".join([*lines, f"{trainer.step} steps in {seconds:.0f} s; see {folder}/result.json, "
+                            f"{folder}/figures/accuracy_matrix.png, and tensorboard --logdir {folder}"]))
+    recorder.close()
+
+
+if __name__ == "__main__":
+    main()

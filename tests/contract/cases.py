@@ -1,0 +1,121 @@
+"""What the contract suite runs: one line per mixin or mix, and which hosts, checks and bases go together.
+
+A new method joins by adding its line to CASES.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import hosts
+import torch
+
+from everbatch.optim import EMA, SAM, ClipGradNorm, ShrinkPerturb
+
+FACTORY = functools.partial(hosts.build)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Mixins, leftmost first, and their options."""
+
+    name: str
+    mixins: tuple[type, ...]
+    options: dict[str, Any]
+    zero: dict[str, Any]
+    """Options at which the class must give the bare base's bits."""
+    call: str = ""
+    """A method that is called between steps, at CALLS, as a task start would."""
+
+
+CASES = [
+    Case("SAM", (SAM,), {"rho": 0.5}, {"rho": 0.0}),
+    Case("ClipGradNorm", (ClipGradNorm,), {"max_norm": 0.3}, {"max_norm": float("inf")}),
+    Case("EMA", (EMA,), {"ema_decay": 0.5}, {"ema_decay": 0.5}),  # it never touches the weights
+    Case("ShrinkPerturb", (ShrinkPerturb,), {"noise": "gaussian", "sigma": 0.05, "shrink": 0.8},
+         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "keep_moments": True}, "shrink_perturb"),
+    Case("ShrinkPerturb(fresh_init)", (ShrinkPerturb,), {"factory": FACTORY, "perturb": 0.3},
+         {"factory": FACTORY, "perturb": 0.0, "shrink": 1.0, "keep_moments": True}, "shrink_perturb"),
+    Case("ClipGradNorm+SAM", (ClipGradNorm, SAM), {"rho": 0.5, "max_norm": 0.3}, {"rho": 0.0, "max_norm": float("inf")}),
+    Case("ClipGradNorm+EMA+SAM", (ClipGradNorm, EMA, SAM), {"rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
+         {"rho": 0.0, "max_norm": float("inf")}),
+    Case("EMA+ShrinkPerturb+SAM", (EMA, ShrinkPerturb, SAM), {"noise": "gaussian", "sigma": 0.05, "rho": 0.5, "ema_decay": 0.5},
+         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "keep_moments": True, "rho": 0.0}, "shrink_perturb"),
+]
+BY_CASE = {c.name: c for c in CASES}
+MIX = "ClipGradNorm+EMA+SAM"
+"""The case that stands for all where a check is about the host."""
+
+# eps well above the gradients' rounding errors: Adam divides by the gradient's size, and would show them as whole steps.
+BASES = {"sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+         "adamw": functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)}
+
+STEPS, SAVE_AFTER, SKIP_AT, CALLS = 5, 2, 4, (1, 3)
+"""Good steps of a life; steps before the save; the step that first meets a NaN; steps before which `call` is called."""
+
+FP32 = [h.name for h in hosts.HOSTS if not h.bf16]
+BF16 = [h.name for h in hosts.HOSTS if h.bf16]
+DEEPSPEED = [h.name for h in hosts.HOSTS if h.kind == "zero"]
+
+LIFE = ("absent", "parity", "resume", "skipped")
+HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers")
+
+TOLERANCE = {"fp32": 1e-6, "bf16": 6e-3}
+"""Largest difference of any master from the single-process fp32 run after STEPS steps.
+
+fp32: sums over ranks in another order; the largest weight is about 0.5, so this is some 20 units in the last place.
+bf16: activations and weights carry 8 bits, so gradients of size 0.1 err by some 4e-4; five steps at lr 0.1 with momentum 0.9
+sum to about fifteen times 0.1 of that, and clipping and the perturbation scale with norms that err as much.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one launch of the worker does."""
+
+    world: int
+    lives: list[tuple[str, str, str]] = field(default_factory=list)
+    """(host, case, base), each through LIFE."""
+    moves: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """(source host, target host, case, base): saved by two ranks at the source, loaded here."""
+    hosts: list[str] = field(default_factory=list)
+    """Hosts that go through HOST_CHECKS."""
+
+    def keys(self) -> Iterator[str]:
+        """Every check/host/case this plan promises."""
+        for host, case, base in self.lives:
+            for check in LIFE:
+                if not (check == "absent" and hosts.BY_NAME[host].bf16):
+                    yield f"{check}/{host}/{case}-{base}"
+        for source, host, case, base in self.moves:
+            yield f"moved from {source}/{host}/{case}-{base}"
+        for host in self.hosts:
+            for check in HOST_CHECKS:
+                yield f"{check}/{host}/{MIX}-sgd"
+            if host in DEEPSPEED:
+                yield f"self_check/{host}/SAM-sgd"
+
+
+def plan(world: int, *, wide: bool) -> Plan:
+    """The launches: two ranks carry the matrix; one and three ranks show what else the world size may be."""
+    if world == 1:
+        return Plan(1, [(h, MIX, "sgd") for h in ("plain", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")],
+                    [(s, h, c, b) for s, h in (("zero3", "plain"), ("ddp", "zero2"), ("zero2-offload", "zero3"), ("fsdp2", "ddp"))
+                     for c, b in ((MIX, "sgd"), ("EMA+ShrinkPerturb+SAM", "adamw"))])
+    if world == 3:
+        names = FP32[1:] if wide else ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-persistent"]
+        cases = [c.name for c in CASES] if wide else [MIX]
+        return Plan(3, [(h, c, "sgd") for h in names for c in cases],
+                    [(s, h, MIX, "sgd") for s, h in (("zero3", "zero1"), ("ddp", "zero3"), ("zero1", "fsdp2"))],
+                    ["ddp", "fsdp2", "zero1", "zero3"])
+    lives = [(h, c.name, "sgd") for h in FP32 for c in CASES]
+    lives += [(h, c.name, "adamw") for h in FP32 for c in CASES if wide or c.name in (MIX, "EMA+ShrinkPerturb+SAM")]
+    half = BF16 if wide else ["zero0-bf16", "zero2-bf16", "zero3-bf16-fp32acc"]
+    lives += [(h, c, "sgd") for h in half for c in ([c.name for c in CASES] if wide else [MIX])]
+    ring = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]  # four apart: another engine and, mostly, another stage
+    moves = [(s, h, c.name, "sgd") for s, h in ring for c in CASES if wide or "+" in c.name]
+    moves += [(s, h, "EMA+ShrinkPerturb+SAM", "adamw") for s, h in ring]
+    return Plan(2, lives, moves, FP32 + half)

@@ -1,0 +1,137 @@
+"""The life of one case on one host: steps, a save, a resumed twin, a skipped step; and a move to another host."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import cases
+import hosts
+import torch
+from cases import BASES, BY_CASE, CALLS, SAVE_AFTER, SKIP_AT, STEPS, TOLERANCE
+from hosts import BY_NAME, Run
+from record import Record, Tensors
+
+from everbatch import checkpoint
+from everbatch.compose import compose
+from everbatch.distributed import World
+from everbatch.optim.state import load_pieces, pieces
+
+DATA = hosts.seeded(hosts.batches(STEPS + 1))
+BATCHES = list(DATA)
+
+
+@functools.cache
+def composed(case: str, base: str) -> type:
+    """The class of a case; "" is the base with the step protocol alone."""
+    return compose(*(BY_CASE[case].mixins if case else ()), base=BASES[base].func)
+
+
+def fresh(host: str, case: str, base: str, *, zero: bool = False, seed: int = 0, **net: Any) -> Run:
+    """A new run of a case on a host."""
+    options = {} if not case else BY_CASE[case].zero if zero else BY_CASE[case].options
+    return hosts.start(BY_NAME[host], composed(case, base), options, model=hosts.net(seed, **net), base=BASES[base])
+
+
+def advance(run: Run, case: str, begin: int, end: int) -> None:
+    """Steps `begin` to `end` of the common data, with the case's calls between them."""
+    for i in range(begin, end):
+        if case and BY_CASE[case].call and i in CALLS:
+            getattr(run.opt, BY_CASE[case].call)()
+        torch.manual_seed(1000 + i)
+        run.step(*BATCHES[i])
+
+
+def snapshot(run: Run) -> tuple[Tensors, dict[str, Any]]:
+    """Masters, moments and mixin state, whole and copied, and the plain values."""
+    saved = run.opt.state_dict()["everbatch"]
+    return {n: t.clone() for n, t in saved["tensors"].items()}, copy.deepcopy(saved["meta"])
+
+
+@functools.cache
+def reference(case: str, base: str) -> Tensors:
+    """Weights after STEPS steps of one process on the whole batch."""
+    run = fresh("plain", case, base)
+    advance(run, case, 0, STEPS)
+    return run.weights()
+
+
+@functools.cache
+def bare(host: str, base: str) -> Tensors:
+    """Weights after STEPS steps of the base alone."""
+    run = fresh(host, "", base)
+    advance(run, "", 0, STEPS)
+    return run.weights()
+
+
+def tolerance(host: str) -> float:
+    return TOLERANCE["bf16" if BY_NAME[host].bf16 else "fp32"]
+
+
+def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
+    """absent, parity, resume, skipped. The checkpoint goes to `store` for moves."""
+    world, folder, tail = World.current(), store / f"{host}-{case}-{base}", f"{host}/{case}-{base}"
+    with record.check(f"parity/{tail}", tolerance(host)) as found:
+        run = fresh(host, case, base)
+        advance(run, case, 0, SAVE_AFTER)
+        tensors, meta = pieces(run.opt)
+        checkpoint.save(folder, SAVE_AFTER, tensors, meta, world=world)
+        saved = snapshot(run)
+        advance(run, case, SAVE_AFTER, STEPS)
+        end = snapshot(run)
+        found.measure(hosts.difference(run.weights(), reference(case, base)))
+    with record.check(f"resume/{tail}") as found:
+        twin = fresh(host, case, base, seed=7)
+        kept = checkpoint.latest(folder, world=world)
+        assert kept is not None
+        load_pieces(twin.opt, kept, kept.meta)
+        now = snapshot(twin)
+        found.same_bits(now[0], saved[0], "loaded")
+        found.require(plain(now[1]) == plain(saved[1]), "loaded: plain values differ")
+        advance(twin, case, SAVE_AFTER, SKIP_AT)
+    with record.check(f"skipped/{tail}") as found:
+        before, outputs = snapshot(twin), twin.outputs()
+        twin.step(*BATCHES[STEPS], spoil=twin.rank == twin.world - 1)
+        after = snapshot(twin)
+        found.same_bits(after[0], before[0], "after the skipped step")
+        found.require(twin.opt.skipped_count == 1, f"skipped_count is {twin.opt.skipped_count}")
+        before[1]["skipped"] = 1
+        found.require(plain(after[1]) == plain(before[1]), "plain values changed in the skipped step")
+        found.same_bits({"outputs": twin.outputs()}, {"outputs": outputs}, "working weights")
+        advance(twin, case, SKIP_AT, STEPS)
+        found.same_bits(snapshot(twin)[0], end[0], "after the next good step")
+    # The twin took the last steps as well; what it ended in is the resumed run's end.
+    if not BY_NAME[host].bf16:
+        with record.check(f"absent/{tail}") as found:
+            quiet = fresh(host, case, base, zero=True)
+            advance(quiet, case, 0, STEPS)
+            found.same_bits(quiet.weights(), bare(host, base), "against the bare base")
+
+
+def move(record: Record, source: str, host: str, case: str, base: str, store: Path) -> None:
+    """Load on this host and world what two ranks saved on another; every bit is there, and the run goes on as one process."""
+    world = World.current()
+    with record.check(f"moved from {source}/{host}/{case}-{base}", tolerance(host)) as found:
+        kept = checkpoint.latest(store / f"{source}-{case}-{base}", world=world)
+        assert kept is not None and kept.world_size == 2
+        run = fresh(host, case, base, seed=7)
+        load_pieces(run.opt, kept, kept.meta)
+        found.same_bits(snapshot(run)[0], {n: kept.whole(n) for n in kept.names()}, "loaded")
+        advance(run, case, SAVE_AFTER, STEPS)
+        found.measure(hosts.difference(run.weights(), reference(case, base)))
+
+
+def plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with tuples as lists, as JSON leaves them."""
+    return checkpoint_json(meta)  # type: ignore[no-any-return]
+
+
+def checkpoint_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: checkpoint_json(v) for k, v in value.items()}
+    return [checkpoint_json(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+assert cases.SAVE_AFTER < SKIP_AT < STEPS

@@ -1,0 +1,202 @@
+"""The payload of a memory on 1, 2 and 3 ranks: together, and in what they draw, the ranks are the single process."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from everbatch.data import Buffer, ClassBalanced, ReplayStore, Reservoir, share
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch
+
+STEPS, GLOBAL = 12, 12
+PAYLOAD = ("raw", "logits", "flag")
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Ids, targets, positions, task of a global batch: 60 samples met about two and a half times, in 3 tasks."""
+    task = step // 4
+    ids = torch.from_numpy(np.random.default_rng([step % 4, task]).permutation(20)[:GLOBAL]) + 20 * task
+    return ids, ids % 2 + 2 * task, step * GLOBAL + torch.arange(GLOBAL), task
+
+
+def payload(ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """Rows that tell whose they are: images by id, logits by visit."""
+    raw = (ids[:, None, None, None] * 3 + torch.arange(8).reshape(2, 2, 2)).to(torch.uint8)
+    return {"raw": raw, "logits": positions[:, None] + torch.tensor([0.0, 0.25, 0.5]), "flag": positions % 2 == 0}
+
+
+def memory(kind: str, capacity: int = 17) -> Buffer:
+    return ClassBalanced(capacity, seed=5) if kind == "class" else Reservoir(capacity, seed=5, key=kind)
+
+
+def add(store: ReplayStore, step: int) -> None:
+    ids, targets, positions, task = batch(step)
+    bounds = share(GLOBAL, store.world.size)
+    mine = slice(int(bounds[store.world.rank]), int(bounds[store.world.rank + 1]))
+    store.add(ids, targets, positions, task, payload(ids[mine], positions[mine]))
+
+
+def run(kind: str, world: World, resume: list[dict[str, Any]] | None = None, start: int = 0) -> dict[str, Any]:
+    """Feed the memory and draw from it; what the rank saw."""
+    store = ReplayStore(memory(kind), world, seed=1)
+    if resume is not None:
+        store.load_state_dict(resume)
+    draws = []
+    for step in range(start, STEPS):
+        draws.append([store.draw(count, step, purpose) for count, purpose in ((5, "a"), (2, "b"), (100, "c"))])
+        add(store, step)
+        if step == STEPS // 2 - 1:
+            half = store.state_dict()
+    return {"draws": draws, "half": half if start == 0 else None, "end": store.state_dict()}
+
+
+def worker(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
+                            timeout=datetime.timedelta(seconds=60))
+    try:
+        kinds = ("stream", "sample", "class")
+        single = torch.load(f"{folder}/single.pt", weights_only=False)
+        results = {kind: run(kind, World.current()) for kind in kinds}
+        resumed = {kind: run(kind, World.current(), [single[kind]["half"]], STEPS // 2) for kind in kinds}
+        torch.save((results, resumed), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[k]), np.asarray(b[k])) for k in a)
+
+
+def check_draws(single: list[list[Any]], ranks: list[list[list[Any]]]) -> None:
+    size = len(ranks)
+    for step, draws in enumerate(single):
+        for index, whole in enumerate(draws):
+            parts = [rank[step][index] for rank in ranks]
+            if whole is None:
+                assert parts == [None] * size
+                continue
+            m = len(whole["weight"])
+            assert all(len(part["weight"]) >= 1 for part in parts)
+            real = [{k: v[part["weight"] > 0] for k, v in part.items()} for part in parts]
+            got = joined(real)
+            assert torch.equal(got.pop("weight"), torch.full((m,), size / m))
+            assert same(got, {k: v for k, v in whole.items() if k != "weight"})
+
+
+def test_one_rank_gives_back_what_was_stored() -> None:
+    for kind in ("stream", "sample", "class"):
+        result = run(kind, World())
+        assert result["draws"][0] == [None, None, None]
+        for draws in result["draws"][1:]:
+            for drawn, most in zip(draws, (5, 2, 17), strict=True):
+                want = payload(drawn["ids"], drawn["position"])
+                assert all(torch.equal(drawn[name], want[name]) for name in PAYLOAD)
+                assert torch.equal(drawn["targets"], drawn["ids"] % 2 + 2 * drawn["task"])
+                assert len(drawn["ids"]) <= most and drawn["weight"].sum() == pytest.approx(1.0)
+                assert drawn["raw"].dtype == torch.uint8 and drawn["flag"].dtype == torch.bool
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_together_are_the_single_process(size: int, tmp_path: Path) -> None:
+    single = {kind: run(kind, World()) for kind in ("stream", "sample", "class")}
+    torch.save(single, tmp_path / "single.pt")
+    context = mp.spawn(worker, (size, str(tmp_path)), nprocs=size, join=False)
+    try:
+        for _ in range(24):
+            if context.join(timeout=5):
+                break
+        else:
+            pytest.fail("the ranks did not finish in 120 seconds")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+    for kind, want in single.items():
+        results, resumed = ([rank[part][kind] for rank in ranks] for part in (0, 1))
+        check_draws(want["draws"], [rank["draws"] for rank in results])
+        for moment in ("half", "end"):
+            assert all(same(rank[moment]["index"], want[moment]["index"]) for rank in results)
+            assert same(joined([rank[moment]["rows"] for rank in results]), want[moment]["rows"])
+        # One rank's checkpoint resumed on many, and many ranks' checkpoint on one.
+        check_draws(want["draws"][STEPS // 2 :], [rank["draws"] for rank in resumed])
+        assert same(joined([rank["end"]["rows"] for rank in resumed]), want["end"]["rows"])
+        back = run(kind, World(), [rank["half"] for rank in reversed(results)], STEPS // 2)
+        check_draws(want["draws"][STEPS // 2 :], [back["draws"]])
+        assert same(back["end"]["rows"], want["end"]["rows"])
+
+
+def test_smaller_and_larger_memories_take_over_the_payload() -> None:
+    half = run("sample", World())["half"]
+    for capacity in (6, 40):
+        store = ReplayStore(memory("sample", capacity), World(), seed=1)
+        store.load_state_dict(half)
+        drawn = store.draw(100, 0)
+        want = payload(drawn["ids"], drawn["position"])
+        assert len(drawn["ids"]) == min(capacity, 17)
+        assert all(torch.equal(drawn[name], want[name]) for name in PAYLOAD)
+        add(store, 6)
+        assert len(store) == min(capacity, len({*half["index"]["ids"].tolist(), *batch(6)[0].tolist()}))
+
+
+def test_nothing_is_kept_without_capacity() -> None:
+    store = ReplayStore(Reservoir(0), World())
+    add(store, 0)
+    assert store.draw(4, 0) is None and len(store) == 0 and store.num_bytes == 0
+    other = ReplayStore(Reservoir(0), World())
+    other.load_state_dict(store.state_dict())
+
+
+def test_memory_is_allocated_once() -> None:
+    store = ReplayStore(memory("stream"), World(), seed=1)
+    add(store, 0)
+    size = store.num_bytes
+    assert size == 17 * (8 + 12 + 1)
+    for step in range(1, STEPS):
+        add(store, step)
+    assert store.num_bytes == size and store.names == PAYLOAD
+
+
+def test_damaged_and_foreign_states_are_refused() -> None:
+    half = run("stream", World())["half"]
+    rows = half["rows"]
+    one, two = ({**half, "start": start, "rows": {k: v[start:stop] for k, v in rows.items()}}
+                for start, stop in ((0, 9), (9, 17)))
+    ReplayStore(memory("stream"), World(), seed=1).load_state_dict([two, one])
+    for parts, text in (
+        ([one], "9 rows for 17 saved samples"), ([two], "from row 9"), ([one, one, two], "from row 0"),
+        ([one, {**two, "rows": {"raw": two["rows"]["raw"]}}], "same names"),
+        ([one, {**two, "rows": {**two["rows"], "raw": rows["raw"]}}], "must be equal"),
+    ):
+        with pytest.raises(CheckpointMismatch, match=text):
+            ReplayStore(memory("stream"), World(), seed=1).load_state_dict(parts)
+
+
+def test_bad_payloads_are_named() -> None:
+    store = ReplayStore(memory("stream"), World())
+    ids, targets, positions, task = batch(0)
+    rows = payload(ids, positions)
+    for bad, text in (({}, "no payload"),
+                      ({"ids": ids}, r"payload named \['ids'\]"), ({"raw": ids[:3]}, "3 rows of 'raw'")):
+        with pytest.raises(ValueError, match=text):
+            store.add(ids, targets, positions, task, bad)
+    store.add(ids, targets, positions, task, rows)
+    for bad, text in (({"raw": rows["raw"]}, r"be \['flag', 'logits', 'raw'\]"),
+                      ({**rows, "logits": rows["logits"][:, :2]}, r"'logits' of \(2,\)")):
+        with pytest.raises(ValueError, match=text):
+            store.add(ids, targets, positions, task, bad)

@@ -1,0 +1,1 @@
+"""Golden vectors, and the runner that holds the library against them."""

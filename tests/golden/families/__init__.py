@@ -1,0 +1,26 @@
+"""The families of golden vectors, by the prefix of their file names. To add one: a module, and a line in `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from golden.comparison import Comparison, Vectors
+from golden.families import buffers, large_batch, metrics, replay
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+Family = Callable[[Vectors, Comparison], None]
+"""Runs the library on what a file holds and compares. Raises `FormatError`, or `NotYet` for what the library lacks."""
+
+FAMILIES: dict[str, Family] = {
+    "buffers": buffers.check,
+    "cl_metrics": metrics.check,
+    "lb_sam": large_batch.check,
+    "replay": replay.check,
+}
+
+
+def family_of(name: str) -> Family | None:
+    """The family with the longest prefix of `name`, which ends there or goes on after an underscore or a dot."""
+    fitting = [prefix for prefix in FAMILIES if name == prefix or name.startswith((f"{prefix}_", f"{prefix}."))]
+    return FAMILIES[max(fitting, key=len)] if fitting else None

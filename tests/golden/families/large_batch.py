@@ -1,0 +1,127 @@
+"""`lb_sam*`: sharpness-aware steps over torch's optimizers, plain and under DDP.
+
+The keys of what a step did are those of the file, so comparing is looking up: `step{t}/perturbed/fc1.weight`, ...
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from everbatch.optim import SAM
+from golden.comparison import Array, Comparison, FormatError, NotYet, Tolerance, Vectors
+from golden.families.nets import build
+from golden.families.ranks import on_ranks
+
+__all__ = ["check"]
+
+BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+NOT_COMPARED = "num_batches_tracked"
+"""The reference freezes statistics in the second pass by momentum = 0, which still counts the batch; the library does not."""
+
+
+def check(file: Vectors, compare: Comparison) -> None:
+    """Run all steps; compare the weights after each, and whatever else the file recorded inside it."""
+    hp, x = file.hp(), file["x"]
+    if hp.get("adaptive"):
+        raise NotYet("adaptive SAM is not in the library yet")
+    if hp.get("perturbation", "global") != "global":
+        raise NotYet(f"perturbation scope {hp['perturbation']!r} is not in the library yet; 'global' is")
+    if str(hp.get("dtype", x.dtype.name)).removeprefix("torch.") != x.dtype.name:
+        raise FormatError(f"hp_json says dtype {hp['dtype']}, x is {x.dtype.name}")
+    compare.floats = Tolerance.of(x.dtype)
+    world = hp.get("world_size")
+    if world is None:
+        records = [_run(file)]
+    else:
+        if x.ndim < 2 or x.shape[1] != world:
+            raise FormatError(f"x of shape {x.shape} for world_size {world}, must be (steps, ranks, batch, ...)")
+        records = on_ranks(_on_rank, file.path, world)
+        for part in ("x", "y", "init/", "init_buf/"):  # used by the ranks
+            file.under(part)
+    names = list(file.under("init/"))
+    for rank, record in enumerate(records):
+        where = "" if world is None else f"rank {rank}: "
+        for t in range(1, len(x) + 1):
+            for name in names:
+                file[f"step{t}/param/{name}"]  # may not be missing, whatever else is
+            for key in [k for k in file.arrays if k.startswith(f"step{t}/") and not k.endswith(NOT_COMPARED)]:
+                if key in record:
+                    compare.close(where + key, record[key], file[key])
+
+
+def _on_rank(path: Path, rank: int, world: int) -> dict[str, Array]:
+    return _run(Vectors(path), rank)
+
+
+def _run(file: Vectors, rank: int | None = None) -> dict[str, Array]:
+    """Take the file's steps and record them; with a rank: on its rows, under DDP."""
+    hp = file.hp()
+    model = build(file.under("init/"), file.under("init_buf/"), eps=hp.pop("bn_eps", 1e-5), momentum=hp.pop("bn_momentum", 0.1))
+    for name in ("adaptive", "dtype", "perturbation", "world_size"):
+        hp.pop(name, None)
+    base = hp.pop("base", "sgd")
+    if base not in BASES:
+        raise FormatError(f"base {base!r} in hp_json, must be one of {', '.join(BASES)}")
+    outer = model if rank is None else DistributedDataParallel(model)
+    # What is left are options of SAM and of the base; either refuses what it does not know.
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in hp.items()}
+    opt = _recording(SAM, BASES[base])(outer, **options)
+    record: dict[str, Array] = {}
+    for t, (x, y) in enumerate(zip(file["x"], file["y"], strict=True), start=1):
+        rows = (x, y) if rank is None else (x[rank], y[rank])
+        step = _step(opt, outer, model, *(torch.from_numpy(v.copy()) for v in rows))
+        if rank is not None:  # losses and statistics are those of a rank; the format has one value for all
+            step = {key: value for key, value in step.items() if not key.startswith("loss") and "_buf/" not in key}
+        record.update({f"step{t}/{key}": value for key, value in step.items()})
+    return record
+
+
+def _recording(part: type, base: type) -> Any:
+    """The class under test, which also keeps the gradient that its base gets."""
+
+    class Recording(part, base):  # type: ignore[misc]
+        def update(self) -> None:
+            self.final_gradient = _named("final_grad", ((s.name, g) for s, g in self.host.gradient()))
+            super().update()
+
+    return Recording
+
+
+def _step(opt: Any, forward: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Array]:
+    """One step; what is seen inside its passes, by the file's keys."""
+    seen: dict[str, Array] = {}
+    passes = 0
+
+    def closure() -> Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            seen.update(_named("perturbed", ((s.name, w) for s, w in opt.host.weights())))
+            seen.update(_named("perturbed_buf", model.named_buffers()))
+        loss = nn.functional.cross_entropy(forward(x), y)
+        opt.backward(loss)
+        gradient = opt.host.gradient()
+        seen.update(_named(f"g{passes}", ((s.name, g) for s, g in gradient)))
+        seen[f"loss{passes}"] = _array(loss)
+        if passes == 1:
+            seen["gradnorm1"] = _array(gradient.norm())
+        return loss
+
+    loss = opt.step(closure)
+    return {**seen, **opt.final_gradient, "loss1": _array(loss), **_named("param", model.named_parameters()),
+            **_named("param_buf", model.named_buffers())}
+
+
+def _named(kind: str, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Array]:
+    return {f"{kind}/{name}": _array(tensor) for name, tensor in tensors}
+
+
+def _array(tensor: Tensor) -> Array:
+    return copy.deepcopy(tensor.detach().numpy())

@@ -1,0 +1,78 @@
+"""The installation: what an import costs and pulls in, one version, and a complete package."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import everbatch
+from everbatch.cli import main
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = ("deepspeed", "ray", "timm", "torchvision", "sklearn", "matplotlib", "tensorboard")
+
+
+def python(code: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "OMP_NUM_THREADS": "1"}
+    return subprocess.check_output([sys.executable, "-c", code], text=True, env=environment, timeout=120)
+
+
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_import_pulls_in_no_extra() -> None:
+    code = f"import sys; from everbatch import compose, Trainer; print([m for m in {EXTRAS} if m in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_import_is_cheap_beyond_torch() -> None:
+    code = "import torch, time; start = time.perf_counter(); import everbatch; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(3)) <= 0.3
+
+
+def test_compose_is_the_function_whatever_was_imported_before() -> None:
+    assert python("import everbatch.compose; from everbatch import compose; print(callable(compose))") == "True\n"
+    assert python("from everbatch import compose; from everbatch.compose import compose as c; print(c is compose)") == (
+        "True\n")
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    assert not hasattr(everbatch, "nonsense")
+    assert {"compose", "Trainer", "__version__"} <= set(dir(everbatch))
+
+
+def test_one_version() -> None:
+    assert setup()["metadata"]["version"] == everbatch.__version__
+    assert f"## {everbatch.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_extras_are_complete() -> None:
+    extras = setup()["options.extras_require"]
+    assert {"vision", "plot", "deepspeed", "tune", "test", "all"} <= set(extras)
+    everything = {line for line in extras["all"].split() if line}
+    assert everything == {f"everbatch[{name}]" for name in extras if name != "all"}
+
+
+def test_every_folder_of_the_package_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "lib" / "everbatch").rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+    assert (ROOT / "lib" / "everbatch" / "py.typed").exists()
+
+
+def test_console_script(capsys) -> None:  # type: ignore[no-untyped-def]
+    assert main(["versions"]) == 0
+    assert f"everbatch      {everbatch.__version__}" in capsys.readouterr().out
+    assert setup()["options.entry_points"]["console_scripts"].strip() == "everbatch = everbatch.cli:main"
+
+
+def test_scripts_are_valid_bash() -> None:
+    scripts = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci" / "run"]
+    assert len(scripts) >= 6
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
