@@ -77,6 +77,11 @@ def test_every_element_type_keeps_its_bits(tmp_path: Path, dtype: torch.dtype) -
     assert bits(found.whole("x")) == bits(data)
     assert found.shape("transposed") == (6, len(data)) and bits(found.whole("transposed")) == bits(data.t())
     assert bits(found.read("x", 3, 4)) == bits(data.flatten()[3:7])
+    header = (found.path / FILE).read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    for key, entry in json.loads(header[8 : 8 + length]).items():  # aligned, which readers that map the file rely on
+        width = 1 if key.startswith("odd") else data.element_size()
+        assert (8 + length + entry["data_offsets"][0]) % width == 0
 
 
 def test_signed_zero_and_nan_payloads(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +160,11 @@ def start(spec: HostSpec, cls: type, options: dict[str, Any], *, model: nn.Modul
     model = copy.deepcopy(model) if model is not None else net()
     base = base or functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and spec.kind != "plain" else (0, 1)
+    if spec.bf16:
+        # DeepSpeed makes weights bf16 and leaves statistics fp32, which torch's CPU batch norm refuses.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer.bfloat16() if buffer is not None and buffer.is_floating_point() else buffer
     if spec.kind == "plain":
         return Run(cls(model, **base.keywords, **options), model, model, spec, rank, world)
     if spec.kind == "ddp":
@@ -184,10 +189,3 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest absolute difference over all parameters."""
     assert a.keys() == b.keys(), (sorted(a), sorted(b))
     return max((a[n].float() - b[n].float()).abs().max().item() for n in a)
-
-
-def seeded(steps: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches, with torch's global stream seeded before each, as the trainer does."""
-    for i, batch in enumerate(steps):
-        torch.manual_seed(1000 + i)
-        yield batch

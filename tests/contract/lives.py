@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
-import cases
 import hosts
 import torch
 from cases import BASES, BY_CASE, CALLS, SAVE_AFTER, SKIP_AT, STEPS, TOLERANCE
@@ -19,8 +19,7 @@ from everbatch.compose import compose
 from everbatch.distributed import World
 from everbatch.optim.state import load_pieces, pieces
 
-DATA = hosts.seeded(hosts.batches(STEPS + 1))
-BATCHES = list(DATA)
+BATCHES = hosts.batches(STEPS + 1)
 
 
 @functools.cache
@@ -79,7 +78,9 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         tensors, meta = pieces(run.opt)
         checkpoint.save(folder, SAVE_AFTER, tensors, meta, world=world)
         saved = snapshot(run)
-        advance(run, case, SAVE_AFTER, STEPS)
+        advance(run, case, SAVE_AFTER, SKIP_AT)
+        late = snapshot(run)
+        advance(run, case, SKIP_AT, STEPS)
         end = snapshot(run)
         found.measure(hosts.difference(run.weights(), reference(case, base)))
     with record.check(f"resume/{tail}") as found:
@@ -91,6 +92,9 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         found.same_bits(now[0], saved[0], "loaded")
         found.require(plain(now[1]) == plain(saved[1]), "loaded: plain values differ")
         advance(twin, case, SAVE_AFTER, SKIP_AT)
+        now = snapshot(twin)
+        found.same_bits(now[0], late[0], "resumed against uninterrupted")
+        found.require(plain(now[1]) == plain(late[1]), "resumed: plain values differ")
     with record.check(f"skipped/{tail}") as found:
         before, outputs = snapshot(twin), twin.outputs()
         twin.step(*BATCHES[STEPS], spoil=twin.rank == twin.world - 1)
@@ -102,7 +106,6 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         found.same_bits({"outputs": twin.outputs()}, {"outputs": outputs}, "working weights")
         advance(twin, case, SKIP_AT, STEPS)
         found.same_bits(snapshot(twin)[0], end[0], "after the next good step")
-    # The twin took the last steps as well; what it ended in is the resumed run's end.
     if not BY_NAME[host].bf16:
         with record.check(f"absent/{tail}") as found:
             quiet = fresh(host, case, base, zero=True)
@@ -125,13 +128,4 @@ def move(record: Record, source: str, host: str, case: str, base: str, store: Pa
 
 def plain(meta: dict[str, Any]) -> dict[str, Any]:
     """Plain values with tuples as lists, as JSON leaves them."""
-    return checkpoint_json(meta)  # type: ignore[no-any-return]
-
-
-def checkpoint_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: checkpoint_json(v) for k, v in value.items()}
-    return [checkpoint_json(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-assert cases.SAVE_AFTER < SKIP_AT < STEPS
+    return json.loads(json.dumps(meta))  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from pathlib import Path
 # As a script: this checkout's library and tests, installed or not.
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "lib"), str(Path(__file__).resolve().parents[1])]
 
-from golden.comparison import Comparison, NotYet, Result, Vectors  # noqa: E402
+from golden.comparison import Comparison, FormatError, NotYet, Result, Vectors  # noqa: E402
 from golden.families import FAMILIES, family_of  # noqa: E402
 
 __all__ = ["check_file", "check_folder", "main"]
@@ -26,13 +26,16 @@ def check_file(path: Path) -> Result:
     if family is None:
         return Result(path.name, "unknown", "no family of this prefix")
     try:
-        file, compare = Vectors(path), Comparison()
+        file = Vectors(path)
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds for a damaged file
+        return Result(path.name, "fail", f"cannot be read: {_text(error)}")
+    compare = Comparison()
+    try:
         family(file, compare)
     except NotYet as reason:
         return Result(path.name, "unknown", str(reason))
-    except Exception as error:  # a damaged file, or one the library refuses, must not hide the others
-        text = " ".join(str(error).split()) or "no further text"
-        return Result(path.name, "fail", f"{type(error).__name__}: {text}")
+    except Exception as error:  # one file that the library refuses must not hide the others
+        return Result(path.name, "fail", _text(error))
     if not compare.count:
         return Result(path.name, "fail", "nothing in it to compare")
     return Result(path.name, "pass" if compare.error <= 1 else "fail").measured(compare, file.unused)
@@ -41,6 +44,11 @@ def check_file(path: Path) -> Result:
 def check_folder(folder: Path) -> list[Result]:
     """Check the .npz files of a folder, by name."""
     return [check_file(path) for path in sorted(folder.glob("*.npz"))]
+
+
+def _text(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FormatError) else f"{type(error).__name__}: {text}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         for result in sorted(results, key=lambda r: r.status == "unknown"):
             print(result.line())
-        print(f"{len(results)} files: {counts['pass']} passed, {counts['fail']} failed, {counts['unknown']} not known yet")
+        print(f"{len(results)} files: {counts['pass']} passed, {counts['fail']} failed, "
+              f"{counts['unknown']} not known yet")
     if not counts["pass"] and not counts["fail"]:
         print(f"check.py: {options.folder} holds no file that can be checked; known prefixes: {', '.join(FAMILIES)}",
               file=sys.stderr)

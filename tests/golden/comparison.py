@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,9 +52,15 @@ class Vectors:
     """The arrays of one file. Remembers which were used, so that a report can name those that were not."""
 
     def __init__(self, path: Path) -> None:
-        """Read the whole file, so that damage anywhere shows; never unpickles."""
+        """Read the whole file, so that damage anywhere shows; never unpickles.
+
+        Raises:
+            FormatError: no npz archive, or one that was cut short. Other damage: what numpy, zipfile and zlib raise.
+        """
         self.path = path
-        with np.load(path, allow_pickle=False) as archive:
+        if not zipfile.is_zipfile(path):
+            raise FormatError("no npz archive, or one that was cut short")
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             self.arrays: dict[str, Array] = {key: archive[key] for key in archive.files}
         self.used: set[str] = set()
 
@@ -67,7 +74,7 @@ class Vectors:
         return key in self.arrays
 
     def under(self, prefix: str) -> dict[str, Array]:
-        """The arrays whose key is `prefix` and something more, by that something, in the file's order; marks them used."""
+        """The arrays whose key begins with `prefix`, by the rest of it, in the file's order; marks them used."""
         return {key[len(prefix):]: self[key] for key in self.arrays if key.startswith(prefix)}
 
     def groups(self, prefix: str = "") -> list[str]:
@@ -106,7 +113,7 @@ class Comparison:
     absolute: float = 0.0
     """Largest |got - want|."""
     worst: str = ""
-    """Key of the largest error."""
+    """Key of the largest error; empty when all values are equal."""
     used: set[Tolerance] = field(default_factory=set)
 
     def close(self, key: str, got: ArrayLike, want: Array) -> None:
@@ -128,7 +135,7 @@ class Comparison:
             scaled = np.where(same, 0.0, away / (tolerance.atol + tolerance.rtol * np.abs(b)))
         scaled[np.isnan(scaled)] = math.inf
         error = float(scaled.max(initial=0.0))
-        if error > self.error or not self.worst:
+        if error > self.error:
             self.worst = key
         self.count += 1
         self.error, self.absolute = max(self.error, error), max(self.absolute, float(away.max(initial=0.0)))
@@ -172,7 +179,7 @@ class Result:
             return head + self.message
         bound = "exact" if not self.rtol and not self.atol else f"rtol {self.rtol:g}, atol {self.atol:g}"
         text = f"largest error {self.error:.2e} of the tolerance ({bound}), absolute {self.absolute:.2e}"
-        text += f", {self.arrays} arrays, worst {self.worst}"
+        text += f", {self.arrays} arrays" + (f", worst {self.worst}" if self.worst else "")
         return head + text + (f"; not checked: {_brief(self.unchecked)}" if self.unchecked else "")
 
     def plain(self) -> dict[str, Any]:

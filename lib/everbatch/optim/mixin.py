@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -35,6 +35,8 @@ class OptimizerMixin(Contract):
 
     verbs: ClassVar[tuple[str, ...]] = ("move_parameters", "estimate_gradient", "add_penalty", "displacement",
                                         "edit_gradient", "update", "edit_parameters")
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Auxiliary objectives that `step` must be given: "output", "data", "per_sample"."""
     final: ClassVar[tuple[str, ...]] = ("step", "backward", "zero_grad", "state_dict", "load_state_dict")
     host: Host
     metrics: dict[str, Tensor]
@@ -84,6 +86,7 @@ class OptimizerMixin(Contract):
         check(isinstance(seed, int), type(self).__name__, f"seed={seed!r}", "be an integer")
         self.seed, self.step_count, self.skipped_count, self.metrics = seed, 0, 0, {}
         self._on_apply: list[Callable[[], None]] = []
+        self._on_skip: list[Callable[[], None]] = []
         self._replaced = ""
         self._objective: Objective | None = None
         self.last_applied, self.last_passes = True, 0
@@ -116,19 +119,23 @@ class OptimizerMixin(Contract):
 
     # ------------------------------------------------------------------------------------------------- the step
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **auxiliary: Callable[..., Any]) -> Any:
         """Take one step: passes, agreement on finiteness, update.
 
         Args:
             closure: runs forward, calls `opt.backward(loss)` and returns the loss. It must not zero gradients. Without it
                 the gradients that are there are used, and a mixin that needs a pass raises `RuntimeError`.
+            auxiliary: further objectives that a mixin needs, by name. `output=` and `data=` are closures like `closure`, of
+                another scalar; `per_sample=` maps row indices (None: all) to the losses (n,) of those rows, with a graph.
 
         Returns:
             What the closure returned in the recorded pass, detached.
         """
-        self.metrics, self._on_apply, self._replaced = {}, [], ""
-        self._objective = objective = Objective(self.host, closure, self.add_penalty, several=self.extra_passes() > 0,
-                              seed=(self.seed, self.step_count))
+        self._require(auxiliary)
+        self.metrics, self._on_apply, self._on_skip, self._replaced = {}, [], [], ""
+        closures = {**auxiliary, **({"loss": closure} if closure is not None else {})}
+        self._objective = objective = Objective(self.host, closures, self.add_penalty, several=self.extra_passes() > 0,
+                                                seed=(self.seed, self.step_count))
         try:
             self.move_parameters(objective)
             loss = self.estimate_gradient(objective)
@@ -144,15 +151,28 @@ class OptimizerMixin(Contract):
                 self.edit_parameters()
             else:
                 objective.rollback()
+                for undo in reversed(self._on_skip):
+                    undo()
                 self.skipped_count += 1
         finally:
-            self._on_apply, self._objective = [], None
+            self._on_apply, self._on_skip, self._objective = [], [], None
         self.host.end_step(applied)
         self.host.discard()
         self.host.publish_if_dirty()
         self.last_applied = applied
         self.last_passes = objective.passes
         return objective.loss if closure is not None else loss
+
+    def _require(self, given: Mapping[str, Any]) -> None:
+        """Refuse a step that lacks an objective some part needs, or has one that no part knows."""
+        needed = {name: part.__name__ for part in parts_of(type(self)) for name in part.needs}  # type: ignore[attr-defined]
+        for name, part in needed.items():
+            if name not in given:
+                raise RuntimeError(f"{type(self).__name__}: {part} needs opt.step(closure, {name}=...), and the step was given "
+                                   f"{sorted(given) or 'none'}")
+        odd = sorted(set(given) - {"output", "data", "per_sample"})
+        if odd:
+            raise TypeError(f"{type(self).__name__}: step() got {odd[0]}=; auxiliary objectives are output=, data=, per_sample=")
 
     @property
     def recording(self) -> bool:
@@ -220,18 +240,25 @@ class OptimizerMixin(Contract):
         vector = self.displacement(vector)
         weights = Vector(self.host, vector.shards, [s.data for s in vector.shards])
         saved = weights.clone()
+        masters = vector.host is self.host  # else working copies of this rank, which publishing would overwrite
         try:
             weights.add_(vector)
-            self.host.touch()
+            if masters:
+                self.host.touch()
             yield
         finally:
             if saved.tensors:
                 torch._foreach_copy_([s.data for s in saved.shards], saved.tensors)
-            self.host.touch()
+            if masters:
+                self.host.touch()
 
     def on_apply(self, commit: Callable[[], None]) -> None:
         """Run `commit` if this step is applied: how a part changes its state before it is known whether the step counts."""
         self._on_apply.append(commit)
+
+    def on_skip(self, undo: Callable[[], None]) -> None:
+        """Run `undo` if this step is skipped: how a part that moved weights before the gradient puts them back."""
+        self._on_skip.append(undo)
 
     def replace_update(self, reason: str) -> None:
         """Apply the step without the base optimizer's update (a topology change, say)."""

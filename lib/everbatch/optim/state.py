@@ -107,9 +107,9 @@ def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any]) -> None:
 def _plain(opt: OptimizerMixin) -> dict[str, Any]:
     index = opt.host.group_index()
     groups = [{"names": [n for n, i in index.items() if i == k],
-               "options": {name: value for name, value in g.items() if _is_plain(value) and name != "param_names"}}
+               "options": {name: value for name, value in g.items() if _is_plain(value) and name not in ("params", "param_names")}}
               for k, g in enumerate(opt.host.groups())]
-    mixins = {part.__name__: {n: v for n, v in _fields(state).items() if not isinstance(v, ByName)}
+    mixins = {part.__name__: {n: _encode(v) for n, v in _fields(state).items() if not isinstance(v, ByName)}
               for part, state in opt.states.items()}
     return {"class": [p.__name__ for p in parts_of(type(opt))], "groups": groups, "mixins": mixins, "seed": opt.seed,
             "steps": opt.step_count, "skipped": opt.skipped_count}
@@ -164,9 +164,22 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
                 fresh = {n: t.to(s.data.device).view_as(s.data).clone() for n, (s, t) in got.items() if t is not None}
                 setattr(fields, name, ByName(fresh))
             elif name in meta["mixins"][part.__name__]:
-                setattr(fields, name, meta["mixins"][part.__name__][name])
+                setattr(fields, name, _decode(meta["mixins"][part.__name__][name], host.device))
     host.touch()
     host.publish_if_dirty()
+
+
+def _encode(value: Any) -> Any:
+    """A plain value as it is; a small replicated tensor (a multiplier, a covariance's count) as numbers."""
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    return value
+
+
+def _decode(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict) and value.keys() == {"tensor", "dtype"}:
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device=device)
+    return value
 
 
 def _piece(name: str, shard: Shard, value: Tensor) -> Piece:

@@ -46,7 +46,8 @@ class RecordedDraws:
 
 def check(file: Vectors, compare: Comparison) -> None:
     """Every part that the file holds; a file may hold some of them only."""
-    parts = {"reservoir": _reservoir, "ring": _ring, "balancoir": _balancoir, "quota": _quota, "priority_reservoir": _priority}
+    parts = {"reservoir": _reservoir, "ring": _ring, "balancoir": _balancoir, "quota": _quota,
+             "priority_reservoir": _priority}
     here = [part for part in file.groups() if part in parts]
     if not here:
         raise FormatError(f"none of the parts {', '.join(parts)}")
@@ -57,7 +58,8 @@ def check(file: Vectors, compare: Comparison) -> None:
 def _reservoir(file: Vectors, compare: Comparison) -> None:
     for case in file.groups("reservoir/"):
         at = f"reservoir/{case}"
-        capacity, draws = file.integer(f"{at}/buffer_size"), RecordedDraws(f"{at}/randint_draws", file[f"{at}/randint_draws"])
+        capacity = file.integer(f"{at}/buffer_size")
+        draws = RecordedDraws(f"{at}/randint_draws", file[f"{at}/randint_draws"])
         index = [reservoir_index(seen, capacity, draws) for seen in range(file.integer(f"{at}/n_stream"))]
         draws.finish()
         content = np.full(capacity, -1)
@@ -74,8 +76,8 @@ def _ring(file: Vectors, compare: Comparison) -> None:
     tasks, items = want.shape
     compare.close("ring/index", [ring_index(np.arange(items), portion, task) for task in range(tasks)], want)
     memory, one = Ring(portion * tasks, tasks=tasks), np.zeros(1, dtype=np.int64)
-    slots = [[int(memory.add(one + item, one, one + item, task).slots[0]) for item in range(items)] for task in range(tasks)]
-    compare.close("ring/index (Ring)", slots, want)
+    slots = [memory.add(one + item, one, one + item, task).slots[0] for task in range(tasks) for item in range(items)]
+    compare.close("ring/index (Ring)", np.reshape(slots, want.shape), want)
 
 
 def _balancoir(file: Vectors, compare: Comparison) -> None:
@@ -93,8 +95,8 @@ def _balancoir(file: Vectors, compare: Comparison) -> None:
 
 def _quota(file: Vectors, compare: Comparison) -> None:
     """The kernel, and the memory that uses it, after one sample of each class. Rows are padded at the end."""
-    rows = zip(file["quota/max_size"].tolist(), file["quota/groups"].tolist(), file["quota/lengths_padded"], strict=True)
-    for i, (capacity, groups, padded) in enumerate(rows):
+    sizes, counts = file["quota/max_size"].tolist(), file["quota/groups"].tolist()
+    for i, (capacity, groups, padded) in enumerate(zip(sizes, counts, file["quota/lengths_padded"], strict=True)):
         compare.close(f"quota/lengths_padded[{i}]", group_quotas(capacity, groups), padded[:groups])
         memory, arriving = ClassBalanced(capacity), np.arange(groups)
         memory.add(arriving, arriving, arriving, 0)
@@ -104,7 +106,7 @@ def _quota(file: Vectors, compare: Comparison) -> None:
 def _priority(file: Vectors, compare: Comparison) -> None:
     """The kernel on all keys so far, and `Reservoir`, batch by batch, with the recorded keys instead of hashed ones."""
     at = "priority_reservoir"
-    chunks = sorted((name for name in file.groups(f"{at}/") if re.fullmatch(r"chunk\d+", name)), key=lambda name: int(name[5:]))
+    chunks = sorted((n for n in file.groups(f"{at}/") if re.fullmatch(r"chunk\d+", n)), key=lambda n: int(n[5:]))
     # The file does not say the capacity: it is the size of the content once full, and plays no part before.
     capacity = max((len(file[f"{at}/{chunk}/content"]) for chunk in chunks), default=0)
     drawn: dict[int, Any] = {}
@@ -113,10 +115,10 @@ def _priority(file: Vectors, compare: Comparison) -> None:
         ids, keys = file[f"{chunk}/ids"], file[f"{chunk}/weights_drawn"]
         drawn.update(zip(ids.tolist(), keys, strict=True))
         memory.add(ids, np.zeros_like(ids), ids, 0)
-        kept = largest(np.asarray(list(drawn.values())), capacity)
-        want = file[f"{chunk}/content"]
-        compare.close(f"{chunk}/content", np.asarray(list(drawn))[kept], want)
-        compare.close(f"{chunk}/content_weights", np.asarray(list(drawn.values()))[kept], file[f"{chunk}/content_weights"])
+        seen, keys = np.asarray(list(drawn)), np.asarray(list(drawn.values()))
+        kept, want = largest(keys, capacity), file[f"{chunk}/content"]
+        compare.close(f"{chunk}/content", seen[kept], want)
+        compare.close(f"{chunk}/content_weights", keys[kept], file[f"{chunk}/content_weights"])
         compare.close(f"{chunk}/content (Reservoir)", memory.by_key(), want)
     for name in [key for key in file.arrays if re.fullmatch(rf"{at}/after_resize\d+", key)]:
         smaller = _Keyed(int(name.rpartition("resize")[2]), drawn)

@@ -23,7 +23,7 @@ __all__ = ["check"]
 
 BASES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 NOT_COMPARED = "num_batches_tracked"
-"""The reference freezes statistics in the second pass by momentum = 0, which still counts the batch; the library does not."""
+"""The reference freezes statistics in pass 2 by momentum = 0, which still counts the batch; the library does not."""
 
 
 def check(file: Vectors, compare: Comparison) -> None:
@@ -63,7 +63,8 @@ def _on_rank(path: Path, rank: int, world: int) -> dict[str, Array]:
 def _run(file: Vectors, rank: int | None = None) -> dict[str, Array]:
     """Take the file's steps and record them; with a rank: on its rows, under DDP."""
     hp = file.hp()
-    model = build(file.under("init/"), file.under("init_buf/"), eps=hp.pop("bn_eps", 1e-5), momentum=hp.pop("bn_momentum", 0.1))
+    eps, momentum = hp.pop("bn_eps", 1e-5), hp.pop("bn_momentum", 0.1)
+    model = build(file.under("init/"), file.under("init_buf/"), eps=eps, momentum=momentum)
     for name in ("adaptive", "dtype", "perturbation", "world_size"):
         hp.pop(name, None)
     base = hp.pop("base", "sgd")

@@ -21,8 +21,9 @@ def check(file: Vectors, compare: Comparison) -> None:
     """Every metric of every case that the file holds."""
     cases = file.groups()
     for case in cases:
-        matrix, start = file[f"{case}/acc_matrix_full"], f"{case}/random_init_acc"
-        got = metrics.summary(matrix, random_init=file[start] if start in file else None, include_last=True, unit="percent")
+        matrix, key = file[f"{case}/acc_matrix_full"], f"{case}/random_init_acc"
+        start = file[key] if key in file else None
+        got = metrics.summary(matrix, random_init=start, include_last=True, unit="percent")
         for key, name in NAMES.items():
             if f"{case}/{key}" in file:
                 value = got[name]  # None for one task, where the references divide by zero

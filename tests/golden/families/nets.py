@@ -14,7 +14,7 @@ __all__ = ["Net", "build"]
 
 
 class Net(nn.Module):
-    """Linear layers fc1, fc2, ... with tanh between them; where a batch norm (bn or bnK) follows layer K, it and ReLU."""
+    """Linear layers fc1, fc2, ... with tanh between them, or batch norm and ReLU after layer 1 (bn) or K (bnK)."""
 
     def __init__(self, weights: Mapping[str, Array], eps: float, momentum: float) -> None:
         super().__init__()
@@ -37,7 +37,8 @@ class Net(nn.Module):
 
 
 def build(
-    weights: Mapping[str, Array], buffers: Mapping[str, Array] | None = None, *, eps: float = 1e-5, momentum: float = 0.1,
+    weights: Mapping[str, Array], buffers: Mapping[str, Array] | None = None, *, eps: float = 1e-5,
+    momentum: float = 0.1,
 ) -> Net:
     """The net with these parameters and buffers, in their dtype.
 
@@ -51,7 +52,8 @@ def build(
     state = {name: torch.from_numpy(value.copy()) for name, value in {**weights, **(buffers or {})}.items()}
     odd = sorted(set(state) ^ set(net.state_dict()))
     if odd:
-        raise FormatError(f"parameters or buffers {odd} do not fit the net of layers {[n for n, _ in net.named_children()]}")
+        layers = [name for name, _ in net.named_children()]
+        raise FormatError(f"parameters or buffers {odd} do not fit the net of layers {layers}")
     net.load_state_dict(state)
     return net
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from golden.comparison import Array
 
@@ -28,14 +28,15 @@ def on_ranks(target: Callable[[Path, int, int], dict[str, Array]], path: Path, w
         RuntimeError: a rank raised, died, or had not finished after `LIMIT_S` seconds; no process is left then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(_join, args=(target, path, world, folder), nprocs=world, join=False, start_method="spawn")
+        context = start_processes(  # type: ignore[no-untyped-call]
+            _join, args=(target, path, world, folder), nprocs=world, join=False, start_method="spawn")
         assert context is not None
         try:
             deadline = time.monotonic() + LIMIT_S
             while not context.join(timeout=1.0):
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"{world} ranks had not finished after {LIMIT_S:g} s")
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        except (ProcessRaisedException, ProcessExitedException) as error:
             raise RuntimeError(f"rank {error.error_index}: {str(error).strip().splitlines()[-1]}") from error
         finally:
             for process in context.processes:

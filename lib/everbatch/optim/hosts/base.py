@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everbatch.errors import UnsupportedHost
 from everbatch.optim.shards import Shard, Vector
 
-__all__ = ["Host", "plain_name"]
+__all__ = ["Alone", "Host", "plain_name"]
 
 
 def plain_name(name: str) -> str:
@@ -44,6 +45,8 @@ class Host(abc.ABC):
 
     def __init__(self) -> None:
         self.dirty = False
+        self.local = False
+        """Whether the pass under way shall leave each rank's own gradient."""
         self._shards: list[Shard] | None = None
 
     @property
@@ -89,6 +92,16 @@ class Host(abc.ABC):
 
     def set_sync(self, last: bool) -> None:  # noqa: B027
         """Before each forward under accumulation: whether its backward shall reduce gradients."""
+
+    def local_gradient(self) -> Vector:
+        """After a local pass: this rank's own gradient over its working weights, whole on every rank. Its norms are this
+        rank's own; a displacement along it moves working weights only.
+
+        Raises:
+            UnsupportedHost: where ranks share one sharded copy of the working weights.
+        """
+        raise UnsupportedHost(f"{self.title}: ranks share one sharded copy of the weights, so they cannot move it apart; use "
+                              "scope='global', or ZeRO stage 0 to 2, DDP or plain torch")
 
     def verify(self, objective: Any) -> None:  # noqa: B027
         """Once, after the recorded pass of the first step with several passes: prove that a pass can be repeated."""
@@ -173,3 +186,13 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Master dtype and whole shape of every trained parameter, by name, the same on every rank."""
+
+
+class Alone:
+    """Stands in for a host under a vector that is this rank's own: sums stay here."""
+
+    def __init__(self, host: Host) -> None:
+        self.device, self.names = host.device, host.names
+
+    def total(self, value: Tensor) -> Tensor:
+        return value

@@ -15,8 +15,8 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Host, plain_name
-from everbatch.optim.shards import Shard
+from everbatch.optim.hosts.base import Alone, Host, plain_name
+from everbatch.optim.shards import Shard, Vector
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
@@ -45,6 +45,7 @@ class LocalHost(Host):
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
         self.device = _device(self._named[0][1])
         self.sync = True
+        self._trained = 0
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         for part in module.modules() if module is not None else ():
             if isinstance(part, FSDPModule | DistributedDataParallel):
@@ -103,10 +104,10 @@ class LocalHost(Host):
         return result
 
     def state(self) -> dict[Any, Any]:
-        return self._optimizer.state
+        return self._optimizer.state  # type: ignore[no-any-return]
 
     def groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
+        return self._optimizer.param_groups  # type: ignore[no-any-return]
 
     def total(self, value: Tensor) -> Tensor:
         if self._group is not None:
@@ -123,7 +124,7 @@ class LocalHost(Host):
             p.grad = None
 
     def set_sync(self, last: bool) -> None:
-        self.sync = last
+        self.sync = last and not self.local
         for module in self._met:
             self._apply_sync(module)
 
@@ -160,6 +161,12 @@ class LocalHost(Host):
             kept["scale"], kept["_growth_tracker"] = kept["scale"] * kept["growth_factor"], 0
         self.scaler.load_state_dict(kept)
         self.scaler.update(kept["scale"])
+
+    def local_gradient(self) -> Vector:
+        if self.sharded:
+            return super().local_gradient()
+        mine = self.gradient()
+        return Vector(Alone(self), mine.shards, mine.tensors)  # type: ignore[arg-type]
 
     def update(self) -> None:
         self._optimizer.base_step()

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.errors import UnsupportedHost
-from everbatch.optim.hosts.base import Host, plain_name
+from everbatch.optim.hosts.base import Alone, Host, plain_name
 from everbatch.optim.objective import Objective
-from everbatch.optim.shards import Shard
+from everbatch.optim.shards import Shard, Vector
 
 __all__ = ["ZeroHost"]
 
@@ -43,8 +43,8 @@ class ZeroHost(Host):
     """Masters are the engine's fp32 shards (stage 0 in fp32: the parameters themselves).
 
     Cost of one more pass: stage 0 one gradient all-reduce; stages 1 and 2 one gradient reduction and one all-gather of the
-    weights; stage 3 one gradient reduction, the parameter gathers of a forward and backward, and one gather of the persistent
-    parameters.
+    weights; stage 3 one gradient reduction, the parameter gathers of a forward and backward, and one gather of each
+    persistent parameter.
 
     Raises:
         UnsupportedHost: for a mode in which a method would not be exact, naming it.
@@ -74,9 +74,10 @@ class ZeroHost(Host):
         self.bf16 = bool(engine.bfloat16_enabled())
         self.title = f"ZeRO stage {self.stage} ({'bf16' if self.bf16 else 'fp32'})"
         self.pass_cost = {0: "one gradient all-reduce", 3: "one gradient reduction, parameter gathers of a forward and backward, "
-                          "one gather of persistent parameters"}.get(self.stage, "one gradient reduction, one all-gather")
+                          "one gather of each persistent parameter"}.get(self.stage, "one gradient reduction, one all-gather")
         self._verified = False
         self._backwards, self._open = 0, True
+        self._own: dict[str, Tensor] = {}
         if self.kind == "FP16_UnfusedOptimizer" and not engine.global_steps:
             # The wrapper takes a step with zero gradients to allocate state: decay has moved the masters, moments count a step.
             self.inner.state.clear()
@@ -199,11 +200,12 @@ class ZeroHost(Host):
             self.zero.clear_hp_grads()
         for name in ("averaged_gradients", "all_grad_tensors"):
             kept = getattr(self.zero, name, None)
-            for key in list(kept or {}) if self.stage < 3 else ():
+            for key in list(kept) if kept and self.stage < 3 else ():
                 kept[key] = None
         if self.kind == "DeepSpeedZeroOptimizer":
             self.zero.micro_step_id = -1
         self._backwards, self._open = 0, True
+        self._own.clear()
 
     def set_sync(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -219,8 +221,25 @@ class ZeroHost(Host):
             raise RuntimeError("DeepSpeed: opt.backward was called twice for one forward boundary; sum the losses, or loop "
                                "over opt.micro_batches(...)")
         self._open = False
+        if self.local:
+            self._add_local(loss)
+            return
         self._backwards += 1
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _add_local(self, loss: Tensor) -> None:
+        """Add this rank's gradient, past the engine: nothing is reduced, nothing of the engine's state moves."""
+        grads = torch.autograd.grad(loss, [p for _, p in self._named], allow_unused=True)
+        for (name, _), grad in zip(self._named, grads, strict=True):
+            if grad is not None:
+                self._own[name] = self._own[name] + grad if name in self._own else grad
+
+    def local_gradient(self) -> Vector:
+        if self.stage == 3:
+            return super().local_gradient()
+        shards = [Shard(n, p.shape, 0, p, view=lambda t: t.data, grad=lambda n=n: self._own.get(n),  # type: ignore[misc]
+                        group=dict, state=dict) for n, p in self._named if n in self._own]
+        return Vector(Alone(self), shards, [self._own[s.name] for s in shards])  # type: ignore[arg-type]
 
     def update(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
@@ -240,7 +259,7 @@ class ZeroHost(Host):
 
         A host that fails to forget the first gradient shows a norm twice as large. Cost: one pass, once.
         """
-        if self._verified or objective.closure is None:
+        if self._verified or "loss" not in objective.closures:
             return
         first = self.gradient().norm().item()
         objective()
