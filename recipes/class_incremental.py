@@ -7,10 +7,12 @@ torchrun --nproc-per-node 8 recipes/class_incremental.py data.source=imagefolder
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from everbatch import config
 from everbatch.data import class_incremental, task_incremental
@@ -36,12 +38,12 @@ class Recipe:
     """Rehearsal; null for plain fine-tuning."""
     tasks: int = 5
     """Tasks into which the classes are divided; >= 1."""
-    scenario: str = "class"
+    scenario: Literal["class", "task"] = "class"
     """class: no task id at test; task: the task id is given at test."""
     output: str = "runs/class_incremental"
-    """Folder of this run: result.json, figures, TensorBoard, checkpoints."""
+    """Folder of this run: result.json, config.yaml, figures, TensorBoard, checkpoints."""
     resume: bool = False
-    """Go on from the newest good checkpoint in the output folder."""
+    """Go on from the newest good checkpoint in the output folder; workers that torchrun restarts do so anyway."""
     dry_run: bool = False
     """Print the resolved configuration and what a step costs, and stop."""
 
@@ -62,7 +64,7 @@ def run(options: Recipe) -> None:
     stream = split(train, test, tasks=options.tasks, seed=options.trainer.seed)
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
     learner = type("Learner", ((Replay,) if options.replay else ()) + (Trainer,), {})
-    recorder = None if options.dry_run else Recorder(folder, world.rank, resume=0 if options.resume else None)
+    recorder = None if options.dry_run else Recorder(folder, world.rank)
     trainer = learner(
         options.model.build(sample, stream.num_classes, options.trainer.seed), options.optimizer.build(),
         options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
@@ -74,8 +76,10 @@ def run(options: Recipe) -> None:
             print(dump_text(config.resolved(options)) + trainer.describe())
         return
     assert recorder is not None
+    if world.rank == 0:
+        config.dump(options, folder / "config.yaml")
     started = time.perf_counter()
-    matrix = trainer.fit(stream, resume=options.resume)
+    matrix = trainer.fit(stream, resume=options.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
     if trainer.stopped:
         recorder.say("stopped by a signal; a checkpoint was written; go on with resume=true")
         recorder.close()

@@ -2,9 +2,9 @@
 
 torchrun --nproc-per-node 2 recipes/own_deepspeed.py            (without a GPU: DS_ACCELERATOR=cpu before it)
 
-`SharpSGD.on(engine, ...)` is all that changes: the client optimizer is an ordinary torch.optim.SGD, its groups and moments
-stay the engine's, and `opt.step(closure)` calls `engine.backward` and `engine.step` itself. Clipping is a mixin, so the
-engine's own must be off (DeepSpeed's default is 1.0); forgetting it is an error that says so.
+The client optimizer is an ordinary torch.optim.SGD, its groups and moments stay the engine's; `SharpSGD.on(engine,
+...)` puts the mixins over it, and `opt.step(closure)` calls `engine.backward` and `engine.step` itself. Clipping is a
+mixin, so the engine's own must be off (DeepSpeed's default is 1.0); forgetting it is an error that says so.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from everbatch.distributed import init
 from everbatch.nn import SmallConv
 from everbatch.optim import SAM, ClipGradNorm
 
-CONFIG = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True,
-          "gradient_clipping": 0.0}
+CONFIG = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": 2}, "gradient_clipping": 0.0,
+          "zero_allow_untested_optimizer": True}
 
 
 class SharpSGD(ClipGradNorm, SAM, torch.optim.SGD):
@@ -45,7 +45,7 @@ def main() -> None:
                 return loss
             loss = world.sum(opt.step(closure)) / world.size
         if world.rank == 0:
-            print(f"epoch {epoch + 1}: loss {loss:.4f}, gradient norm {opt.metrics['grad_norm']:.3f}", flush=True)
+            print(f"epoch {epoch + 1}: loss {loss:.4f}, norm {opt.metrics['grad_norm']:.3f}", flush=True)
     with torch.no_grad():  # on every rank: at stage 3 a forward gathers parameters
         right = (engine.module(held).argmax(1).cpu() == test.targets).double().mean()
     if world.rank == 0:

@@ -1,9 +1,10 @@
 """A training loop of your own, with single mixins in its optimizer: SAM and clipping over torch.optim.SGD, on digits.
 
 python recipes/own_loop.py                               plain torch, a few seconds
-torchrun --nproc-per-node 2 recipes/own_loop.py          DDP: the same global batches, the same losses, the same accuracy
+torchrun --nproc-per-node 2 recipes/own_loop.py          DDP: the same global batches, the same losses to rounding
 
-No Trainer and no configuration: what everbatch adds to a loop are the class line, `opt.backward` and `opt.step(closure)`.
+No Trainer and no configuration: what everbatch adds to a loop are the class line, `opt.backward` and
+`opt.step(closure)`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SharpSGD(ClipGradNorm, SAM, torch.optim.SGD):
 
 def main() -> None:
     """The loop."""
-    world = init()
+    world = init("cpu")
     train = load("digits", train=True)
     torch.manual_seed(0)  # every rank draws the same weights and the same order of samples
     bare = SmallConv(in_chans=1, num_classes=10, image_size=8)
@@ -40,7 +41,7 @@ def main() -> None:
                 opt.backward(loss)
                 return loss
             loss = opt.step(closure)
-        say(world, f"epoch {epoch + 1}: loss {world.sum(loss).item() / world.size:.4f}, gradient norm {opt.metrics['grad_norm']:.3f}")
+        say(world, f"epoch {epoch + 1}: loss {world.sum(loss) / world.size:.4f}, norm {opt.metrics['grad_norm']:.3f}")
     say(world, f"{opt.describe()}\ntest accuracy {100 * accuracy(bare):.2f} %")
 
 

@@ -46,8 +46,9 @@ class Recorder:
         progress: show a bar on stderr when that is a terminal and CI is not set.
         tensorboard: write TensorBoard events.
         every_steps: scalars are read from the device and written after this many steps, and in `flush`.
-        resume: None begins afresh and drops the scalars of an earlier run in the folder; a step number continues after
-            that step: later lines are dropped, as are a last line cut off by a kill and later events in TensorBoard.
+        resume: None begins afresh and drops the scalars and TensorBoard events of an earlier run in the folder; a step number
+            continues after that step: later lines are dropped, as are a last line cut off by a kill and later events in
+            TensorBoard. Nothing is dropped before the first scalar or figure, so `rewind` may still decide otherwise.
     """
 
     def __init__(
@@ -65,14 +66,25 @@ class Recorder:
         self._bar: Any = None
         self._shown: tuple[str, ...] = ()
         self._pending: list[tuple[int, str, float | Tensor]] = []
+        self._file: Any = None
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lines = _reopen(self.folder / "scalars.jsonl", resume)
+
+    def rewind(self, step: int) -> None:
+        """Continue after `step`, as with `resume=step`; before the first scalar or figure.
+
+        Raises:
+            RuntimeError: something was recorded already.
+        """
+        if self._file is not None or self._writer is not None or self._pending:
+            raise RuntimeError(f"Recorder: rewind({step}) after scalars or figures were recorded, must come before them")
+        self._resume = step
 
     def scalars(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Record named scalars of one step: tags with slashes ("loss/total"), numbers or one-element tensors."""
         if not self.active:
             return
+        self._lines()
         if self._pending and step - self._pending[0][0] >= self.every_steps:
             self.flush()  # before the new step's first scalar, so that a step's scalars stay in one line
         for tag, value in values.items():
@@ -154,13 +166,14 @@ class Recorder:
         for step, tag, value in self._pending:
             rows.setdefault(step, {})[tag] = read[id(value)] if isinstance(value, Tensor) else value
         self._pending.clear()
+        lines = self._lines()
         for step, row in rows.items():
-            self._lines.write(json.dumps({"step": step, **{tag: _finite(value) for tag, value in row.items()}}) + "\n")
+            lines.write(json.dumps({"step": step, **{tag: _finite(value) for tag, value in row.items()}}) + "\n")
             if self._tensorboard:
                 for tag, value in row.items():
                     self._events().add_scalar(tag, value, step)
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+        lines.flush()
+        os.fsync(lines.fileno())
         if self._writer is not None:
             self._writer.flush()
         if self._bar is not None and rows:
@@ -175,7 +188,7 @@ class Recorder:
         self.flush()
         if self._writer is not None:
             self._writer.close()
-        self._lines.close()
+        self._lines().close()
         self.active = False
 
     def __enter__(self) -> Recorder:
@@ -184,12 +197,20 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _lines(self) -> Any:
+        if self._file is None:
+            self._file = _reopen(self.folder / "scalars.jsonl", self._resume)
+        return self._file
+
     def _events(self) -> Any:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is used
 
+            events = self.folder / "tensorboard"
+            for old in events.glob("events.out.tfevents.*") if self._resume is None else ():
+                old.unlink()
             purge = None if self._resume is None else self._resume + 1
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+            self._writer = SummaryWriter(str(events), purge_step=purge)
         return self._writer
 
 

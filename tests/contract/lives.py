@@ -69,9 +69,16 @@ def tolerance(host: str) -> float:
     return TOLERANCE["bf16" if BY_NAME[host].bf16 else "fp32"]
 
 
+def rounding(host: str) -> float:
+    """0, or what a resumed run may differ by: from three ranks on the order of a sum matters, and DDP packs its gradients anew
+    after the first backward, so that its ring starts elsewhere in them."""
+    return TOLERANCE["fp32"] if host == "ddp" and World.current().size > 2 else 0.0
+
+
 def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
     """absent, parity, resume, skipped. The checkpoint goes to `store` for moves."""
-    world, folder, tail = World.current(), store / f"{host}-{case}-{base}", f"{host}/{case}-{base}"
+    world, tail = World.current(), f"{host}/{case}-{base}"
+    folder, exact = store / str(world.size) / f"{host}-{case}-{base}", rounding(host)
     with record.check(f"parity/{tail}", tolerance(host)) as found:
         run = fresh(host, case, base)
         advance(run, case, 0, SAVE_AFTER)
@@ -83,7 +90,7 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         advance(run, case, SKIP_AT, STEPS)
         end = snapshot(run)
         found.measure(hosts.difference(run.weights(), reference(case, base)))
-    with record.check(f"resume/{tail}") as found:
+    with record.check(f"resume/{tail}", exact) as found:
         twin = fresh(host, case, base, seed=7)
         kept = checkpoint.latest(folder, world=world)
         assert kept is not None
@@ -93,9 +100,9 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         found.require(plain(now[1]) == plain(saved[1]), "loaded: plain values differ")
         advance(twin, case, SAVE_AFTER, SKIP_AT)
         now = snapshot(twin)
-        found.same_bits(now[0], late[0], "resumed against uninterrupted")
+        found.same_bits(now[0], late[0], "resumed against uninterrupted", exact)
         found.require(plain(now[1]) == plain(late[1]), "resumed: plain values differ")
-    with record.check(f"skipped/{tail}") as found:
+    with record.check(f"skipped/{tail}", exact) as found:
         before, outputs = snapshot(twin), twin.outputs()
         twin.step(*BATCHES[STEPS], spoil=twin.rank == twin.world - 1)
         after = snapshot(twin)
@@ -105,7 +112,7 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         found.require(plain(after[1]) == plain(before[1]), "plain values changed in the skipped step")
         found.same_bits({"outputs": twin.outputs()}, {"outputs": outputs}, "working weights")
         advance(twin, case, SKIP_AT, STEPS)
-        found.same_bits(snapshot(twin)[0], end[0], "after the next good step")
+        found.same_bits(snapshot(twin)[0], end[0], "after the next good step", exact)
     if not BY_NAME[host].bf16:
         with record.check(f"absent/{tail}") as found:
             quiet = fresh(host, case, base, zero=True)
@@ -117,7 +124,7 @@ def move(record: Record, source: str, host: str, case: str, base: str, store: Pa
     """Load on this host and world what two ranks saved on another; every bit is there, and the run goes on as one process."""
     world = World.current()
     with record.check(f"moved from {source}/{host}/{case}-{base}", tolerance(host)) as found:
-        kept = checkpoint.latest(store / f"{source}-{case}-{base}", world=world)
+        kept = checkpoint.latest(store / "2" / f"{source}-{case}-{base}", world=world)
         assert kept is not None and kept.world_size == 2
         run = fresh(host, case, base, seed=7)
         load_pieces(run.opt, kept, kept.meta)

@@ -35,14 +35,14 @@ class Outcome:
         if not good:
             raise AssertionError(what)
 
-    def same_bits(self, got: Tensors, expected: Tensors, what: str) -> None:
-        """Require the same names, and the same bits under each."""
+    def same_bits(self, got: Tensors, expected: Tensors, what: str, tolerance: float = 0.0) -> None:
+        """Require the same names, and the same bits under each; or a difference of at most `tolerance`."""
         self.require(got.keys() == expected.keys(), f"{what}: names differ: {sorted(got.keys() ^ expected.keys())[:4]}")
         odd = [n for n in got if not equal_bits(got[n], expected[n])]
         for name in odd:
             if got[name].shape == expected[name].shape and got[name].is_floating_point():
                 self.measure((got[name].double() - expected[name].double()).abs().max().item())
-        self.require(not odd, f"{what}: bits of {odd[:4]} differ")
+        self.require(not odd or self.error <= tolerance, f"{what}: bits of {odd[:4]} differ")
 
 
 class Record:

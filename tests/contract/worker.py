@@ -39,10 +39,6 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # DeepSpeed tells its whole configuration for every engine
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    import deepspeed  # noqa: F401
-
-    gc.collect()
-    gc.freeze()  # DeepSpeed collects garbage several times per engine; what the imports left need not be walked each time
     record, rank = Record(), dist.get_rank()
     todo = plan(dist.get_world_size(), wide=args.wide)
     jobs = [(f"{h}/{c}-{b}", lambda h=h, c=c, b=b: lives.live(record, h, c, b, args.store)) for h, c, b in todo.lives]
@@ -54,6 +50,7 @@ def main() -> None:
             continue
         start = time.monotonic()
         job()
+        gc.freeze()  # DeepSpeed collects garbage several times per engine; what is here already need not be walked each time
         if rank == 0:
             partial = args.out.with_suffix(".partial")
             partial.write_text(json.dumps(record.results, indent=1))

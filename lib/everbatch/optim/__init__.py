@@ -2,9 +2,16 @@
 
 from everbatch.optim.clip import ClipGradNorm
 from everbatch.optim.ema import EMA
+from everbatch.optim.esam import ESAM
+from everbatch.optim.gradient_norm import WSAM, GradientNorm
 from everbatch.optim.groups import groups
+from everbatch.optim.gsam import GSAM
+from everbatch.optim.ignite import Ignite
+from everbatch.optim.looksam import LookSAM, StaleSAM
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.sam import SAM
+from everbatch.optim.sam import ASAM, SAM
 from everbatch.optim.shrink_perturb import ShrinkPerturb
 
-__all__ = ["EMA", "SAM", "ClipGradNorm", "OptimizerMixin", "ShrinkPerturb", "groups"]
+__all__ = [
+    "ASAM", "EMA", "ESAM", "GSAM", "SAM", "WSAM", "ClipGradNorm", "GradientNorm", "Ignite", "LookSAM", "OptimizerMixin", "ShrinkPerturb", "StaleSAM", "groups",
+]

@@ -211,7 +211,7 @@ class OptimizerMixin(Contract):
     def estimate_gradient(self, objective: Objective) -> Any:
         """Leave the gradient to use in the shards; returns the recorded pass's result."""
         loss = objective()
-        if objective.several:
+        if objective.several and not objective.local:
             self.host.verify(objective)
         return loss
 

@@ -37,19 +37,20 @@ class Objective:
         self.passes = 0
         self.recorded = False
         self.recording = False
+        self.local = False
+        """Set while passes shall leave this rank's own, unreduced gradient in `host.local_gradient()`."""
         self._noise: list[Tensor] = []
         self._after: list[Tensor] = []
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._known: set[int] = set()
 
-    def __call__(self, of: str | Closure = "loss", *, probe: bool = False, local: bool = False) -> Any:
+    def __call__(self, of: str | Closure = "loss", *, probe: bool = False) -> Any:
         """Run one pass; returns the closure's result, detached. Collective.
 
         Args:
             of: "loss" (the step's closure), the name of an auxiliary closure that `step` was given, or a closure. Penalties
                 on the weights are added to the loss and to a closure passed here, not to auxiliary ones.
             probe: a pass before the gradient is estimated, with noise of its own.
-            local: leave this rank's own, unreduced gradient, in `host.local_gradient()`.
         """
         closure = self.closures.get(of) if isinstance(of, str) else of
         if closure is None and of == "loss" and not self.recorded:
@@ -70,7 +71,7 @@ class Objective:
             seeds.seed_step(seeds.derive(self.seed[0], "probe", self.passes), self.seed[1], self.host.rank)
         elif not first:
             _set_random_state(self._noise)
-        self.recording, self.host.local = first, local
+        self.recording, self.host.local = first, self.local
         try:
             self.host.set_sync(True)
             with _Watch(self, statistics=first), torch.enable_grad():
@@ -84,7 +85,7 @@ class Objective:
             self._after = _random_state() if self.several else []
         else:
             _set_random_state(self._noise if probe else self._after)
-        if not local and (of == "loss" or not isinstance(of, str)):
+        if not self.local and (of == "loss" or not isinstance(of, str)):
             self.penalty()
         return _detach(result)
 

@@ -1,38 +1,24 @@
-"""Sharpness-aware minimisation."""
+"""Sharpness-aware minimisation, plain and adaptive."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, Literal
 
 from everbatch.compose import Cost
-from everbatch.errors import check_real
+from everbatch.errors import check, check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
-from everbatch.optim.shards import Vector
+from everbatch.optim.sharpness import (
+    Scope,
+    adaptive_ascent,
+    ascent,
+    check_interval,
+    check_scope,
+    first_gradient,
+)
 
-__all__ = ["SAM", "ascent"]
-
-
-@torch.no_grad()
-def ascent(gradient: Vector, rho: float, delta: float = 1e-12) -> Vector:
-    """Direction of steepest ascent, of length rho: e = rho * g / (||g|| + delta), the norm over the whole model.
-
-    Args:
-        gradient: reduced and unscaled; not modified.
-        rho: radius in parameter units, >= 0.
-        delta: guard against a zero gradient, whose result is zero.
-
-    Returns:
-        A new vector in the masters' dtype. Cost: one all-reduce of a scalar where weights are sharded, one copy.
-
-    Source: Foret et al. 2021, arXiv 2010.01412, eq. 2.
-    """
-    scale = rho / (gradient.norm() + delta)
-    tensors = [g.to(s.data.dtype) * scale.to(device=g.device, dtype=s.data.dtype) for s, g in gradient]
-    return Vector(gradient.host, gradient.shards, tensors)
+__all__ = ["ASAM", "SAM", "ascent"]
 
 
 class SAM(OptimizerMixin):
@@ -40,15 +26,15 @@ class SAM(OptimizerMixin):
 
         g = grad L(theta);  e = rho * g / (||g|| + delta);  f = grad L(theta + e);  the base updates theta with f
 
-    The perturbation is the one of the global batch, the same at any world size and sharding. Pass 2 sees the same batch and
-    the same dropout masks; running statistics move in pass 1 only; weights are restored bit for bit.
+    Pass 2 sees the same batch and the same dropout masks; running statistics move in pass 1 only; weights are restored bit for
+    bit. With scope "global" the perturbation is the one of the global batch, the same at any world size and sharding.
 
-    Args (Config):
-        rho: radius in parameter units, >= 0; 0 switches SAM off.
-        delta: added to the norm, >= 0.
+    Args (Config): see the fields.
 
-    Cost: one more pass; one copy of the owned masters, and of the direction; one all-reduce of a scalar where sharded.
-    Order: any. Clipping and projections act on f alone. Limits: one owner of the perturbation.
+    Cost: one more pass (at every `interval`-th step); one copy of the owned masters, and of the direction; one all-reduce of
+    a scalar where sharded. Scope "local" saves the gradient reduction of pass 1.
+    Order: any. Clipping and projections act on f alone. Limits: one owner of the perturbation; "local" and "group" need
+    working weights that are whole on every rank (plain, DDP, ZeRO 0 to 2), and leave penalties out of the direction.
 
     Source: Foret et al. 2021, arXiv 2010.01412. Differs: weight decay stays in the base optimizer, at theta (the authors put
     it into the loss); weights are copied back, not subtracted back, which is not exact.
@@ -62,20 +48,86 @@ class SAM(OptimizerMixin):
         """Radius of the perturbation, in parameter units; >= 0."""
         delta: float = 1e-12
         """Guard added to the gradient norm; >= 0."""
+        interval: int = 1
+        """Steps between two perturbed ones; >= 1."""
+        scope: Scope = "global"
+        """Whose gradient perturbs: the global batch's, each rank's own (m-sharpness), or a group of ranks'."""
+        group_size: int = 1
+        """Ranks per group for scope="group"; divides the number of ranks."""
 
         def __post_init__(self) -> None:
             check_real("SAM", "rho", self.rho, 0.0, cure="pass rho=0 to switch it off")
             check_real("SAM", "delta", self.delta, 0.0)
+            check_interval("SAM", self.interval)
+            check(self.scope in ("global", "local", "group"), "SAM", f"scope={self.scope!r}", "be global, local or group")
+            check(isinstance(self.group_size, int) and self.group_size >= 1, "SAM", f"group_size={self.group_size!r}",
+                  "be an integer >= 1")
+
+    def on_attach(self) -> None:
+        """Refuse a scope the host cannot do."""
+        config = self.configs[SAM]
+        self._sam_group = check_scope(self, "SAM", config.scope, config.group_size)
 
     def estimate_gradient(self, objective: Objective) -> Any:
         """Take the gradient at the perturbed weights; returns the loss of the first pass."""
-        loss = super().estimate_gradient(objective)
         config: SAM.Config = self.configs[SAM]
-        if config.rho:
-            with self.displaced(ascent(self.host.gradient(), config.rho, config.delta)):
+        run = super().estimate_gradient
+        if not config.rho or self.step_count % config.interval:
+            return run(objective)
+        loss, gradient = first_gradient(self, objective, run, config.scope, self._sam_group)
+        with self.displaced(ascent(gradient, config.rho, config.delta)):
+            objective()
+        return loss
+
+    def cost(self) -> Cost:
+        """One more pass at perturbed steps, while rho > 0."""
+        config = self.configs[SAM]
+        share = 1 / config.interval
+        return Cost(passes=share, transient_bytes=8, scalar_reductions=share) if config.rho else Cost()
+
+
+class ASAM(OptimizerMixin):
+    """Adaptive SAM: the radius is measured in units of the weights, so rescaled networks are perturbed alike.
+
+        e = rho * T^2 g / (||T g|| + delta);  f = grad L(theta + e)
+
+    Both published scalings: "official" T = |w| + eta where the name contains "weight", else 1; "elementwise" T = |w|.
+
+    Cost: as SAM. Order: any. Limits: one owner of the perturbation; global scope.
+    Source: Kwon et al. 2021, arXiv 2102.11600; delta as in the authors' code (1e-16) and the widespread variant (1e-12).
+    """
+
+    owns = ("perturbation",)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        rho: float = 0.5
+        """Radius in units of the weights; >= 0. About ten times SAM's."""
+        adaptive: Literal["official", "elementwise"] = "official"
+        """Scaling T."""
+        eta: float = 0.01
+        """Added to |w| by the official scaling, so that zeros move too; >= 0."""
+        interval: int = 1
+        """Steps between two perturbed ones; >= 1."""
+
+        def __post_init__(self) -> None:
+            check_real("ASAM", "rho", self.rho, 0.0, cure="pass rho=0 to switch it off")
+            check_real("ASAM", "eta", self.eta, 0.0)
+            check_interval("ASAM", self.interval)
+            check(self.adaptive in ("official", "elementwise"), "ASAM", f"adaptive={self.adaptive!r}",
+                  "be 'official' or 'elementwise'")
+
+    def estimate_gradient(self, objective: Objective) -> Any:
+        """Take the gradient at the perturbed weights; returns the loss of the first pass."""
+        config: ASAM.Config = self.configs[ASAM]
+        loss = super().estimate_gradient(objective)
+        if config.rho and self.step_count % config.interval == 0:
+            with self.displaced(adaptive_ascent(self.host.gradient(), config.rho, config.adaptive, config.eta)):
                 objective()
         return loss
 
     def cost(self) -> Cost:
-        """One more pass while rho > 0."""
-        return Cost(passes=1, transient_bytes=8, scalar_reductions=1) if self.configs[SAM].rho else Cost()
+        """One more pass at perturbed steps, while rho > 0."""
+        config = self.configs[ASAM]
+        share = 1 / config.interval
+        return Cost(passes=share, transient_bytes=12, scalar_reductions=share) if config.rho else Cost()

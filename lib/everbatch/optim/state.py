@@ -37,9 +37,9 @@ def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
             tensors.append(_piece(f"{kind}/{shard.name}", shard, value))
         scalars[shard.name] = _scalars(opt, shard)
     for part, state in opt.states.items():
-        for name, value in _fields(state).items():
-            if isinstance(value, ByName):
-                tensors += [_piece(f"{part.__name__}.{name}/{s.name}", s, value[s.name]) for s in host.shards if s.name in value]
+        for name, value in _by_name(state).items():
+            tensors += [_piece(f"{part.__name__}.{name}/{s.name}", s, value[s.name])
+                        for s in host.shards if s.name in value]
     merged: dict[str, Any] = {}
     for other in World.current().gather(scalars):
         merged.update(other)  # type: ignore[call-overload]
@@ -63,21 +63,22 @@ def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
 
     On plain torch, DDP and FSDP2 torch's own "state" and "param_groups" are there as well, for tools that look at them.
     """
-    host, slices = opt.host, {}
+    host = opt.host
+    slices: dict[str, list[tuple[Shard, Tensor]]] = {}
     for shard in host.shards:
         for kind, value in ({"master": shard.data} | {f"moment.{k}": v for k, v in shard.moments.items()}).items():
             slices.setdefault(kind, []).append((shard, value))
     for part, state in opt.states.items():
-        for name, value in _fields(state).items():
-            if isinstance(value, ByName):
-                slices[f"{part.__name__}.{name}"] = [(s, value[s.name]) for s in host.shards if s.name in value]
+        for name, value in _by_name(state).items():
+            slices[f"{part.__name__}.{name}"] = [(s, value[s.name]) for s in host.shards if s.name in value]
     kinds = sorted({k for ks in World.current().gather(sorted(slices)) for k in ks}) if host.sharded else list(slices)  # type: ignore[attr-defined]
     whole = {}
     for kind in kinds:
         held = slices.get(kind, [])
         names = [s.name for s, _ in held]
         if host.sharded:
-            names = [n for n in host.names if any(n in got for got in World.current().gather(names))]  # type: ignore[operator]
+            anywhere = {n for got in World.current().gather(names) for n in got}  # type: ignore[attr-defined]
+            names = [n for n in host.names if n in anywhere]
         whole.update({f"{kind}/{n}": t for n, t in host.gather(held, names).items()})
     scalars: dict[str, Any] = {}
     for other in World.current().gather({s.name: _scalars(opt, s) for s in host.shards}) if host.sharded else [
@@ -159,18 +160,42 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
     opt.step_count, opt.skipped_count = meta["steps"], meta["skipped"]
     for part, fields in opt.states.items():
         for name, value in _fields(fields).items():
+            count = meta["mixins"][part.__name__].get(name)
             if isinstance(value, ByName):
-                got = {s.name: (s, read(f"{part.__name__}.{name}", s)) for s in host.shards}
-                fresh = {n: t.to(s.data.device).view_as(s.data).clone() for n, (s, t) in got.items() if t is not None}
-                setattr(fields, name, ByName(fresh))
+                setattr(fields, name, _read_by_name(host.shards, f"{part.__name__}.{name}", read))
+            elif isinstance(count, dict) and count.keys() == {"list"}:
+                setattr(fields, name, [_read_by_name(host.shards, f"{part.__name__}.{name}.{i}", read)
+                                       for i in range(count["list"])])
             elif name in meta["mixins"][part.__name__]:
                 setattr(fields, name, _decode(meta["mixins"][part.__name__][name], host.device))
     host.touch()
     host.publish_if_dirty()
 
 
+def _by_name(state: Any) -> dict[str, ByName]:
+    """Per-element state by field; a list of it as field.0, field.1, ..."""
+    result = {}
+    for name, value in _fields(state).items():
+        if isinstance(value, ByName):
+            result[name] = value
+        elif _is_history(value):
+            result.update({f"{name}.{i}": entry for i, entry in enumerate(value)})
+    return result
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, ByName) for v in value)
+
+
+def _read_by_name(shards: list[Shard], key: str, read: Any) -> ByName:
+    got = {s.name: (s, read(key, s)) for s in shards}
+    return ByName({n: t.to(s.data.device).view_as(s.data).clone() for n, (s, t) in got.items() if t is not None})
+
+
 def _encode(value: Any) -> Any:
-    """A plain value as it is; a small replicated tensor (a multiplier, a covariance's count) as numbers."""
+    """A plain value as it is; the length of a list of per-element state; a small replicated tensor (a multiplier, a covariance's count) as numbers."""
+    if _is_history(value):
+        return {"list": len(value)}
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     return value

@@ -57,15 +57,14 @@ def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
 def evaluating(module: nn.Module, world: World) -> Iterator[None]:
     """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards."""
     flags = [(m, m.training) for m in module.modules()]
-    state = torch.get_rng_state()
-    with mean_buffers(module, world):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with mean_buffers(module, world), torch.random.fork_rng(devices=devices):
         module.eval()
         try:
             yield
         finally:
             for m, training in flags:
                 m.training = training
-            torch.set_rng_state(state)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +14,15 @@ from torch import Tensor
 
 from everbatch import checkpoint
 from everbatch.checkpoint import Checkpoint, Piece
-from everbatch.compose import parts_of
-from everbatch.errors import CheckpointMismatch
+from everbatch.compose import base_of, parts_of
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
 
-__all__ = ["identity", "load", "save"]
+__all__ = ["agree", "identity", "load", "options_of", "save", "set_aside"]
 
 
 def save(trainer: Trainer) -> None:
@@ -83,12 +87,41 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     config = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in free}
     mixins = {part.__name__: repr(c) for part, c in getattr(trainer, "configs", {}).items()}
     optimizer = {part.__name__: repr(c) for part, c in trainer.optimizer.configs.items()}
-    classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in parts_of(type(trainer.optimizer))]]
-    assert trainer.stream is not None
-    values = {"trainer": config, "mixins": mixins, "optimizer": optimizer, "classes": classes, "lr": trainer._base_lr,
-              "stream": trainer.stream.fingerprint()}
+    base = base_of(type(trainer.optimizer))
+    assert trainer.stream is not None and base is not None
+    classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in parts_of(type(trainer.optimizer))] + [base.__name__]]
+    values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
+              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint()}
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
+
+
+def options_of(optimizer: Any) -> dict[str, Any]:
+    """Options of the base optimizer, by name, one value per parameter group; without lr and what only picks an implementation."""
+    free = {"lr", "foreach", "fused", "capturable", "differentiable"}
+    return {name: [g.get(name) for g in optimizer.param_groups] for name in sorted(optimizer.defaults) if name not in free}
+
+
+def agree(world: World, values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` on every rank unless all ranks hold the same values, naming the first that differs. One gather."""
+    texts: list[Any] = world.gather({k: repr(v) for k, v in values.items()})
+    for k in texts[0]:
+        odd = [rank for rank, other in enumerate(texts) if other.get(k) != texts[0][k]]
+        check(not odd, "Trainer", f"{k} is {texts[0][k]} on rank 0 and {texts[odd[0]].get(k) if odd else ''} on rank {odd[:1]}",
+              "be the same on every rank", "start every rank with the same arguments, data and environment")
+
+
+def set_aside(folder: Path, world: World) -> None:
+    """Move checkpoints of an earlier run to `folder`/previous, in place of those that lie there.
+
+    Left where they are, they would outlive newer ones with lower steps, and be what the next run resumes from.
+    """
+    found = sorted(folder.glob("*step-[0-9]*")) if world.rank == 0 and folder.exists() else []
+    if found:
+        shutil.rmtree(folder / "previous", ignore_errors=True)
+        (folder / "previous").mkdir()
+        for path in found:
+            path.rename(folder / "previous" / path.name)
 
 
 def _load_buffers(trainer: Trainer, kept: Checkpoint) -> None:

@@ -42,8 +42,12 @@ class Trainer:
             for every row by (seed, step, part, sample id), so the result is the same at any world size.
         prepare: maps a batch of (augmented or plain) samples to model inputs: scaling, normalisation.
         folder: where checkpoints go; None for none.
-        recorder: where scalars go; None for none.
+        recorder: where scalars go, given on every rank or on none (ranks but 0 write nothing); None for none.
         device: "cuda" or "cpu"; by default this rank's GPU where there is one.
+        num_tasks: tasks of the stream, for mixins that divide something among them; `fit` knows it itself.
+
+    Raises:
+        ValueError: on every rank, when the ranks were given different configurations, engines or models.
 
     Seeds: torch's global generator is reseeded for every step from (seed, step, rank), and everything else is stateless, so a
     resumed run repeats an uninterrupted one bit for bit without any saved random state.
@@ -103,10 +107,14 @@ class Trainer:
         self.augment, self.prepare, self.recorder = augment, prepare, recorder
         self.folder = None if folder is None else Path(folder)
         model = self.configure_model(model)
+        persist.agree(self.world, {
+            **{f"trainer.{k}": v for k, v in vars(self.config).items()}, "engine": engine, "recorder": recorder is not None,
+            "checkpoints": folder is not None, "model": seeds.derive(*(f"{n} {tuple(p.shape)}" for n, p in model.named_parameters()))})
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
                              decay_vectors=self.config.decay_vectors)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
         self._base_lr = [g["lr"] for g in self.optimizer.param_groups]
+        self._base_options = persist.options_of(self.optimizer)
         self.step, self.task_index, self.task_step, self.bad_steps = 0, 0, 0, 0
         self.matrix: list[list[float]] = []
         self.stream: Stream | None = None
@@ -235,16 +243,24 @@ class Trainer:
             stream: the tasks.
             resume: go on from the newest good checkpoint in `folder`, if there is one.
 
+        Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous.
+
         Raises:
+            ValueError: on every rank, when the ranks have different streams; a batch larger than a task.
             CheckpointMismatch: a checkpoint of another configuration, stream or model.
             RuntimeError: too many consecutive steps without a finite gradient.
         """
         self.stream, self.num_tasks = stream, len(stream)
         self._validate(stream)
-        self.world.require_same("Trainer's stream", stream.fingerprint())
+        persist.agree(self.world, persist.identity(self))
+        self._stop_asked = self.stopped = False
+        if self.folder is not None and not resume:
+            persist.set_aside(self.folder, self.world)
         kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
         if kept is not None:
             persist.load(self, kept)
+            if self.recorder is not None:
+                self.recorder.rewind(self.step - 1)
         with _StopOnSignal(self):
             while self.task_index < len(stream):
                 self._run_task(stream, stream.tasks[self.task_index])
@@ -274,9 +290,9 @@ class Trainer:
         for batch in self.loader:
             self.module.train()
             record = self.training_step(batch)
-            schedule.step()
             self.task_step += 1
             self._account(record)
+            schedule.step()
             if self._should_stop():
                 self._save()
                 return
@@ -289,9 +305,8 @@ class Trainer:
         self.matrix.append(row + [float("nan")] * (len(stream) - last))
         self.task_index, self.task_step = self.task_index + 1, 0
         if self.recorder is not None:
-            self.recorder.scalars(self.step, {f"accuracy/task_{j}": a for j, a in enumerate(row)}
+            self.recorder.scalars(self.step - 1, {f"accuracy/task_{j}": a for j, a in enumerate(row)}
                                   | {"accuracy/seen": float(np.mean(row[: self.task_index]))})
-            self.recorder.flush()
             shown = " ".join(f"{100 * a:5.1f}" for a in row)
             self.recorder.say(f"after task {task.id + 1}/{len(stream)} ({task.name}): accuracy by task, %: {shown}")
         self._save()
@@ -313,9 +328,10 @@ class Trainer:
                                "finite, and were skipped on every rank; lower the learning rate or look at the data, or raise "
                                "max_bad_steps")
         if self.recorder is not None:
-            values = {"loss/total": record.loss, "lr": self.optimizer.param_groups[0]["lr"],
-                      "steps/skipped": float(self.optimizer.skipped_count)}
-            values |= {f"loss/{name}": term for name, term in record.terms.items()}
+            terms = {"loss/total": record.loss, **{f"loss/{name}": term for name, term in record.terms.items()}}
+            shares = self.world.sum(torch.stack([term.float() for term in terms.values()])) / self.world.size
+            values: dict[str, float | Tensor] = dict(zip(terms, shares, strict=True))
+            values |= {"lr": self.optimizer.param_groups[0]["lr"], "steps/skipped": float(self.optimizer.skipped_count)}
             values |= {f"optimizer/{name}": value for name, value in self.optimizer.metrics.items()}
             self.recorder.scalars(record.step, values)
             self.recorder.advance()
@@ -335,6 +351,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.folder is not None:
+            if self.recorder is not None:
+                self.recorder.flush()  # or a kill would lose scalars of steps that the checkpoint has behind it
             persist.save(self)
 
 
@@ -360,5 +378,3 @@ class _StopOnSignal:
     def __exit__(self, *error: object) -> None:
         for sign, handler in self.before.items():
             signal.signal(sign, handler)
-
-

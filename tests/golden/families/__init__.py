@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from golden.comparison import Comparison, Vectors
-from golden.families import buffers, large_batch, metrics, replay
+from golden.families import buffers, ignite, large_batch, metrics, replay
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -15,6 +15,14 @@ Family = Callable[[Vectors, Comparison], None]
 FAMILIES: dict[str, Family] = {
     "buffers": buffers.check,
     "cl_metrics": metrics.check,
+    "lb_asam": large_batch.check,
+    "lb_eq_gnp": large_batch.check,
+    "lb_eq_looksam": large_batch.check,
+    "lb_esam": large_batch.check,
+    "lb_gsam": large_batch.check,
+    "lb_ignite": ignite.check,
+    "lb_ignite2": ignite.check,
+    "lb_looksam": large_batch.check,
     "lb_sam": large_batch.check,
     "replay": replay.check,
 }

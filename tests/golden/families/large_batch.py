@@ -1,4 +1,4 @@
-"""`lb_sam*`: sharpness-aware steps over torch's optimizers, plain and under DDP.
+"""`lb_sam*`, `lb_asam*`, `lb_gsam*`, `lb_eq_gnp*`, `lb_*looksam*`, `lb_esam*`: sharpness-aware steps, plain and under DDP.
 
 The keys of what a step did are those of the file, so comparing is looking up: `step{t}/perturbed/fc1.weight`, ...
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.optim import SAM
+from everbatch.optim import ASAM, ESAM, GSAM, SAM, GradientNorm, LookSAM
 from golden.comparison import Array, Comparison, FormatError, NotYet, Tolerance, Vectors
 from golden.families.nets import build
 from golden.families.ranks import on_ranks
@@ -29,13 +29,11 @@ NOT_COMPARED = "num_batches_tracked"
 def check(file: Vectors, compare: Comparison) -> None:
     """Run all steps; compare the weights after each, and whatever else the file recorded inside it."""
     hp, x = file.hp(), file["x"]
-    if hp.get("adaptive"):
-        raise NotYet("adaptive SAM is not in the library yet")
-    if hp.get("perturbation", "global") != "global":
-        raise NotYet(f"perturbation scope {hp['perturbation']!r} is not in the library yet; 'global' is")
     if str(hp.get("dtype", x.dtype.name)).removeprefix("torch.") != x.dtype.name:
         raise FormatError(f"hp_json says dtype {hp['dtype']}, x is {x.dtype.name}")
     compare.floats = Tolerance.of(x.dtype)
+    if "looksam_perparam" in file.path.name:  # that reference keeps alpha in float32
+        compare.floats = Tolerance(compare.floats.rtol, 1e-7)
     world = hp.get("world_size")
     if world is None:
         records = [_run(file)]
@@ -65,15 +63,14 @@ def _run(file: Vectors, rank: int | None = None) -> dict[str, Array]:
     hp = file.hp()
     eps, momentum = hp.pop("bn_eps", 1e-5), hp.pop("bn_momentum", 0.1)
     model = build(file.under("init/"), file.under("init_buf/"), eps=eps, momentum=momentum)
-    for name in ("adaptive", "dtype", "perturbation", "world_size"):
-        hp.pop(name, None)
+    part, translated = _method(file.path.name, hp)
     base = hp.pop("base", "sgd")
     if base not in BASES:
         raise FormatError(f"base {base!r} in hp_json, must be one of {', '.join(BASES)}")
     outer = model if rank is None else DistributedDataParallel(model)
     # What is left are options of SAM and of the base; either refuses what it does not know.
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in hp.items()}
-    opt = _recording(SAM, BASES[base])(outer, **options)
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in {**hp, **translated}.items()}
+    opt = _recording(part, BASES[base])(outer, **options)
     record: dict[str, Array] = {}
     for t, (x, y) in enumerate(zip(file["x"], file["y"], strict=True), start=1):
         rows = (x, y) if rank is None else (x[rank], y[rank])
@@ -82,6 +79,26 @@ def _run(file: Vectors, rank: int | None = None) -> dict[str, Array]:
             step = {key: value for key, value in step.items() if not key.startswith("loss") and "_buf/" not in key}
         record.update({f"step{t}/{key}": value for key, value in step.items()})
     return record
+
+
+def _method(name: str, hp: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    """The mixin a file is about, and its options under our names; what is translated leaves `hp`."""
+    for key in ("dtype", "world_size", "provenance"):
+        hp.pop(key, None)
+    scope, adaptive = hp.pop("perturbation", "global"), hp.pop("adaptive", False)
+    if name.startswith("lb_asam_official"):
+        return ASAM, {"adaptive": "official"}
+    if name.startswith("lb_asam_elementwise") or (name.startswith("lb_sam") and adaptive):
+        return ASAM, {"adaptive": "elementwise", "eta": hp.pop("eta", 0.0)}
+    if name.startswith("lb_gsam"):
+        return GSAM, {"adaptive": bool(adaptive)}
+    if name.startswith("lb_eq_gnp"):
+        return GradientNorm, {"radius": hp.pop("r"), "mix": hp.pop("alpha")}
+    if "looksam" in name:
+        return LookSAM, {"every": hp.pop("k"), "norms": "tensor" if "perparam" in name else "model"}
+    if name.startswith("lb_esam"):
+        return ESAM, {}
+    return SAM, {"scope": scope}
 
 
 def _recording(part: type, base: type) -> Any:
@@ -108,14 +125,21 @@ def _step(opt: Any, forward: nn.Module, model: nn.Module, x: Tensor, y: Tensor) 
             seen.update(_named("perturbed_buf", model.named_buffers()))
         loss = nn.functional.cross_entropy(forward(x), y)
         opt.backward(loss)
-        gradient = opt.host.gradient()
+        gradient = opt.host.local_gradient() if opt.host.local else opt.host.gradient()
         seen.update(_named(f"g{passes}", ((s.name, g) for s, g in gradient)))
         seen[f"loss{passes}"] = _array(loss)
         if passes == 1:
-            seen["gradnorm1"] = _array(gradient.norm())
+            # Of the elementwise adaptive variant, the reference records the norm it divides by.
+            scaled = ASAM in opt.configs and opt.configs[ASAM].adaptive == "elementwise"
+            size = gradient.clone().map_(lambda s, g: g * s.data.abs()) if scaled else gradient
+            seen["gradnorm1"] = _array(size.norm())
         return loss
 
-    loss = opt.step(closure)
+    def per_sample(rows: Tensor | None) -> Tensor:
+        chosen = slice(None) if rows is None else rows
+        return nn.functional.cross_entropy(forward(x[chosen]), y[chosen], reduction="none")
+
+    loss = opt.step(closure, per_sample=per_sample)
     return {**seen, **opt.final_gradient, "loss1": _array(loss), **_named("param", model.named_parameters()),
             **_named("param_buf", model.named_buffers())}
 

@@ -93,6 +93,19 @@ class Host(abc.ABC):
     def set_sync(self, last: bool) -> None:  # noqa: B027
         """Before each forward under accumulation: whether its backward shall reduce gradients."""
 
+    @property
+    def apart(self) -> bool:
+        """Whether each rank computes with working weights of its own, whole, which it may move apart from the others'."""
+        return not self.sharded
+
+    def set_gradient(self, gradient: Vector) -> None:
+        """Make this vector the gradient of its parameters."""
+        for shard, value in gradient:
+            if shard.grad is None:
+                shard.owner.grad = torch.zeros_like(shard.owner)
+            assert shard.grad is not None
+            shard.grad.copy_(value)
+
     def local_gradient(self) -> Vector:
         """After a local pass: this rank's own gradient over its working weights, whole on every rank. Its norms are this
         rank's own; a displacement along it moves working weights only.

@@ -234,6 +234,10 @@ class ZeroHost(Host):
             if grad is not None:
                 self._own[name] = self._own[name] + grad if name in self._own else grad
 
+    @property
+    def apart(self) -> bool:
+        return self.stage < 3
+
     def local_gradient(self) -> Vector:
         if self.stage == 3:
             return super().local_gradient()

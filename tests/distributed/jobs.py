@@ -1,0 +1,326 @@
+"""What the ranks of a launch do, by name; every check compares with another run, bit for bit unless it says otherwise."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import learning
+import torch
+from learning import Abandoned, Learner, buffers, everything, memory, stream, union, whole
+from record import Outcome, Record, Tensors
+from torch import Tensor
+
+from everbatch.data import Batch, Task
+from everbatch.distributed import World
+from everbatch.logging import read_scalars
+from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
+from everbatch.train.evaluate import accuracies
+
+ENDS = (5, 9, 23)
+"""Steps after which a run is left: inside the first task, one step after a task boundary, inside the last task.
+
+A checkpoint is written every second step and after each task, so the run goes on from step 4, 8 and 22."""
+
+
+def cut(host: str, folder: Path, after: int, **options: Any) -> Any:
+    """A run that is left after so many steps."""
+    t = learning.trainer(host, folder=folder / "checkpoints", recorder=learning.recorder(folder, after), **options)
+    try:
+        t.fit(stream(), resume=after == 0)
+    except Abandoned:
+        return t
+    raise AssertionError("the run was not left")
+
+
+def full(host: str, folder: Path, *, resume: bool = False, **options: Any) -> Any:
+    """A run to the end."""
+    t = learning.trainer(host, folder=folder / "checkpoints", recorder=learning.recorder(folder), **options)
+    t.fit(stream(), resume=resume)
+    t.recorder.close()
+    return t
+
+
+def same_scalars(found: Outcome, one: Path, other: Path) -> None:
+    if World.current().rank == 0:
+        found.require((one / "scalars.jsonl").read_bytes() == (other / "scalars.jsonl").read_bytes(), "scalars.jsonl differs")
+
+
+def resume(record: Record, store: Path, host: str) -> None:
+    """Left after some step and resumed by other objects, from other weights: everything as in the run that was not."""
+    folder = store / f"resume-{World.current().size}-{host}"
+    expected = everything(full(host, folder / "whole"))
+    for after in ENDS:
+        with record.check(f"resume/{host}/{after}") as found:
+            cut(host, folder / str(after), after)
+            again = full(host, folder / str(after), resume=True, model=learning.net(99))
+            found.require(len(again.matrix) == 3 and again.step == learning.STEPS, f"{again.step} steps, matrix {again.matrix}")
+            found.same_bits(everything(again), expected, "resumed")
+            same_scalars(found, folder / str(after), folder / "whole")
+
+
+def killed(record: Record, store: Path, argument: str) -> None:
+    """HOST/N: in attempt N of the launcher, rank N modulo 2 kills itself; in the next the run goes on and ends as one that was
+    never interrupted. Each has its own attempt, so one launch does for several hosts."""
+    host, _, number = argument.partition("/")
+    folder, attempt = store / f"killed-{host}", int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    recorder = learning.recorder(folder, 13 if attempt == int(number) else -1, signal.SIGKILL, rank=int(number) % 2)
+    t = learning.trainer(host, folder=folder / "checkpoints", recorder=recorder, model=learning.net(attempt))
+    t.fit(stream(), resume=True)
+    recorder.close()
+    with record.check(f"killed/{host}") as found:
+        # The other host's kill may have come since: what is on the disk is the run as it ended.
+        reference = full(host, folder / f"whole-{attempt}", model=learning.net(0))
+        if attempt == int(number) + 1:
+            found.require(t.optimizer.step_count == learning.STEPS, "not all steps")
+        found.same_bits(everything(t), everything(reference), "killed and restarted")
+        same_scalars(found, folder, folder / f"whole-{attempt}")
+
+
+def leave(record: Record, store: Path, host: str) -> None:
+    """Write a checkpoint after step 10, and what is in it, for `enter`."""
+    folder, world = store / f"left-{World.current().size}-{host}", World.current()
+    cut(host, folder, 11)
+    t = cut(host, folder, 0)
+    kept = {"whole": whole(t), "union": union(t), "buffers": world.gather(buffers(t)),
+            "accuracies": accuracies(t, stream(), 1, list(stream().tasks))}
+    if world.rank == 0:
+        torch.save(kept, folder / "kept.pt")
+    world.barrier()
+
+
+def enter(record: Record, store: Path, argument: str) -> None:
+    """SIZE-SOURCE/HOST: go on from what `leave` wrote on SIZE ranks.
+
+    Weights, moments, averages and the memory are the same bits at any number of ranks and stage. What changes: buffers that
+    differed by rank are their mean, and dropout masks follow the new ranks."""
+    source, _, host = argument.partition("/")
+    world, size = World.current(), int(source.partition("-")[0])
+    folder = store / f"entered-{source}-{world.size}-{host}"
+    if world.rank == 0:
+        shutil.copytree(store / f"left-{source}", folder)
+    world.barrier()
+    kept = torch.load(folder / "kept.pt", weights_only=True)
+    with record.check(f"enter/{source}/{host}-{world.size}") as found:
+        t = cut(host, folder, 0, model=learning.net(98))
+        found.require(t.step == 10 and len(t.matrix) == 1, f"step {t.step}")
+        found.same_bits(whole(t), kept["whole"], "weights, moments, averages")
+        found.same_bits(union(t), kept["union"], "memory")
+        ids = union(t)["index/ids"]
+        found.require(len(ids) == len(ids.unique()) == learning.REPLAY["capacity"], "a sample is there twice")
+        held = memory(t)["rows/raw"]
+        found.require(world.size == 1 or len(held) < len(ids), "the payload is not spread")
+        mine = kept["buffers"][world.rank] if size == world.size else mean(kept["buffers"])
+        found.same_bits(buffers(t), mine, "buffers")
+        if size != world.size:  # evaluation means over the ranks as well, so both see the same numbers
+            found.require(accuracies(t, stream(), 1, list(stream().tasks)) == kept["accuracies"], "accuracies differ")
+        again = full(host, folder, resume=True)
+        found.require(again.step == learning.STEPS and len(again.matrix) == 3, "the run did not go on to the end")
+        found.require(all(bool(v.isfinite().all()) for v in whole(again).values()), "not finite")
+
+
+def mean(rows: list[Tensors]) -> Tensors:
+    return {n: torch.stack([r[n] for r in rows]).mean(0) if v.is_floating_point() else v for n, v in rows[0].items()}
+
+
+def invariance(record: Record, store: Path, host: str) -> None:
+    """One rank and two see the same run: no running statistics and no dropout here. Sums of two halves round differently, so
+    weights differ by some units in the last place of 0.1 after 24 steps."""
+    world, options = World.current(), {"model": learning.net(smooth=True)}
+    folder = store / f"invariance-{world.size}-{host}"
+    t = full(host, folder, **options)
+    kept = {"whole": whole(t), "union": union(t), "matrix": torch.tensor(t.matrix, dtype=torch.float64)}
+    if world.size > 1:
+        with record.check(f"same_seed/{host}") as found:
+            again = full(host, store / f"again-{host}", model=learning.net(smooth=True))
+            found.same_bits(everything(again), everything(t), "a second run with this seed")
+            same_scalars(found, folder, store / f"again-{host}")
+        with record.check(f"invariance/{host}", 1e-5) as found:
+            one = torch.load(store / f"invariance-1-{host}.pt", weights_only=True)
+            exact = [k for k in one["union"] if not one["union"][k].is_floating_point()]
+            found.require({"index/ids", "index/targets", "index/positions", "index/tasks", "rows/raw"} <= set(exact), f"{exact}")
+            found.same_bits({k: kept["union"][k] for k in exact}, {k: one["union"][k] for k in exact}, "memory")
+            found.same_bits({"matrix": kept["matrix"]}, {"matrix": one["matrix"]}, "accuracies")
+            found.measure(apart(kept["whole"], one["whole"]))
+            found.measure(apart(kept["union"], one["union"]))
+            if world.rank == 0:
+                rows = [read_scalars(path / "scalars.jsonl") for path in (folder, store / f"invariance-1-{host}")]
+                found.require(len(rows[0]) == learning.STEPS and [sorted(r) for r in rows[0]] == [sorted(r) for r in rows[1]], "tags")
+                found.measure(max(abs(a[k] - b[k]) for a, b in zip(*rows, strict=True) for k in a))
+    elif world.rank == 0:
+        torch.save(kept, store / f"invariance-1-{host}.pt")
+
+
+def apart(a: Tensors, b: Tensors) -> float:
+    """Largest absolute difference."""
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+class Watching(TrainerMixin):
+    """Evaluates after every step."""
+
+    def after_step(self, record: StepRecord) -> None:
+        super().after_step(record)  # type: ignore[misc]
+        accuracies(self, self.stream, self.task_index, list(self.stream.tasks))  # type: ignore[attr-defined, arg-type]
+
+
+class Watched(Watching, Replay, Trainer):
+    """Evaluates after every step."""
+
+
+class Counting(Trainer):
+    """Keeps the ids of all samples that were predicted and count."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        self.met = [*getattr(self, "met", []), *batch.ids[batch.weight > 0].tolist()]  # type: ignore[operator]
+        return super().predict(batch)
+
+
+def evaluation(record: Record, store: Path, host: str) -> None:
+    """Evaluating leaves no trace, and counts every sample once."""
+    world, folder = World.current(), store / f"evaluation-{World.current().size}-{host}"
+    with record.check(f"evaluation/{host}/traces") as found:
+        expected = full(host, folder / "rarely", eval_future=False)
+        for name, options in (("often", {"cls": Watched}), ("future", {"eval_future": True})):
+            got = full(host, folder / name, **options)
+            for what in (whole, memory, buffers):
+                found.same_bits(what(got), what(expected), f"{name}: {what.__name__}")
+            rows = [[a for a in row if not math.isnan(a)] for row in got.matrix]
+            found.require([row[: k + 1] for k, row in enumerate(rows)]
+                          == [row[: k + 1] for k, row in enumerate(expected.matrix)], f"{name}: matrix")
+            found.require([len(row) for row in rows] == ([3, 3, 3] if name == "future" else [1, 2, 3]), f"{rows}")
+    with record.check(f"evaluation/{host}/once") as found:
+        t = learning.trainer(host, cls=Counting, eval_batch=4)
+        t.stream = stream()
+        inner = next(m for m in t.module.modules() if isinstance(m, torch.nn.Dropout))
+        t.module.train()
+        inner.eval()
+        flags, noise = [m.training for m in t.module.modules()], torch.get_rng_state()
+        before = buffers(t)
+        result = accuracies(t, stream(), 2, list(stream().tasks))
+        found.require([m.training for m in t.module.modules()] == flags and not inner.training, "training flags changed")
+        found.require(torch.equal(torch.get_rng_state(), noise), "the random state moved")
+        found.same_bits(buffers(t), before, "buffers")
+        ids = sorted(i for one in world.gather(t.met) for i in one)  # type: ignore[attr-defined]
+        found.require(ids == sorted(i for task in stream().tasks for i in task.test_ids.tolist()), "not every sample once")
+        counts = [a * len(task.test_ids) for a, task in zip(result, stream().tasks, strict=True)]
+        found.require(all(abs(c - round(c)) < 1e-9 for c in counts), f"{counts}")
+
+
+class Photographing(TrainerMixin):
+    """Keeps what the run is after every step."""
+
+    def after_step(self, record: StepRecord) -> None:
+        super().after_step(record)  # type: ignore[misc]
+        if not hasattr(self, "photographs"):
+            self.photographs: list[Any] = []
+        self.photographs.append((record.applied, whole(self), memory(self), buffers(self)))
+
+
+class Photographed(Photographing, Learner):
+    """Keeps what the run is after every step."""
+
+
+def bad_numbers(record: Record, store: Path, host: str) -> None:
+    """NaN in the last rank's inputs: the step leaves no trace on any rank; too many in a row end the run on all."""
+    world, folder = World.current(), store / f"bad-{World.current().size}-{host}"
+    bad: set[int] = set()
+
+    def prepare(inputs: Tensor) -> Tensor:
+        spoil = t.step in bad and t.module.training and world.rank == world.size - 1
+        return learning.scale(inputs) * (math.nan if spoil else 1.0)
+
+    with record.check(f"bad_numbers/{host}/skipped") as found:
+        bad |= {0, 5, 9, 10}
+        t = learning.trainer(host, cls=Photographed, prepare=prepare, folder=folder, recorder=learning.recorder(folder), max_bad_steps=3)
+        t.fit(stream())
+        found.require([p[0] for p in t.photographs] == [s not in bad for s in range(learning.STEPS)], "other steps were skipped")
+        found.require(t.optimizer.skipped_count == 4 and t.bad_steps == 0, f"{t.optimizer.skipped_count} counted")
+        for step in (5, 9, 10):
+            for before, after in zip(t.photographs[step - 1][1:], t.photographs[step][1:], strict=True):
+                if step != 9 or "index/ids" not in before:
+                    found.same_bits({k: v for k, v in after.items()}, before, f"step {step}")
+        t.recorder.close()
+        if world.rank == 0:
+            rows = read_scalars(folder / "scalars.jsonl")
+            found.require([r["steps/skipped"] for r in rows] == [float(sum(b <= s for b in bad)) for s in range(learning.STEPS)], "log")
+            found.require([math.isnan(r["loss/total"]) for r in rows] == [s in bad for s in range(learning.STEPS)], "loss log")
+    with record.check(f"bad_numbers/{host}/stop") as found:
+        bad |= {11, 12, 13}
+        t = learning.trainer(host, prepare=prepare, max_bad_steps=5)
+        try:
+            t.fit(stream())
+            found.require(False, "the run went on")
+        except RuntimeError as error:
+            text = "Trainer: 5 consecutive steps up to step 13 gave a gradient that is not finite"
+            found.require(str(error).startswith(text) and t.step == 14, str(error))
+
+
+def accumulation(record: Record, store: Path, host: str) -> None:
+    """Two micro-batches are one batch, to rounding; replay parts are cut as well."""
+    runs = [learning.trainer(host, model=learning.net(smooth=True), accumulation=k) for k in (1, 2)]
+    for run in runs:
+        run.fit(stream())
+    with record.check(f"accumulation/{host}", 1e-5) as found:
+        found.measure(apart(*(whole(run) for run in runs)))
+        found.measure(apart(*(union(run) for run in runs)))
+
+
+def half(record: Record, store: Path, host: str) -> None:
+    """bf16: it trains, masters stay float32, and it resumes bit for bit."""
+    options = {} if host.startswith("zero") else {"precision": "bf16"}
+    folder = store / f"half-{World.current().size}-{host}"
+    with record.check(f"half/{host}") as found:
+        expected = full(host, folder / "whole", **options)
+        masters = [v for k, v in whole(expected).items() if k.startswith("master/")]
+        found.require(all(v.dtype == torch.float32 and bool(v.isfinite().all()) for v in masters), "masters")
+        exact = learning.trainer(host.removesuffix("-bf16"))
+        exact.fit(stream())
+        found.require(apart(whole(expected), whole(exact)) > 0, "nothing was computed in bf16")
+        cut(host, folder / "cut", 13, **options)
+        found.same_bits(everything(full(host, folder / "cut", resume=True, **options)), everything(expected), "resumed")
+
+
+def disagreement(record: Record, store: Path) -> None:
+    """Ranks that were given different things: one error on every rank, before the first step, that names what differs."""
+    world = World.current()
+    last = world.rank == world.size - 1
+    other = reordered() if last else stream()
+    cases: dict[str, Any] = {
+        "trainer.seed is 3 on rank 0 and 4 on rank": lambda: learning.trainer("ddp", seed=3 + last),
+        "trainer.batch_size is 8 on rank 0 and 16": lambda: learning.trainer("ddp", batch_size=8 * (1 + last)),
+        "recorder is True on rank 0 and False": lambda: learning.trainer(
+            "ddp", recorder=None if last else learning.recorder(store / "disagreement")),
+        "checkpoints is True on rank 0": lambda: learning.trainer("ddp", folder=None if last else store),
+        "model is ": lambda: learning.trainer("ddp", model=learning.net(smooth=last)),
+        "engine is ": lambda: learning.trainer("zero1" if last else "zero2"),
+        "stream is ": lambda: learning.trainer("ddp").fit(other),
+        "optimizer.momentum is [0.9]": lambda: learning.trainer("ddp", optimizer=momentum(0.8 if last else 0.9)).fit(stream()),
+        "mixins.Replay is ": lambda: learning.trainer("ddp", replay={"alpha": 0.5 if last else 0.3}).fit(stream()),
+    }
+    for text, attempt in cases.items():
+        with record.check(f"disagreement/{text.partition(' ')[0]}") as found:
+            try:
+                attempt()
+                found.require(False, "nothing was noticed")
+            except ValueError as error:
+                found.require(text in str(error) and "must be the same on every rank" in str(error), str(error))
+
+
+def momentum(value: float) -> Any:
+    return type(learning.PLAIN)(learning.PLAIN.func, **{**learning.PLAIN.keywords, "momentum": value})
+
+
+def reordered() -> Any:
+    """The same stream with two training samples of the first task exchanged."""
+    s = stream()
+    first = s.tasks[0]
+    ids = first.train_ids.clone()
+    ids[[0, 1]] = ids[[1, 0]]
+    return type(s)((Task(first.id, first.name, first.classes, ids, first.test_ids), *s.tasks[1:]), s.train, s.test, s.num_classes,
+                   s.kind, s.label_map)

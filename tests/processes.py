@@ -1,0 +1,183 @@
+"""Start real jobs of several processes for tests, with a wall-clock limit on each.
+
+`torchrun` is the real launcher. `Zygote` does what the launcher does (environment, store, ending the others when a rank
+fails) for processes forked from one that has imported everything, so that a case costs no imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "lib")}
+
+
+@dataclass
+class Job:
+    """How a job of several ranks ended."""
+
+    codes: list[int]
+    """Exit code of each rank, negative for a signal; of the launcher, for `torchrun`."""
+    out: str
+    err: str
+    seconds: float
+    killed: list[int] = field(default_factory=list)
+    """Ranks that had to be ended because another had failed."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(ranks: int, script: Path, *arguments: str, limit: float, restarts: int = 0, env: dict[str, str] | None = None) -> Job:
+    """Run a script under torch.distributed.run; everything it started is killed at the limit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
+               "--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(script), *arguments]
+    begin = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{script.name} hung for {limit} s:\n{out[-3000:]}\n{err[-3000:]}") from None
+    return Job([process.returncode], out, err, time.monotonic() - begin)
+
+
+class Zygote:
+    """A process that has imported everything, and forks the ranks of jobs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+    def start(self, script: Path, *arguments: str, ranks: int = 2, limit: float = 60.0, env: dict[str, str] | None = None,
+              rank_arguments: dict[int, Sequence[str]] | None = None) -> Path:
+        """Begin a job; returns the folder in which its pids and outputs appear. One job at a time."""
+        self.count += 1
+        folder = self.folder / f"job-{self.count}"
+        folder.mkdir(parents=True)
+        order = {"script": str(script), "arguments": arguments, "ranks": ranks, "limit": limit, "env": env or {}, "folder": str(folder),
+                 "rank_arguments": {str(rank): list(extra) for rank, extra in (rank_arguments or {}).items()}}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return folder
+
+    def finish(self, folder: Path) -> Job:
+        """Wait for the job that was started last."""
+        assert self.process.stdout is not None
+        answer = json.loads(self.process.stdout.readline())
+        texts = ["".join((folder / f"{rank}.{kind}").read_text() for rank in range(len(answer["codes"]))) for kind in ("out", "err")]
+        job = Job(answer["codes"], *texts, answer["seconds"], answer["killed"])
+        assert not answer["hung"], f"hung: {job}"
+        return job
+
+    def run(self, script: Path, *arguments: str, **options: Any) -> Job:
+        return self.finish(self.start(script, *arguments, **options))
+
+    def close(self) -> None:
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait(timeout=30)
+        self.process.stdout.close()  # type: ignore[union-attr]
+
+
+def _serve() -> None:
+    """The zygote's own loop: one order per line of stdin, one answer per line of stdout."""
+    import runpy
+
+    import deepspeed  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+    import torch.distributed as dist
+    from torch.utils import tensorboard  # noqa: F401
+
+    import everbatch.train  # noqa: F401
+
+    def begin(order: dict[str, Any], rank: int, port: int) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        for kind, handle in (("out", 1), ("err", 2)):
+            os.dup2(os.open(f"{order['folder']}/{rank}.{kind}", os.O_WRONLY | os.O_CREAT), handle)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["ranks"]), LOCAL_WORLD_SIZE=str(order["ranks"]),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
+                          TORCHELASTIC_RESTART_COUNT="0", **order["env"])
+        sys.argv = [order["script"], *order["arguments"], *order["rank_arguments"].get(str(rank), [])]
+        code = 0
+        try:
+            torch.set_num_threads(1)
+            runpy.run_path(order["script"], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def serve_store() -> tuple[int, int]:
+        """A process with the store in it, as the launcher's agent has: it outlives the ranks."""
+        ours, theirs = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(theirs, str(store.port).encode())
+            while True:
+                signal.pause()
+        port = int(os.read(ours, 20))
+        os.close(ours)
+        os.close(theirs)
+        return pid, port
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        store, port = serve_store()
+        start = time.monotonic()
+        pids = {begin(order, rank, port): rank for rank in range(order["ranks"])}
+        (Path(order["folder"]) / "pids").write_text(" ".join(map(str, pids)))
+        codes, ended, hung, failed = [0] * order["ranks"], [], False, 0.0
+        while pids:
+            for pid in list(pids):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    rank = pids.pop(pid)
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    failed = failed or (time.monotonic() if codes[rank] else 0.0)
+            now = time.monotonic()
+            if failed and now - failed > 3.0 and not ended:  # later than the launcher does: ranks shall notice by themselves
+                ended = sorted(pids.values())
+                for pid in pids:
+                    os.kill(pid, signal.SIGTERM)
+            if now - start > order["limit"] or (ended and now - failed > 13.0):
+                hung = bool(pids)
+                for pid in pids:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        seconds = time.monotonic() - start
+        os.kill(store, signal.SIGKILL)
+        os.waitpid(store, 0)
+        print(json.dumps({"codes": codes, "seconds": seconds, "killed": ended, "hung": hung}), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
