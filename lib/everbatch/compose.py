@@ -232,6 +232,10 @@ def _check_composed(cls: type[Contract], base: type) -> None:
     for name in cls.verbs:
         if name in vars(cls) and not _calls_super(vars(cls)[name]):
             raise CompositionError(f"{cls.__name__}: {name}() never calls super().{name}(...)")
+    families = [c for c in order if _is_root(c) and c is not Contract]
+    if len(families) > 1:
+        raise CompositionError(f"{cls.__name__}: its mixins belong to {len(families)} families "
+                               f"({', '.join(f.__name__ for f in families)}); compose each family over its own base")
     owners: dict[str, type] = {}
     for part in parts:
         for resource in part.owns:  # type: ignore[attr-defined]

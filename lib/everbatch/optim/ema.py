@@ -52,31 +52,30 @@ class EMA(OptimizerMixin):
         """Fold the new weights into the average."""
         super().edit_parameters()
         config, average = self.configs[EMA], self.states[EMA].average
-        if not average:
-            average.update({s.name: s.data.clone() for s in self.host.shards})
-        elif self.step_count % config.ema_every == 0:
-            pairs = [(average[s.name], s.data) for s in self.host.shards]
-            if pairs:
-                torch._foreach_lerp_([a for a, _ in pairs], [d for _, d in pairs], 1.0 - config.ema_decay)
+        known = [s for s in self.host.shards if s.name in average]
+        if known and self.step_count % config.ema_every == 0:
+            torch._foreach_lerp_([average[s.name] for s in known], [s.data for s in known], 1.0 - config.ema_decay)
+        # At the first step, and where a parameter was unfrozen or added since.
+        average.update({s.name: s.data.clone() for s in self.host.shards if s.name not in average})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Compute with the averaged weights inside the block. Collective: two publications."""
-        average = self.states[EMA].average
+        """Compute with the averaged weights inside the block. Collective: two publications; one if the block raises, and the
+        next pass then publishes the weights."""
         saved = {s.name: s.data.clone() for s in self.host.shards}
-        with torch.no_grad():
-            self._write(average or saved)
         try:
+            self._write(saved | self.states[EMA].average)
+            self.host.publish_if_dirty()
             yield
         finally:
-            with torch.no_grad():
-                self._write(saved)
+            self._write(saved)  # locally: what raised on one rank must not start a collective
+        self.host.publish_if_dirty()
 
+    @torch.no_grad()
     def _write(self, values: dict[str, torch.Tensor]) -> None:
         for shard in self.host.shards:
             shard.data.copy_(values[shard.name])
         self.host.touch()
-        self.host.publish_if_dirty()
 
     def cost(self) -> Cost:
         """One kept copy."""

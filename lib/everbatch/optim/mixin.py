@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.compose import Contract, Cost, base_of, parts_of, reject_unknown
-from everbatch.errors import check
+from everbatch.errors import UnsupportedHost, check
 from everbatch.optim import state as persistence
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.hosts.local import LocalHost
 from everbatch.optim.objective import Objective
+from everbatch.optim.realised import realised, report
 from everbatch.optim.shards import Vector
 
 __all__ = ["OptimizerMixin"]
@@ -73,10 +74,14 @@ class OptimizerMixin(Contract):
         """
         from everbatch.optim.hosts.zero import ZeroHost
 
-        self = cls.__new__(cls)
-        reject_unknown(cls, self._start(options, seed), {"seed"})
-        base = base_of(cls)
+        self, base = cls.__new__(cls), base_of(cls)
         assert base is not None
+        rest = self._start(options, seed)
+        theirs = sorted(set(rest).intersection(inspect.signature(base.__init__).parameters))  # type: ignore[misc]
+        if theirs:
+            raise TypeError(f"{cls.__name__}.on: {theirs[0]} is an option of {base.__name__}; set it on the optimizer that "
+                            "the engine was initialised with")
+        reject_unknown(cls, rest, {"seed"})
         host = ZeroHost(engine, base)
         torch.optim.Optimizer.__setstate__(self, {"defaults": dict(host.inner.defaults)})  # type: ignore[arg-type]
         self._attach(host)
@@ -87,7 +92,7 @@ class OptimizerMixin(Contract):
         self.seed, self.step_count, self.skipped_count, self.metrics = seed, 0, 0, {}
         self._on_apply: list[Callable[[], None]] = []
         self._on_skip: list[Callable[[], None]] = []
-        self._replaced = ""
+        self._replaced, self._warned = "", False
         self._objective: Objective | None = None
         self.last_applied, self.last_passes = True, 0
         return self._configure(options)
@@ -97,6 +102,19 @@ class OptimizerMixin(Contract):
         for part in parts_of(type(self)):
             if "on_attach" in vars(part):
                 part.on_attach(self)  # type: ignore[attr-defined]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of named parameters, as `torch.optim.Optimizer.add_param_group` does.
+
+        Raises:
+            UnsupportedHost: on DeepSpeed, whose engine has laid out its shards.
+        """
+        host = self.__dict__.get("host")  # none yet while the base is being built
+        if host is not None and not isinstance(host, LocalHost):
+            raise UnsupportedHost(f"{host.title}: a built engine takes no more parameters; initialise it with all of them")
+        super().add_param_group(param_group)  # type: ignore[misc]
+        if host is not None:
+            self.host = LocalHost(self, *host.recipe())
 
     # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
     @property
@@ -244,6 +262,7 @@ class OptimizerMixin(Contract):
         try:
             weights.add_(vector)
             if masters:
+                self._watch_precision(vector, saved)
                 self.host.touch()
             yield
         finally:
@@ -251,6 +270,16 @@ class OptimizerMixin(Contract):
                 torch._foreach_copy_([s.data for s in saved.shards], saved.tensors)
             if masters:
                 self.host.touch()
+
+    def _watch_precision(self, vector: Vector, saved: Vector) -> None:
+        """At every hundredth step, where weights compute in fewer bits than fp32: what is left of a displacement."""
+        working = self.host.working_dtype
+        if working.itemsize < 4 and self.step_count % 100 == 0:
+            ratio, cosine = realised(vector, saved, working)
+            self.metrics |= {"perturbation_norm_ratio": ratio, "perturbation_cosine": cosine}
+            if not self._warned:
+                report(type(self).__name__, ratio, cosine, self.host.rank)
+                self._warned = True
 
     def on_apply(self, commit: Callable[[], None]) -> None:
         """Run `commit` if this step is applied: how a part changes its state before it is known whether the step counts."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from everbatch import seeds
 from everbatch.errors import check, check_real
+from everbatch.optim.hosts.base import plain_names
 from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["ShrinkPerturb"]
@@ -62,6 +63,12 @@ class ShrinkPerturb(OptimizerMixin):
     class State:
         round: int = 0
 
+    def on_attach(self) -> None:
+        """Statistics are reset in the module itself, so it must be known."""
+        check(self.configs[ShrinkPerturb].noise == "gaussian" or self.host.module is not None, "ShrinkPerturb",
+              "parameters without their module", "get the module for noise='fresh_init'",
+              "pass the module as the first argument, or noise='gaussian'")
+
     @torch.no_grad()
     def shrink_perturb(self) -> None:
         """Apply the rule once, between two steps. Collective where weights are sharded."""
@@ -78,8 +85,12 @@ class ShrinkPerturb(OptimizerMixin):
                 noise = draws[shard.name].reshape(-1)[shard.start : shard.start + shard.numel]
                 scale = config.perturb
             data = shard.data
-            data.mul_(config.shrink).add_(noise.to(data).view(data.shape), alpha=scale)
-        if fresh is not None and self.host.module is not None:
+            if config.shrink != 1.0:
+                data.mul_(config.shrink)
+            if scale:  # adding zero would turn -0.0 into 0.0
+                data.add_(noise.to(data).view(data.shape), alpha=scale)
+        if fresh is not None:
+            assert self.host.module is not None  # on_attach
             _reset_statistics(self.host.module, dict(fresh.named_buffers()))
         if not config.keep_moments:
             self.host.reset_moments()
@@ -91,11 +102,13 @@ class ShrinkPerturb(OptimizerMixin):
 def fresh_model(factory: Callable[[], nn.Module], *key: int | str) -> nn.Module:
     """A model from `factory` under a random stream seeded with `key`; the global stream is left as it was."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seeds.derive(*key))
+        torch.default_generator.manual_seed(seeds.derive(*key))  # not torch.manual_seed, which seeds devices as well
         return factory()
 
 
 def _reset_statistics(module: nn.Module, fresh: dict[str, Tensor]) -> None:
-    for name, buffer in module.named_buffers():
+    buffers = list(module.named_buffers())
+    for name, (_, buffer) in zip(plain_names([n for n, _ in buffers], wrapped=False), buffers, strict=True):
         if name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked"):
+            check(name in fresh, "ShrinkPerturb", f"the factory's model lacks the buffer {name}", "be the same model")
             buffer.copy_(fresh[name])

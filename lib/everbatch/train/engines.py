@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.compose import base_of, option_names, route
 from everbatch.distributed import World
-from everbatch.errors import check, nearest
+from everbatch.errors import UnsupportedHost, check, nearest
 from everbatch.optim.groups import groups
 from everbatch.optim.mixin import OptimizerMixin
 
@@ -55,8 +55,10 @@ def launch(
     model.to(device)
     call: nn.Module = model
     if engine == "ddp":
-        # Buffers stay each rank's own, as on ZeRO; evaluation and other world sizes use their mean.
-        call = DistributedDataParallel(model, broadcast_buffers=False)
+        call = DistributedDataParallel(model)
+        # Buffers stay each rank's own, as on ZeRO; evaluation and other world sizes use their mean. Set here, because torch
+        # renamed the argument.
+        call.broadcast_buffers = False
     elif engine == "fsdp2":
         shard_blocks(model)
     target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
@@ -96,8 +98,15 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
     except TypeError as error:
         raise TypeError(f"{cls.__name__}: {error}; options of the mixins: {', '.join(sorted(option_names(cls)))}") from None
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=dict(config))
-    flat = {f"{part.__name__.lower()}_{name}": value for part, values in chosen.items() for name, value in values.items()}
     half = bool(engine.bfloat16_enabled())
+    mixed = [n for n, m in engine.module.named_modules()
+             if half and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+             and m.running_mean.dtype != torch.bfloat16]
+    if mixed:
+        raise UnsupportedHost(f"DeepSpeed: {mixed[0]} keeps its running statistics in fp32 beside bf16 weights, which torch's "
+                              "batch norm refuses; use precision fp32, engine ddp or fsdp2 with trainer.precision=bf16, or "
+                              "data_types.buffer_dtype: bf16 in the DeepSpeed configuration")
+    flat = {f"{part.__name__.lower()}_{name}": value for part, values in chosen.items() for name, value in values.items()}
 
     def call(inputs: Tensor) -> Any:
         return engine.module(inputs.bfloat16() if half and inputs.is_floating_point() else inputs)

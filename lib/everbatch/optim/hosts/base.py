@@ -8,17 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.errors import UnsupportedHost
 from everbatch.optim.shards import Shard, Vector
 
-__all__ = ["Alone", "Host", "plain_name"]
+__all__ = ["Alone", "Host", "plain_names", "unwrap"]
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name in the bare model: without the prefixes of DDP, torch.compile and activation checkpointing."""
-    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
-    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
+def plain_names(names: Sequence[str], *, wrapped: bool) -> list[str]:
+    """Names in the bare model: without what torch.compile, activation checkpointing and, if `wrapped`, DDP add."""
+    bare = [".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+            for name in names]
+    return [name.removeprefix("module.") for name in bare] if wrapped else bare
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The bare model inside DDP and torch.compile."""
+    while True:
+        inside = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
+        if not isinstance(inside, nn.Module):
+            return module
+        module = inside
 
 
 class Host(abc.ABC):
@@ -94,6 +105,11 @@ class Host(abc.ABC):
         """Before each forward under accumulation: whether its backward shall reduce gradients."""
 
     @property
+    def working_dtype(self) -> torch.dtype:
+        """Precision of the weights the model computes with."""
+        return next(iter(self.master_layout().values()))[0]
+
+    @property
     def apart(self) -> bool:
         """Whether each rank computes with working weights of its own, whole, which it may move apart from the others'."""
         return not self.sharded
@@ -138,11 +154,11 @@ class Host(abc.ABC):
 
     def finite(self) -> Tensor:
         """0-dim bool: whether every gradient element on every rank is finite. At most one all-reduce, no host sync."""
-        grads = [s.grad for s in self.shards]
-        # The largest absolute value is finite iff every element is; unlike a sum or a norm it cannot overflow.
-        peaks = torch._foreach_norm([g for g in grads if g is not None and g.numel()], float("inf"))
+        grads = [g for s in self.shards if (g := s.grad) is not None and g.numel()]
         bad = torch.zeros((), dtype=torch.float64, device=self.device)
-        if peaks:
+        if grads:  # a rank may own nothing of a small model
+            # The largest absolute value is finite iff every element is; unlike a sum or a norm it cannot overflow.
+            peaks = torch._foreach_norm(grads, float("inf"))
             bad += (~torch.isfinite(torch.stack([p.float() for p in peaks]))).sum().to(bad)
         return self.total(bad) == 0
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_name
+from everbatch.optim.hosts.base import Alone, Host, plain_names, unwrap
 from everbatch.optim.shards import Shard, Vector
 
 if TYPE_CHECKING:
@@ -36,16 +36,20 @@ class LocalHost(Host):
         # The optimizer owns its host; a strong reference back would keep both alive until the garbage collector runs.
         self._optimizer = weakref.proxy(optimizer)
         self._outer = module
-        self.module = module.module if isinstance(module, DistributedDataParallel) else module
+        self.module = None if module is None else unwrap(module)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._named = [(plain_name(n), p) for g in optimizer.param_groups for n, p in _named(g)]
-        names = [n for n, _ in self._named]
+        named = [pair for group in optimizer.param_groups for pair in _named(group)]
+        ddp = any(isinstance(m, DistributedDataParallel) for m in (module.modules() if module is not None else ()))
+        # Without the module, names that all begin alike are taken for those of ddp.named_parameters().
+        wrapped = ddp if module is not None else all(n.startswith("module.") for n, _ in named)
+        names = plain_names([n for n, _ in named], wrapped=wrapped)
+        self._named = list(zip(names, (p for _, p in named), strict=True))
         check(len(set(names)) == len(names), type(optimizer).__name__, f"parameter names {_twice(names)} occur twice",
               "be unique", "pass the module, or named_parameters() with a prefix for each module")
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
         self.device = _device(self._named[0][1])
         self.sync = True
-        self._trained = 0
+        self._trained: list[str] = []
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         for part in module.modules() if module is not None else ():
             if isinstance(part, FSDPModule | DistributedDataParallel):
@@ -56,7 +60,6 @@ class LocalHost(Host):
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replicas = self.world
         self._group = self._shard_group(sharded) if sharded else None
-        ddp = isinstance(module, DistributedDataParallel)
         self.title = "FSDP2" if sharded else "DDP" if ddp else "plain"
         self.pass_cost = ("parameter gathers of a forward and backward, one gradient reduce-scatter" if sharded else
                           "one gradient all-reduce" if ddp else "no collective")
@@ -87,7 +90,7 @@ class LocalHost(Host):
 
     @property
     def shards(self) -> list[Shard]:
-        trained = sum(p.requires_grad for _, p in self._named)
+        trained = self.names
         if self._shards is None or trained != self._trained:
             self._shards, self._trained = self._build_shards(), trained
         return self._shards

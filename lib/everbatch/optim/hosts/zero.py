@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.errors import UnsupportedHost
-from everbatch.optim.hosts.base import Alone, Host, plain_name
+from everbatch.optim.hosts.base import Alone, Host, plain_names
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Shard, Vector
 
@@ -70,7 +70,9 @@ class ZeroHost(Host):
         self.sharded = self.stage > 0 and dist.get_world_size() > 1
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replicas = 1 if self.stage else self.world
-        self._named = [(plain_name(n), p) for n, p in self.module.named_parameters() if p.requires_grad]
+        trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+        names = plain_names([n for n, _ in trained], wrapped=False)
+        self._named = list(zip(names, (p for _, p in trained), strict=True))
         self.bf16 = bool(engine.bfloat16_enabled())
         self.title = f"ZeRO stage {self.stage} ({'bf16' if self.bf16 else 'fp32'})"
         self.pass_cost = {0: "one gradient all-reduce", 3: "one gradient reduction, parameter gathers of a forward and backward, "
@@ -235,6 +237,10 @@ class ZeroHost(Host):
                 self._own[name] = self._own[name] + grad if name in self._own else grad
 
     @property
+    def working_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
     def apart(self) -> bool:
         return self.stage < 3
 
@@ -266,10 +272,12 @@ class ZeroHost(Host):
         if self._verified or "loss" not in objective.closures:
             return
         first = self.gradient().norm().item()
+        if not math.isfinite(first):  # this step will be skipped; the next one is as good
+            return
         objective()
         second = self.gradient().norm().item()
         self._verified = True
-        if math.isfinite(first) and abs(second - first) > 1e-2 * first:
+        if not abs(second - first) <= 1e-2 * first:
             raise UnsupportedHost(f"DeepSpeed: repeating one pass changed the gradient norm from {first:.6g} to {second:.6g}: "
                                   f"gradients of a discarded pass survive in this engine ({self.title}, {self.kind}), or the "
                                   f"closure is not repeatable; tested with deepspeed {TESTED}")
