@@ -133,7 +133,8 @@ def main() -> None:
                   f"{1e3 * row['seconds_max']:>9.1f}{row['ratio_of_minima']:>11.3f}{row['ratio_of_medians']:>8.3f}{passes:>8.2f}"
                   f"{target:>8.2f}")
         if args.json:
-            args.json.write_text(json.dumps({"host": args.host, "world": world.size, "rows": rows, "versions": versions()}, indent=1))
+            result = {"host": args.host, "world": world.size, "rows": rows, "versions": versions()}
+            args.json.write_text(json.dumps(result, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -37,6 +37,7 @@ def describe(opt: OptimizerMixin) -> str:
     scalars = (1 + sum(c.scalar_reductions for c in costs.values())) if opt.host.sharded else 0
     lines.append(f"  passes per step    {1 + extra:g}")
     lines.append(f"  bytes per element  {state:g} kept, {transient:g} inside the step (of the masters this rank owns)")
-    lines.append(f"  collectives        {scalars:g} all-reduces of scalars; each of the {extra:g} extra passes: {opt.host.pass_cost}")
+    lines.append(f"  collectives        {scalars:g} all-reduces of scalars; each of the {extra:g} extra passes: "
+                 f"{opt.host.pass_cost}")
     lines += [f"  note               {c.note}" for c in costs.values() if c.note]
     return "\n".join(lines)

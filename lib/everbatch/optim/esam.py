@@ -14,8 +14,8 @@ from everbatch.compose import Cost
 from everbatch.errors import check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
-from everbatch.optim.sharpness import ascent
 from everbatch.optim.shards import Vector
+from everbatch.optim.sharpness import ascent
 
 __all__ = ["ESAM", "select_samples"]
 
@@ -74,7 +74,7 @@ class ESAM(OptimizerMixin):
         config: ESAM.Config = self.configs[ESAM]
         if not config.rho:
             return super().estimate_gradient(objective)
-        per_sample: Callable[[Tensor | None], Tensor] = objective.closures["per_sample"]
+        per_sample: Callable[..., Tensor] = objective.closures["per_sample"]
         before: list[Tensor] = []
 
         def whole() -> Tensor:

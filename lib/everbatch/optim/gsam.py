@@ -52,7 +52,8 @@ class GSAM(OptimizerMixin):
             if self.rho_min is not None:
                 check_real("GSAM", "rho_min", self.rho_min, 0.0, self.rho)
                 check(self.lr_max is not None and self.lr_max > self.lr_min >= 0, "GSAM",
-                      f"lr_max={self.lr_max!r} with rho_min", f"be above lr_min={self.lr_min}", "a constant radius needs no rho_min")
+                      f"lr_max={self.lr_max!r} with rho_min", f"be above lr_min={self.lr_min}",
+                      "a constant radius needs no rho_min")
 
     def estimate_gradient(self, objective: Objective) -> Any:
         """Combine the gradients at theta and at the perturbed weights; returns the loss of the first pass."""

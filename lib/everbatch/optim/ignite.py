@@ -12,8 +12,8 @@ from everbatch.compose import Cost
 from everbatch.errors import check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
-from everbatch.optim.sharpness import ascent, masters_copy
 from everbatch.optim.shards import Vector
+from everbatch.optim.sharpness import ascent, masters_copy
 
 __all__ = ["Ignite"]
 

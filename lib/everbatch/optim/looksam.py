@@ -11,8 +11,8 @@ from everbatch.compose import Cost
 from everbatch.errors import check, check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
-from everbatch.optim.sharpness import ascent, check_interval, masters_copy
 from everbatch.optim.shards import ByName, Vector, inner
+from everbatch.optim.sharpness import ascent, check_interval, masters_copy
 
 __all__ = ["LookSAM", "StaleSAM"]
 
@@ -78,8 +78,8 @@ class LookSAM(OptimizerMixin):
         if self.configs[LookSAM].norms == "model":
             hg, gg = inner(self.host, (h, g), (g, g)).unbind()
             return h.add_(g, -(hg / gg.clamp_min(tiny)))
-        hg, gg = _by_tensor(self, (h, g), (g, g))
-        return h.map_(lambda s, t: t.sub_(_find(g, s.name) * (hg[s.name] / gg[s.name].clamp_min(tiny)).to(t)))
+        products, squares = _by_tensor(self, (h, g), (g, g))
+        return h.map_(lambda s, t: t.sub_(_find(g, s.name) * (products[s.name] / squares[s.name].clamp_min(tiny)).to(t)))
 
     def _look_reuse(self, alpha: float) -> None:
         kept, gradient = self.states[LookSAM].direction, self.host.gradient()
@@ -89,9 +89,10 @@ class LookSAM(OptimizerMixin):
             gradient.add_(Vector(v.host, v.shards, [t.to(g.dtype) for t, g in zip(v.tensors, gradient.tensors, strict=True)]),
                           alpha * gg.sqrt() / (vv.sqrt() + 1e-12))
             return
-        gg, vv = _by_tensor(self, (gradient, gradient), (v, v))
+        own, kept_norms = _by_tensor(self, (gradient, gradient), (v, v))
         for (shard, g), t in zip(gradient, v.tensors, strict=True):
-            g.add_(t.to(g.dtype) * (alpha * gg[shard.name].sqrt() / (vv[shard.name].sqrt() + 1e-8)).to(g))
+            # 1e-8 as in the public implementation whose per-tensor rule this is
+            g.add_(t.to(g.dtype) * (alpha * own[shard.name].sqrt() / (kept_norms[shard.name].sqrt() + 1e-8)).to(g))
 
     def _look_keep(self, kept: Vector) -> None:
         state = self.states[LookSAM]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Objective"]
 
-Closure = Callable[[], Any]
+Closure = Callable[..., Any]
 
 
 class Objective:
@@ -91,9 +92,8 @@ class Objective:
 
     def rollback(self) -> None:
         """Put every buffer the recorded pass may have moved back to where it was before the step."""
-        for module, name, tensor, kept in self._buffers:
-            tensor.copy_(kept)
-            module._buffers[name] = tensor
+        for entry in self._buffers:
+            _put_back(*entry)
 
     def _keep_buffers(self, root: nn.Module) -> None:
         for module, name, tensor in _buffers_of(root):
@@ -143,11 +143,12 @@ class _Watch:
     def _hold_buffers(self, module: nn.Module) -> None:
         for name, tensor in module._buffers.items():
             if tensor is not None:
-                def put_back(name: str = name, tensor: Tensor = tensor, kept: Tensor = tensor.clone()) -> None:
-                    tensor.copy_(kept)
-                    module._buffers[name] = tensor
+                self.undo.append(functools.partial(_put_back, module, name, tensor, tensor.clone()))
 
-                self.undo.append(put_back)
+
+def _put_back(module: nn.Module, name: str, tensor: Tensor, kept: Tensor) -> None:
+    tensor.copy_(kept)
+    module._buffers[name] = tensor
 
 
 def _buffers_of(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

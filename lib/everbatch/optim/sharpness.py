@@ -97,8 +97,8 @@ def check_scope(opt: OptimizerMixin, who: str, scope: Scope, group_size: int) ->
     if scope == "global" or opt.host.world == 1:
         return None
     if not opt.host.apart:
-        raise UnsupportedHost(f"{who}: scope={scope!r} on {opt.host.title}: ranks share one sharded copy of the weights and cannot "
-                              "move it apart; use scope='global', or ZeRO stage 0 to 2, DDP or plain torch")
+        raise UnsupportedHost(f"{who}: scope={scope!r} on {opt.host.title}: ranks share one sharded copy of the weights and "
+                              "cannot move it apart; use scope='global', or ZeRO stage 0 to 2, DDP or plain torch")
     if scope == "local":
         return None
     check(opt.host.world % group_size == 0, who, f"group_size={group_size} on {opt.host.world} ranks",
@@ -125,6 +125,6 @@ def first_gradient(opt: OptimizerMixin, objective: Objective, run: Any, scope: S
         flat = torch.cat([t.reshape(-1) for t in mine.tensors])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        parts = flat.split([t.numel() for t in mine.tensors])
+        parts = flat.split_with_sizes([t.numel() for t in mine.tensors])
         mine = Vector(mine.host, mine.shards, [p.view(t.shape) for p, t in zip(parts, mine.tensors, strict=True)])
     return loss, mine

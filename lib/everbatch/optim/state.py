@@ -37,9 +37,9 @@ def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
             tensors.append(_piece(f"{kind}/{shard.name}", shard, value))
         scalars[shard.name] = _scalars(opt, shard)
     for part, state in opt.states.items():
-        for name, value in _by_name(state).items():
-            tensors += [_piece(f"{part.__name__}.{name}/{s.name}", s, value[s.name])
-                        for s in host.shards if s.name in value]
+        for name, kept_by in _by_name(state).items():
+            tensors += [_piece(f"{part.__name__}.{name}/{s.name}", s, kept_by[s.name])
+                        for s in host.shards if s.name in kept_by]
     merged: dict[str, Any] = {}
     for other in World.current().gather(scalars):
         merged.update(other)  # type: ignore[call-overload]
@@ -69,8 +69,8 @@ def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
         for kind, value in ({"master": shard.data} | {f"moment.{k}": v for k, v in shard.moments.items()}).items():
             slices.setdefault(kind, []).append((shard, value))
     for part, state in opt.states.items():
-        for name, value in _by_name(state).items():
-            slices[f"{part.__name__}.{name}"] = [(s, value[s.name]) for s in host.shards if s.name in value]
+        for name, kept_by in _by_name(state).items():
+            slices[f"{part.__name__}.{name}"] = [(s, kept_by[s.name]) for s in host.shards if s.name in kept_by]
     kinds = sorted({k for ks in World.current().gather(sorted(slices)) for k in ks}) if host.sharded else list(slices)  # type: ignore[attr-defined]
     whole = {}
     for kind in kinds:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.optim import ASAM, ESAM, GSAM, SAM, GradientNorm, LookSAM
-from golden.comparison import Array, Comparison, FormatError, NotYet, Tolerance, Vectors
+from golden.comparison import Array, Comparison, FormatError, Tolerance, Vectors
 from golden.families.nets import build
 from golden.families.ranks import on_ranks
 

@@ -1,0 +1,155 @@
+"""State by name: saved whole, loaded anywhere, refused before anything is touched."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quadratics import same, small_net, train, weights
+from torch import nn
+
+from everbatch import checkpoint
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch
+from everbatch.optim import EMA, SAM, ClipGradNorm, ShrinkPerturb
+from everbatch.optim.state import load_pieces, pieces
+
+BASES: dict[str, tuple[type, dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "sgd without momentum": (torch.optim.SGD, {"lr": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
+    "amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "centered": True, "momentum": 0.5}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01}),
+    "radam": (torch.optim.RAdam, {"lr": 0.01}),
+}
+
+
+def build(base: str = "sgd", seed: int = 0, **options: Any) -> tuple[nn.Module, Any]:
+    cls, defaults = BASES[base]
+    model = small_net(seed)
+    composed = type("Mixed", (ClipGradNorm, EMA, ShrinkPerturb, SAM, cls), {})
+    return model, composed(model, **defaults, rho=0.3, max_norm=0.5, ema_decay=0.5, noise="gaussian", sigma=0.05, **options)
+
+
+def life(pair: tuple[nn.Module, Any], begin: int, end: int) -> None:
+    for i in range(begin, end):
+        if i in (1, 4):
+            pair[1].shrink_perturb()
+        train(*pair, i, i + 1)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_resumes_bitwise(base: str) -> None:
+    pair, twin = build(base), build(base, seed=9)
+    life(pair, 0, 3)
+    saved = copy.deepcopy(pair[1].state_dict())
+    twin[1].load_state_dict(saved)
+    assert same(weights(twin[0]), weights(pair[0]))
+    life(pair, 3, 6)
+    life(twin, 3, 6)
+    ends = [p[1].state_dict()["everbatch"] for p in (pair, twin)]
+    assert same(list(ends[0]["tensors"].values()), list(ends[1]["tensors"].values())) and ends[0]["meta"] == ends[1]["meta"]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_checkpoint_folder_resumes_bitwise(base: str, tmp_path: Path) -> None:
+    pair, twin = build(base), build(base, seed=9)
+    life(pair, 0, 3)
+    tensors, meta = pieces(pair[1])
+    checkpoint.save(tmp_path, 3, tensors, meta, world=World())
+    kept = checkpoint.latest(tmp_path, world=World())
+    assert kept is not None
+    load_pieces(twin[1], kept, kept.meta)
+    life(pair, 3, 6)
+    life(twin, 3, 6)
+    ends = [p[1].state_dict()["everbatch"] for p in (pair, twin)]
+    assert same(list(ends[0]["tensors"].values()), list(ends[1]["tensors"].values())) and ends[0]["meta"] == ends[1]["meta"]
+    assert twin[1].param_groups[0].get("betas", ()).__class__ is tuple
+
+
+def test_before_the_first_step() -> None:
+    pair, twin = build(), build(seed=9)
+    life(twin, 0, 2)
+    twin[1].load_state_dict(pair[1].state_dict())
+    assert same(weights(twin[0]), weights(pair[0])) and not twin[1].state and not twin[1].states[EMA].average
+    life(pair, 0, 2)
+    life(twin, 0, 2)
+    assert same(weights(twin[0]), weights(pair[0]))
+
+
+def test_options_of_groups_and_counts_come_back() -> None:
+    pair, twin = build(), build(seed=9)
+    pair[1].param_groups[0]["lr"] = 0.025
+    life(pair, 0, 2)
+    train(*pair, 2, 3, scale=float("nan"))
+    twin[1].load_state_dict(pair[1].state_dict())
+    assert twin[1].param_groups[0]["lr"] == 0.025 and len(twin[1].param_groups[0]["params"]) == 4
+    assert (twin[1].step_count, twin[1].skipped_count, twin[1].states[ShrinkPerturb].round) == (2, 1, 1)
+
+
+def test_a_saved_state_is_a_copy() -> None:
+    pair = build()
+    life(pair, 0, 2)
+    saved = pair[1].state_dict()["everbatch"]["tensors"]
+    kept = {n: t.clone() for n, t in saved.items()}
+    life(pair, 2, 4)
+    assert all(torch.equal(saved[n], kept[n]) for n in kept)
+
+
+def test_torchs_own_view_is_there_as_well() -> None:
+    pair = build()
+    life(pair, 0, 2)
+    saved = pair[1].state_dict()
+    assert set(saved) == {"state", "param_groups", "everbatch"}
+    other = torch.optim.SGD(small_net().parameters(), lr=1.0, momentum=0.9)
+    other.load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+def test_none_gradients_leave_no_moments_and_that_is_kept() -> None:
+    pair, twin = build(), build(seed=9)
+    for model, opt in (pair, twin):
+        extra = nn.Parameter(torch.ones(3))
+        model.register_parameter("unused", extra)
+        opt.add_param_group({"params": [("unused", extra)]})
+    life(pair, 0, 2)
+    twin[1].load_state_dict(pair[1].state_dict())
+    assert pair[0].unused not in pair[1].state and twin[0].unused not in twin[1].state
+    life(pair, 2, 4)
+    life(twin, 2, 4)
+    assert same(weights(pair[0]), weights(twin[0]))
+
+
+def refuse(saved: Any, other: tuple[nn.Module, Any], text: str) -> None:
+    life(other, 0, 1)
+    before = copy.deepcopy(other[1].state_dict()["everbatch"])
+    with pytest.raises(CheckpointMismatch, match=text):
+        other[1].load_state_dict(saved)
+    after = other[1].state_dict()["everbatch"]
+    assert same(list(after["tensors"].values()), list(before["tensors"].values())) and after["meta"] == before["meta"], "touched"
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_touched() -> None:
+    pair = build()
+    life(pair, 0, 2)
+    saved = pair[1].state_dict()
+    refuse({k: v for k, v in saved.items() if k != "everbatch"}, build(seed=1), "has no 'everbatch' entry")
+    wider = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
+    options = {"lr": 0.1, "momentum": 0.9, "noise": "gaussian"}
+    refuse(saved, (wider, type(pair[1])(wider, **options)), r"parameters \['0.weight', '0.bias', '2.weight'\] differ")
+    fewer = small_net()
+    refuse(saved, (fewer, type(pair[1])(list(fewer.named_parameters())[:3], **options)), "differ between the state and the model")
+    regrouped = small_net()
+    named = list(regrouped.named_parameters())
+    refuse(saved, (regrouped, type(pair[1])([{"params": named[:2]}, {"params": named[2:]}], **options)), "1 parameter groups .* 2 here")
+
+    class Other(ClipGradNorm, ShrinkPerturb, torch.optim.SGD):
+        pass
+
+    model = small_net()
+    refuse(saved, (model, Other(model, **options)), "compose the same mixins")

@@ -1,0 +1,328 @@
+"""The final step: closures, hooks, schedulers, accumulation, skipped steps, scaling, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from quadratics import Quadratic, batch, closure_of, same, small_net, train, weights
+from torch import nn
+
+from everbatch.compose import compose
+from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin
+from everbatch.optim.shards import Vector
+
+
+class Sharp(ClipGradNorm, EMA, SAM, torch.optim.SGD):
+    pass
+
+
+class SharpAdam(ClipGradNorm, EMA, SAM, torch.optim.AdamW):
+    pass
+
+
+class Plain(OptimizerMixin, torch.optim.SGD):
+    pass
+
+
+class LateSGD(torch.optim.SGD):
+    """A base that nobody has built before this module did."""
+
+
+def build(cls: Any = Sharp, **options: Any) -> tuple[nn.Module, Any]:
+    model = small_net()
+    return model, cls(model, **{"lr": 0.1, "max_norm": 0.5, "rho": 0.5, "ema_decay": 0.5} | options)
+
+
+# ---------------------------------------------------------------------------------------------- hooks and schedulers
+@pytest.mark.parametrize("before", ["nothing", "base built", "other composed class built"])
+def test_step_hooks_fire_once_whatever_was_built_before(before: str) -> None:
+    base = type("FreshSGD", (torch.optim.SGD,), {})  # nothing has patched its step yet
+    if before == "base built":
+        base(small_net().parameters(), lr=0.1)
+    if before == "other composed class built":
+        compose(EMA, base=base)(small_net(), lr=0.1)
+    model = small_net()
+    opt: Any = compose(SAM, base=base)(model, lr=0.1)
+    calls: list[str] = []
+    opt.register_step_pre_hook(lambda *_: calls.append("pre"))
+    opt.register_step_post_hook(lambda *_: calls.append("post"))
+    everywhere = torch.optim.optimizer.register_optimizer_step_post_hook(lambda *_: calls.append("global"))
+    try:
+        train(model, opt, 0, 1)
+    finally:
+        everywhere.remove()
+    assert calls in (["pre", "post", "global"], ["pre", "global", "post"])
+
+
+def test_a_base_built_after_the_composed_class_fires_its_hooks_once_as_well() -> None:
+    ours, theirs = small_net(), small_net()
+    opt = compose(base=LateSGD)(ours, lr=0.1)
+    base = LateSGD(theirs.parameters(), lr=0.1)
+    calls: list[str] = []
+    opt.register_step_post_hook(lambda *_: calls.append("ours"))
+    base.register_step_post_hook(lambda *_: calls.append("theirs"))
+    train(ours, opt, 0, 1)
+    base.step()
+    assert calls == ["ours", "theirs"]
+
+
+@pytest.mark.parametrize("make", [lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+                                  lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 1 / (i + 1)),
+                                  lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=6)])
+def test_torch_schedulers_attach(make: Any) -> None:
+    ours, theirs = small_net(), small_net()
+    opt = compose(SAM, base=torch.optim.SGD)(ours, lr=0.1, momentum=0.9, rho=0.0)
+    base = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    ours_schedule, theirs_schedule = make(opt), make(base)
+    for i in range(4):
+        train(ours, opt, i, i + 1)
+        ours_schedule.step()
+        base.zero_grad()
+        x, y = batch(i)
+        nn.functional.cross_entropy(theirs(x), y).backward()
+        base.step()
+        theirs_schedule.step()
+        assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"]
+    assert same(weights(ours), weights(theirs))
+
+
+# -------------------------------------------------------------------------------------------------------- closures
+def test_without_a_closure_the_gradients_that_are_there_are_used() -> None:
+    one, two = build(rho=0.0), build(rho=0.0)
+    for i in range(3):
+        x, y = batch(i)
+        nn.functional.cross_entropy(one[0](x), y).backward()
+        assert one[1].step() is None
+        train(*two, i, i + 1)
+    assert same(weights(one[0]), weights(two[0]))
+    assert all(p.grad is None for p in one[0].parameters())
+
+
+def test_without_a_closure_a_mixin_that_needs_a_pass_says_so() -> None:
+    model, opt = build()
+    x, y = batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="step.. needs a closure"):
+        opt.step()
+    assert same(weights(model), before)
+
+
+def test_gradients_are_zeroed_before_every_pass() -> None:
+    dirty, clean = build(), build()
+    for p in dirty[0].parameters():
+        p.grad = torch.full_like(p, 3.0)
+    train(*dirty, 0, 2)
+    train(*clean, 0, 2)
+    assert same(weights(dirty[0]), weights(clean[0]))
+
+
+def test_the_closure_may_return_anything() -> None:
+    model, opt = build()
+    x, y = batch()
+
+    def closure() -> dict[str, float]:
+        loss = nn.functional.cross_entropy(model(x), y)
+        opt.backward(loss)
+        return {"loss": loss.item()}
+
+    assert set(opt.step(closure)) == {"loss"}
+
+
+def test_micro_batches_are_one_batch() -> None:
+    one, two = build(), build()
+    for i in range(3):
+        x, y = batch(i)
+
+        def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> None:
+            for xs, ys in one[1].micro_batches(zip(x.chunk(4), y.chunk(4), strict=True)):
+                one[1].backward(nn.functional.cross_entropy(one[0](xs), ys) / 4)
+
+        one[1].step(closure)
+        train(*two, i, i + 1)
+    for a, b in zip(weights(one[0]), weights(two[0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # float32 sums in another order
+    with pytest.raises(ValueError, match="must hold at least one micro-batch"):
+        list(one[1].micro_batches([]))
+
+
+# ---------------------------------------------------------------------------------------------------- skipped steps
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(value: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    twin = copy.deepcopy(model)
+    runs = [(m, SharpAdam(m, lr=0.1, max_norm=0.5, rho=0.5, ema_decay=0.5)) for m in (model, twin)]
+    for m, o in runs:
+        train(m, o, 0, 2)
+    opt = runs[0][1]
+    before, buffers, state = weights(model), [b.clone() for b in model.buffers()], copy.deepcopy(opt.state_dict()["everbatch"])
+    train(model, opt, 2, 3, scale=value)
+    assert same(weights(model), before) and same(list(model.buffers()), buffers)
+    after = opt.state_dict()["everbatch"]
+    assert same(list(after["tensors"].values()), list(state["tensors"].values()))
+    assert after["meta"] == state["meta"] | {"skipped": 1} and (opt.skipped_count, opt.step_count, opt.last_applied) == (1, 2, False)
+    for m, o in runs:
+        train(m, o, 3, 5)
+    assert same(weights(model), weights(twin)) and same(list(model.buffers()), list(twin.buffers()))
+
+
+def test_a_huge_finite_gradient_is_not_skipped() -> None:
+    model = Quadratic([1e30], [1e5], dtype=torch.float32)
+    opt = Plain(model, lr=0.0)
+    opt.step(closure_of(opt, model))
+    assert (opt.skipped_count, opt.step_count) == (0, 1)  # its square overflows float32; it does not
+
+
+# ---------------------------------------------------------------------------------------------------------- scaling
+@pytest.mark.parametrize("cls", [Sharp, SharpAdam])
+def test_a_scaler_changes_nothing_but_the_range(cls: Any) -> None:
+    """Scales are powers of two: float32 gradients come back bit for bit."""
+    scaled, bare = build(cls, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10)), build(cls)
+    train(*scaled, 0, 4)
+    train(*bare, 0, 4)
+    assert same(weights(scaled[0]), weights(bare[0]))
+
+
+def test_a_scaler_backs_off_and_grows_as_torchs_does() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    model, opt = build(scaler=scaler)
+    scales = []
+    for i, factor in enumerate([1.0, 1.0, float("inf"), 1.0, 1.0]):
+        train(model, opt, i, i + 1, scale=factor)
+        scales.append(scaler.get_scale())
+    assert scales == [2.0**10, 2.0**11, 2.0**10, 2.0**10, 2.0**11]
+    assert (opt.step_count, opt.skipped_count) == (4, 1)
+
+
+def test_fp16_autocast_with_a_scaler() -> None:
+    """An overflow in half precision is skipped, the scale comes down, and training goes on with true magnitudes."""
+    model, opt = build(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**24))
+    twin, other = build()
+    norms = []
+    for i in range(12):
+        x, y = batch(i)
+
+        def loss(net: nn.Module = model, x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+            with torch.autocast("cpu", dtype=torch.float16):
+                return nn.functional.cross_entropy(net(x), y)
+
+        before = opt.step_count
+        opt.step(closure_of(opt, loss))
+        if opt.step_count > before:
+            other.step(closure_of(other, lambda x=x, y=y: nn.functional.cross_entropy(twin(x), y)))
+            norms.append((opt.metrics["grad_norm"].item(), other.metrics["grad_norm"].item()))
+    assert opt.skipped_count > 0 and norms, (opt.skipped_count, len(norms))
+    for half, full in norms:
+        assert half == pytest.approx(full, rel=2e-2)  # half precision: 11 bits, a few dozen operations
+
+
+# ----------------------------------------------------------------------------------------------- copies and pickles
+@pytest.mark.parametrize("cls", [Sharp, SharpAdam])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_keep_their_state_and_train_on_bitwise(cls: Any, how: str) -> None:
+    pair = build(cls)
+    train(*pair, 0, 3)
+    other: Any = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert other[1].host.module is other[0] and other[1].host.shards[0].data.data_ptr() != pair[1].host.shards[0].data.data_ptr()
+    kept = weights(pair[0])
+    train(*other, 3, 6)
+    assert same(weights(pair[0]), kept), "the copy trains itself only"
+    train(*pair, 3, 6)
+    assert same(weights(pair[0]), weights(other[0])) and other[1].step_count == 6
+
+
+def test_a_copy_after_a_scheduler_was_attached() -> None:
+    pair = build()
+    schedule = torch.optim.lr_scheduler.StepLR(pair[1], 1, 0.5)
+    train(*pair, 0, 1)
+    schedule.step()
+    model, opt = copy.deepcopy(pair)
+    train(model, opt, 1, 2)
+    train(*pair, 1, 2)
+    assert same(weights(model), weights(pair[0])) and opt.param_groups[0]["lr"] == 0.05
+
+
+# --------------------------------------------------------------------------------------------- what a mixin may ask
+class Recorder(OptimizerMixin):
+    """Writes down the verbs it sees."""
+
+    def _note(self, verb: str) -> None:
+        self.__dict__.setdefault("seen", []).append(verb)
+
+    def move_parameters(self, objective: Any) -> None:
+        super().move_parameters(objective)
+        self._note("move_parameters")
+
+    def estimate_gradient(self, objective: Any) -> Any:
+        self._note("estimate_gradient")
+        return super().estimate_gradient(objective)
+
+    def add_penalty(self) -> None:
+        super().add_penalty()
+        self._note("add_penalty")
+
+    def displacement(self, vector: Vector) -> Vector:
+        self._note("displacement")
+        return super().displacement(vector).mul_(0.0)
+
+    def edit_gradient(self) -> None:
+        super().edit_gradient()
+        self._note("edit_gradient")
+
+    def update(self) -> None:
+        self._note("update")
+        super().update()
+
+    def edit_parameters(self) -> None:
+        super().edit_parameters()
+        self._note("edit_parameters")
+
+
+def test_verbs_come_in_the_order_the_gradient_travels() -> None:
+    model = small_net()
+    opt: Any = compose(Recorder, SAM, base=torch.optim.SGD)(model, lr=0.1, rho=0.5)
+    train(model, opt, 0, 1)
+    assert opt.seen == ["move_parameters", "estimate_gradient", "add_penalty", "displacement", "add_penalty", "edit_gradient",
+                        "update", "edit_parameters"]
+    bare = small_net()  # the displacement was filtered to nothing: SAM is the base
+    train(bare, compose(base=torch.optim.SGD)(bare, lr=0.1), 0, 1)
+    assert same(weights(model), weights(bare))
+
+
+def test_replace_update_is_an_applied_step_without_an_update() -> None:
+    class Topology(OptimizerMixin):
+        def edit_gradient(self) -> None:
+            super().edit_gradient()
+            self.replace_update("a test")
+
+    model = small_net()
+    opt: Any = compose(Topology, base=torch.optim.SGD)(model, lr=0.1, momentum=0.9)
+    before = weights(model)
+    train(model, opt, 0, 1)
+    assert same(weights(model), before) and (opt.step_count, opt.last_applied, dict(opt.state)) == (1, True, {})
+
+
+def test_on_apply_runs_for_applied_steps_only() -> None:
+    class Counter(OptimizerMixin):
+        def estimate_gradient(self, objective: Any) -> Any:
+            loss = super().estimate_gradient(objective)
+            self.on_apply(lambda: self.__dict__.__setitem__("count", self.__dict__.get("count", 0) + 1))
+            return loss
+
+    model = small_net()
+    opt: Any = compose(Counter, base=torch.optim.SGD)(model, lr=0.1)
+    train(model, opt, 0, 1)
+    train(model, opt, 1, 2, scale=float("nan"))
+    train(model, opt, 2, 3)
+    assert opt.count == 2
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None])
+def test_a_seed_is_an_integer(seed: Any) -> None:
+    with pytest.raises(ValueError, match=f"Sharp: seed={seed!r}, must be an integer"):
+        build(seed=seed)

@@ -1,0 +1,79 @@
+"""The example recipes, run as their docstrings say; what they print is what they claim."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from processes import ENVIRONMENT, ROOT, Zygote
+
+RECIPES = ROOT / "recipes"
+
+
+def python(name: str) -> str:
+    """What a recipe prints in one process, where warnings are errors."""
+    ended = subprocess.run([sys.executable, "-W", "error", str(RECIPES / name)], cwd=ROOT, timeout=120, text=True,
+                           capture_output=True, env={**os.environ, **ENVIRONMENT})
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+def ranks(zygote: Zygote, name: str) -> str:
+    """What a recipe prints on two ranks."""
+    job = zygote.run(RECIPES / name, ranks=2, limit=120.0)
+    assert job.codes == [0, 0], job.err[-3000:]
+    return job.out
+
+
+def losses(out: str) -> list[float]:
+    return [float(x) for x in re.findall(r"^epoch \d+: loss ([\d.]+), norm", out, flags=re.MULTILINE)]
+
+
+def accuracy(out: str) -> float:
+    found = re.search(r"^test accuracy ([\d.]+) %", out, flags=re.MULTILINE)
+    assert found is not None, out
+    return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def plain() -> str:
+    return python("own_loop.py")
+
+
+def test_own_loop_learns_the_digits(plain: str) -> None:
+    assert "SharpSGD = ClipGradNorm > SAM > SGD on plain, 1 rank" in plain and "passes per step    2" in plain
+    assert len(losses(plain)) == 4 and accuracy(plain) > 90.0
+
+
+def test_own_loop_is_short() -> None:
+    tree = ast.parse((RECIPES / "own_loop.py").read_text())
+    main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    statements = [node for node in ast.walk(main) if isinstance(node, ast.stmt) and node is not main]
+    assert len(statements) - 1 <= 15  # without the docstring
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "host"), [("own_loop.py", "DDP, 2 ranks"),
+                                            ("own_deepspeed.py", "ZeRO stage 2 (fp32), 2 ranks")])
+def test_other_engines_take_the_same_steps(plain: str, zygote: Zygote, name: str, host: str) -> None:
+    """Same weights, same global batches, so the same losses: to rounding, which twenty steps of SAM have let grow."""
+    out = ranks(zygote, name)
+    assert f"on {host}" in out
+    assert abs(losses(out)[0] - losses(plain)[0]) <= 1e-3  # at a loss of 2.1, printed with four digits
+    assert len(losses(out)) == 4 and accuracy(out) > 90.0
+
+
+def test_replay_in_a_trainer_of_ones_own() -> None:
+    """Fine-tuning forgets the first task, the same trainer with replay does not."""
+    matrix: dict[str, list[list[float]]] = {"MyTrainer": [], "Mine": []}
+    for name, row in re.findall(r"^(\w+) +accuracy by task, %: +(.*)$", python("own_trainer.py"), flags=re.MULTILINE):
+        matrix[name].append(list(map(float, row.split())))
+    assert [len(row) for row in matrix["Mine"]] == [len(row) for row in matrix["MyTrainer"]] == [1, 2, 3]
+    assert matrix["MyTrainer"][0][0] > 90.0 and matrix["Mine"][0][0] > 90.0
+    assert matrix["Mine"][2][0] > matrix["MyTrainer"][2][0] + 50.0
+    assert sum(matrix["Mine"][2]) / 3 > sum(matrix["MyTrainer"][2]) / 3 + 25.0
