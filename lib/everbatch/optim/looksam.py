@@ -26,7 +26,7 @@ class LookSAM(OptimizerMixin):
     Norms and products are over the whole model, or per tensor (as the public implementations do). A run that resumes without
     a g_v takes a full step first. With g_v = 0 (an isotropic quadratic) f = g.
 
-    Cost: 1 + 1/k passes; one kept copy of the owned masters; two all-reduces of scalars at a full step, one otherwise, where
+    Cost: 1 + 1/k passes; one kept copy of the owned masters; three all-reduces of scalars at a full step, one otherwise, where
     sharded. Order: any. Limits: one owner of the perturbation; global scope.
     Source: Liu et al. 2022, arXiv 2203.02714; the paper does not say which norms.
     """
@@ -76,8 +76,11 @@ class LookSAM(OptimizerMixin):
         """h minus its part along g."""
         tiny = torch.finfo(torch.float64).tiny
         if self.configs[LookSAM].norms == "model":
-            hg, gg = inner(self.host, (h, g), (g, g)).unbind()
-            return h.add_(g, -(hg / gg.clamp_min(tiny)))
+            hg, gg, hh = inner(self.host, (h, g), (g, g), (h, h)).unbind()
+            h.add_(g, -(hg / gg.clamp_min(tiny)))
+            # What rounding leaves of h where it is parallel to g is no direction; normalised, it would act as one.
+            noise = 4 * torch.finfo(h.tensors[0].dtype if h.tensors else torch.float32).eps
+            return h.mul_((h.norm() > noise * hh.sqrt()).double())
         products, squares = _by_tensor(self, (h, g), (g, g))
         return h.map_(lambda s, t: t.sub_(_find(g, s.name) * (products[s.name] / squares[s.name].clamp_min(tiny)).to(t)))
 
@@ -102,7 +105,7 @@ class LookSAM(OptimizerMixin):
         """1/k more passes while rho > 0."""
         config = self.configs[LookSAM]
         share = 1 / config.every
-        return Cost(passes=share, state_bytes=4, transient_bytes=12, scalar_reductions=1 + share) if config.rho else Cost()
+        return Cost(passes=share, state_bytes=4, transient_bytes=12, scalar_reductions=1 + 2 * share) if config.rho else Cost()
 
 
 class StaleSAM(OptimizerMixin):
