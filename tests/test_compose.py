@@ -165,7 +165,8 @@ def test_an_option_given_twice() -> None:
         compose(SAM, base=torch.optim.SGD)(nn.Linear(2, 1), lr=0.1, rho=0.1, sam_rho=0.2)
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("roh", "rho"), ("max_nrom", "max_norm"), ("momentun", "momentum"), ("sede", "seed")])
+@pytest.mark.parametrize(("wrong", "right"), [("roh", "rho"), ("max_nrom", "max_norm"), ("momentun", "momentum"),
+                                               ("sede", "seed")])
 def test_an_unknown_option_names_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(TypeError, match=f"unknown option '{wrong}'; did you mean '{right}'"):
         compose(ClipGradNorm, SAM, base=torch.optim.SGD)(nn.Linear(2, 1), lr=0.1, **{wrong: 1})

@@ -89,5 +89,9 @@ def init(device: str | None = None, timeout_s: float = 600.0) -> World:
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        limit = datetime.timedelta(seconds=timeout_s)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun's static rendezvous keeps one store over restarts, with the addresses of the dead ranks in it.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
     return World.current()

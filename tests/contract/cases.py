@@ -61,7 +61,8 @@ BF16 = [h.name for h in hosts.HOSTS if h.bf16]
 DEEPSPEED = [h.name for h in hosts.HOSTS if h.kind == "zero"]
 
 LIFE = ("absent", "parity", "resume", "skipped")
-HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers")
+HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers",
+               "tiny")
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 6e-3}
 """Largest difference of any master from the single-process fp32 run after STEPS steps.

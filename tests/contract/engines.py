@@ -14,7 +14,7 @@ from cases import BASES, MIX, SAVE_AFTER, STEPS
 from hosts import BY_NAME, Interrupted, Run
 from lives import BATCHES, advance, fresh, snapshot
 from record import Outcome, Record, Tensors
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from everbatch.compose import compose
@@ -46,8 +46,8 @@ def extra(host: str) -> Counter[str]:
 
 def examine(record: Record, host: str) -> None:
     """Every host check."""
-    for check in (restore, residue, interrupted, collectives, accumulation, dropout, statistics, skipped_buffers):
-        tolerance = lives.tolerance(host) if check is accumulation else lives.rounding(host) if check is dropout else 0.0
+    for check in (restore, residue, interrupted, collectives, accumulation, dropout, statistics, skipped_buffers, tiny):
+        tolerance = lives.rounding(host) if check is dropout else lives.tolerance(host) if check in (accumulation, tiny) else 0.0
         with record.check(f"{check.__name__}/{host}/{MIX}-sgd", tolerance) as found:
             check(found, host)
     if BY_NAME[host].kind == "zero":
@@ -155,7 +155,8 @@ def collectives(found: Outcome, host: str) -> None:
 def accumulation(found: Outcome, host: str) -> None:
     """Two micro-batches are one batch."""
     spec, model = BY_NAME[host], hosts.net()
-    run = hosts.start(spec, lives.composed(MIX, "sgd"), lives.BY_CASE[MIX].options, model=model, base=BASES["sgd"], accumulation=2)
+    run = hosts.start(spec, lives.composed(MIX, "sgd"), lives.BY_CASE[MIX].options, model=model, base=BASES["sgd"],
+                      accumulation=2)
     for x, y in BATCHES[:STEPS]:
         run.step(x, y, 2)
     found.measure(hosts.difference(run.weights(), lives.reference(MIX, "sgd")))
@@ -203,6 +204,30 @@ def skipped_buffers(found: Outcome, host: str) -> None:
         advance(r, "", 2, 3)
     found.same_bits(buffers(run), buffers(smooth), "buffers after the next good step")
     found.same_bits(snapshot(run)[0], snapshot(smooth)[0], "after the next good step")
+
+
+class Tiny(nn.Module):
+    """One parameter of one element: all ranks but one own nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : hosts.CLASSES] * self.weight
+
+
+def tiny(found: Outcome, host: str) -> None:
+    """Ranks that own no element take part in every collective."""
+    ends = []
+    for name in (host, "plain"):
+        run = hosts.start(BY_NAME[name], lives.composed(MIX, "sgd"), lives.BY_CASE[MIX].options, model=Tiny(), base=BASES["sgd"])
+        advance(run, MIX, 0, 2)
+        run.step(*BATCHES[2], spoil=run.rank == run.world - 1)
+        advance(run, MIX, 2, 3)
+        found.require(run.opt.skipped_count == 1, f"skipped_count is {run.opt.skipped_count}")
+        ends.append(run.weights())
+    found.measure(hosts.difference(*ends))
 
 
 def self_check(found: Outcome, host: str) -> None:

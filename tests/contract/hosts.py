@@ -78,7 +78,8 @@ class HostSpec:
 HOSTS = [HostSpec("plain"), HostSpec("ddp"), HostSpec("fsdp2"), *(HostSpec("zero", s) for s in range(4)),
          HostSpec("zero", 3, persist=100_000), *(HostSpec("zero", s, offload=True) for s in (1, 2, 3)),
          *(HostSpec("zero", s, bf16=True) for s in range(4)),
-         *(HostSpec("zero", s, bf16=True, fp32_accumulation=True) for s in (1, 2, 3)), HostSpec("zero", 2, bf16=True, offload=True)]
+         *(HostSpec("zero", s, bf16=True, fp32_accumulation=True) for s in (1, 2, 3)),
+         HostSpec("zero", 2, bf16=True, offload=True)]
 BY_NAME = {h.name: h for h in HOSTS}
 
 

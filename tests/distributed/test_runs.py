@@ -121,6 +121,5 @@ def test_kill_9_and_restart(tmp_path: Path, hosts: tuple[str, ...]) -> None:
     assert job.codes == [0], job.err[-5000:]
     results = json.loads(out.read_text())
     assert list(results) == [f"killed/{host}" for host in hosts]
-    assert job.err.count("exitcode: -9") >= len(hosts) or "Signal 9" in job.err or job.err.count("-9") >= 1, job.err
     for key in results:
         passes(results, key)

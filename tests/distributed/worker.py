@@ -9,7 +9,6 @@ one launch leaves what a later one, of another size, goes on from.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import logging
 import os
@@ -25,6 +24,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 import jobs
 from record import Record
 
+from everbatch.distributed import init
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -34,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # DeepSpeed tells its whole configuration for every engine
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    init("cpu", timeout_s=60)
     record = Record()
     for name in args.jobs:
         begin = time.monotonic()

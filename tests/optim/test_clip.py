@@ -22,7 +22,8 @@ def test_closed_form() -> None:
     opt = ClippedSGD(model, lr=1.0, max_norm=2.0)
     opt.step(closure_of(opt, model))
     factor = 2.0 / (5.0 + 1e-6)
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([3.0, 4.0], dtype=torch.float64) * (1 - factor), rtol=1e-12, atol=0)
+    expected = torch.tensor([3.0, 4.0], dtype=torch.float64) * (1 - factor)
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-12, atol=0)
     assert opt.metrics["grad_norm"].item() == 5.0
 
 

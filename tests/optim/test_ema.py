@@ -80,8 +80,8 @@ def test_a_parameter_unfrozen_or_added_later_joins_at_its_value() -> None:
         assert torch.equal(kept["0.weight"], model[0].weight)
 
 
-@pytest.mark.parametrize(("name", "value"), [("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")), ("ema_decay", "x"),
-                                             ("ema_every", 0), ("ema_every", 1.5), ("ema_every", "1")])
+@pytest.mark.parametrize(("name", "value"), [("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")),
+                                             ("ema_decay", "x"), ("ema_every", 0), ("ema_every", 1.5), ("ema_every", "1")])
 def test_bad_values(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"EMA: {name}={value!r}, must be"):
         AveragedSGD(small_net(), lr=0.1, **{name: value})

@@ -11,7 +11,7 @@ from quadratics import same, small_net, train, weights
 from torch import nn
 
 from everbatch.optim import SAM, ClipGradNorm, groups
-from everbatch.optim.hosts.base import plain_names
+from everbatch.optim.hosts.base import plain_name
 from everbatch.optim.shards import inner
 
 
@@ -39,7 +39,7 @@ def test_the_three_forms_of_parameters_are_one() -> None:
 
 def test_unnamed_parameters_are_refused() -> None:
     for unnamed in (small_net().parameters(), [{"params": small_net().parameters()}], [("a", 1, 2)]):
-        with pytest.raises(TypeError, match="Sharp: got an unnamed .*, expected .name, parameter. pairs, because state is kept by name"):
+        with pytest.raises(TypeError, match="Sharp: got an unnamed .*, expected .name, parameter. pairs, because state is kept"):
             build(unnamed)
 
 
@@ -50,14 +50,14 @@ def test_names_must_be_unique() -> None:
 
 
 def test_no_parameters() -> None:
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(ValueError, match="Sharp: no parameters, must get at least one"):
         build([])
 
 
 def test_names_are_those_of_the_bare_model() -> None:
-    assert plain_names(["module._orig_mod.0._checkpoint_wrapped_module.w"], wrapped=True) == ["0.w"]
-    assert plain_names(["_orig_mod.module.w"], wrapped=True) == ["w"]
-    assert plain_names(["module.w"], wrapped=False) == ["module.w"]
+    assert plain_name("module._orig_mod.0._checkpoint_wrapped_module.w", ddp=True) == "0.w"
+    assert plain_name("_orig_mod.module.w", ddp=True) == "w"
+    assert plain_name("module.w") == "module.w"
 
     class Wraps(nn.Module):
         def __init__(self) -> None:
@@ -71,7 +71,8 @@ def test_names_are_those_of_the_bare_model() -> None:
 def test_channels_last_and_other_layouts() -> None:
     def run(layout: torch.memory_format) -> tuple[Any, Any]:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 4 * 4, 3)).double().to(memory_format=layout)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 4 * 4, 3)).double()
+        model = model.to(memory_format=layout)
         opt = build(model)
         g = torch.Generator().manual_seed(1)
         for _ in range(3):
@@ -120,7 +121,7 @@ def test_sums_over_the_model() -> None:
     copied = vector.clone()
     copied.mul_(2.0).add_(vector, -1.0)
     assert all(torch.equal(a, b) for a, b in zip(copied.tensors, vector.tensors, strict=True))
-    assert math.isclose(copied.map_(lambda s, t: torch.ones_like(t)).norm().item(), flat.numel() ** 0.5)
+    assert math.isclose(copied.map_(lambda s, t: torch.ones_like(t)).norm().item(), flat.numel() ** 0.5, rel_tol=1e-6)
 
 
 def test_freezing_and_unfreezing_are_followed() -> None:

@@ -24,7 +24,8 @@ def test_quadratic_in_closed_form() -> None:
     model = Quadratic([1.0, 10.0], [1.0, 0.1])
     opt = SharpSGD(model, lr=1.0, rho=RHO)
     loss = opt.step(closure_of(opt, model))
-    torch.testing.assert_close(model.weight.detach(), torch.tensor([1.0 - 1.1, 0.1 - 2.0], dtype=torch.float64), rtol=1e-12, atol=0)
+    expected = torch.tensor([1.0 - 1.1, 0.1 - 2.0], dtype=torch.float64)
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-12, atol=0)
     assert loss.item() == pytest.approx(0.5 * (1 + 10 * 0.01), rel=1e-15)  # of the first pass, at the weights themselves
     assert not loss.requires_grad
 

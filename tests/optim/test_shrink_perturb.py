@@ -149,7 +149,8 @@ def test_the_first_step_after_it_is_a_new_optimizers() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("shrink", -0.1), ("shrink", 1.1), ("shrink", float("nan")), ("perturb", -1.0),
-                                             ("perturb", float("inf")), ("sigma", -1.0), ("sigma", float("nan")), ("noise", "white")])
+                                             ("perturb", float("inf")), ("sigma", -1.0), ("sigma", float("nan")),
+                                             ("noise", "white")])
 def test_bad_values(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"ShrinkPerturb: {name}={value!r}, must be"):
         Warm(small_net(), lr=0.1, factory=small_net, **{name: value})

@@ -146,7 +146,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched() -> None:
     refuse(saved, (fewer, type(pair[1])(list(fewer.named_parameters())[:3], **options)), "differ between the state and the model")
     regrouped = small_net()
     named = list(regrouped.named_parameters())
-    refuse(saved, (regrouped, type(pair[1])([{"params": named[:2]}, {"params": named[2:]}], **options)), "1 parameter groups .* 2 here")
+    two = [{"params": named[:2]}, {"params": named[2:]}]
+    refuse(saved, (regrouped, type(pair[1])(two, **options)), "1 parameter groups .* 2 here")
 
     class Other(ClipGradNorm, ShrinkPerturb, torch.optim.SGD):
         pass

@@ -15,7 +15,7 @@ from everbatch.errors import UnsupportedHost, check, check_real
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.shards import Shard, Vector
-from everbatch.optim.trust import adapted_names, check_groups, norms, require_base, rewritten
+from everbatch.optim.trust import adapted_names, check_groups, log_ratios, require_base, rewritten, trust_ratios
 
 __all__ = ["LAMB", "adam_direction", "lamb_ratio"]
 
@@ -27,12 +27,12 @@ def adam_direction(
     gradients: Sequence[Tensor], moments: Sequence[dict[str, Tensor]], steps: Sequence[Number], *,
     betas: tuple[float, float], eps: float, amsgrad: bool = False, scale: float = 1.0,
 ) -> list[Tensor]:
-    """The direction Adam's next step will take:  r = scale * mhat / (sqrt(vhat) + eps), with this gradient in the moments.
+    """The direction of Adam's coming step, with this gradient in its moments:  r = scale * mhat / (sqrt(vhat) + eps).
 
     Args:
         gradients: in the moments' dtype; not modified.
-        moments: of each tensor, what torch keeps: "exp_avg", "exp_avg_sq", "max_exp_avg_sq"; empty before the first step.
-            Not modified.
+        moments: of each tensor, what torch keeps: "exp_avg", "exp_avg_sq", "max_exp_avg_sq"; empty before the first
+            step. Not modified.
         steps: of each tensor, the number of the coming step, from 1.
         scale: factor on the result.
 
@@ -42,8 +42,7 @@ def adam_direction(
     Source: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1; the arithmetic of `torch.optim.AdamW`.
     """
     beta1, beta2 = betas
-    kept = [m or {k: torch.zeros_like(g) for k in MOMENTS}
-            for m, g in zip(moments, gradients, strict=True)]
+    kept = [m or {name: torch.zeros_like(g) for name in MOMENTS} for m, g in zip(moments, gradients, strict=True)]
     result = torch._foreach_lerp([m["exp_avg"] for m in kept], list(gradients), 1.0 - beta1)
     squares = torch._foreach_mul([m["exp_avg_sq"] for m in kept], beta2)
     torch._foreach_addcmul_(squares, list(gradients), list(gradients), value=1.0 - beta2)
@@ -81,27 +80,30 @@ class LAMB(OptimizerMixin):
 
         r = mhat / (sqrt(vhat) + eps);  u = r + wd * w;  q = ||w|| / ||u||, 1 where a norm is 0;  w <- w - lr * q * u
 
-    Norms are those of whole tensors at any sharding, where `timm.optim.Lamb` sees slices and padding (NaN at ZeRO stage 3).
-    Moments, step counts, betas, eps, amsgrad, maximize and the decay are the base's; their defaults are torch's (eps 1e-8; timm
-    and the authors: 1e-6).
+    Norms are those of whole tensors at any sharding, where `timm.optim.Lamb` sees slices and padding (NaN at ZeRO stage
+    3). Moments, step counts, betas, eps, amsgrad, maximize and the decay are the base's; their defaults are torch's
+    (eps 1e-8; timm and the authors: 1e-6).
 
-    How: u and the new weights are computed from the moments before the base's step; the base then steps at lr = 0, which moves
-    the moments and publishes the weights as they stand. So no copy of the masters is kept, and none of them is published twice,
-    as rescaling a finished AdamW step would (a second all-gather at stages 1 to 3).
+    How: u and the new weights are computed from the moments before the base's step; the base then steps at lr = 0,
+    which moves the moments and publishes the weights as they stand. So no copy of the masters is kept, and none of them
+    is published twice, as rescaling a finished AdamW step would (a second all-gather at stages 1 to 3).
 
-    Exclusions: a group with weight_decay 0 is left to AdamW, bit for bit (unless `always_adapt`), so put biases and norm scales
-    into one: `everbatch.optim.groups(model, weight_decay=...)` does. Tensors without a gradient are not touched.
+    Exclusions: a group with weight_decay 0 is left to AdamW, bit for bit (unless `always_adapt`), so put biases and
+    norm scales into one: `everbatch.optim.groups(model, weight_decay=...)` does. Tensors without a gradient are not
+    touched.
 
-    Args (Config): see the fields. Raises `ValueError` when no group would get a ratio, `CompositionError` for another base.
-    `min_ratio=1, max_ratio=1` is AdamW, bit for bit.
+    Args (Config): see the fields. Raises `ValueError` when no group would get a ratio, `CompositionError` for another
+    base. `min_ratio=1, max_ratio=1` is AdamW, bit for bit.
 
-    Cost: 8 bytes per owned element inside the step (u, and the root of the second moment); Adam's elementwise arithmetic
-    twice; one all-reduce of 2 numbers per tensor where weights are sharded, and one of a scalar with `max_grad_norm`.
-    Order: rightmost of the parts that wrap `update`: around the base's step alone the weights do not move.
+    Cost: 8 bytes per owned element inside the step (u, and the root of the second moment); Adam's elementwise
+    arithmetic twice; one all-reduce of 2 numbers per tensor where weights are sharded, and one of a scalar with
+    `max_grad_norm`.
+    Order: rightmost of the parts that wrap `update`: inside LAMB, the base's own step does not move the weights.
     Limits: base `torch.optim.AdamW`, neither capturable nor differentiable, whose arithmetic divides by lr.
 
-    Source: You et al. 2020, arXiv 1904.00962, algorithm 2; `timm.optim.Lamb` 1.0.31, which is reproduced but for its caution and
-    corrected_weight_decay. Differs: pre-clipping is off by default (timm: 1.0); one group with decay must exist.
+    Source: You et al. 2020, arXiv 1904.00962, algorithm 2; `timm.optim.Lamb` 1.0.31, which is reproduced but for its
+    caution and corrected_weight_decay. Differs: pre-clipping is off by default (timm: 1.0); one group with decay must
+    exist.
     """
 
     owns = ("trust ratio",)
@@ -117,37 +119,42 @@ class LAMB(OptimizerMixin):
         always_adapt: bool = False
         """Give groups without weight decay a ratio, too."""
         max_grad_norm: float | None = None
-        """NVLAMB: first g <- g / max(1, ||g|| / max_grad_norm), the norm over the whole model; > 0, None for not at all."""
+        """NVLAMB: first g <- g / max(1, ||g|| / max_grad_norm), the norm over the whole model; > 0, None for never."""
         decoupled_decay: bool = False
         """Decay first, w <- w - lr * wd * w, then u = r and q from the decayed weights."""
         grad_averaging: bool = True
-        """False: the first moment sums gradients with weight 1 rather than 1 - beta1, so r is 1 / (1 - beta1) times as large."""
+        """False: the first moment sums gradients with weight 1, not 1 - beta1: r is 1 / (1 - beta1) times as large."""
 
         def __post_init__(self) -> None:
             check_real("LAMB", "min_ratio", self.min_ratio, 0.0)
             good = isinstance(self.max_ratio, int | float) and self.max_ratio > 0 and self.max_ratio >= self.min_ratio
             check(good, "LAMB", f"max_ratio={self.max_ratio!r}", f"be > 0 and >= min_ratio={self.min_ratio!r}",
                   "pass math.inf for no bound")
-            check(not self.trust_clip or self.min_ratio <= 1, "LAMB", f"min_ratio={self.min_ratio!r} with trust_clip=True",
-                  "be <= 1")
+            check(not self.trust_clip or self.min_ratio <= 1, "LAMB", f"min_ratio={self.min_ratio!r}",
+                  "be <= 1 with trust_clip=True")
             if self.max_grad_norm is not None:
-                check_real("LAMB", "max_grad_norm", self.max_grad_norm, 0.0, open_low=True, cure="pass None to switch it off")
+                check_real("LAMB", "max_grad_norm", self.max_grad_norm, 0.0, open_low=True, cure="pass None for never")
+
+        @property
+        def high(self) -> float:
+            """Largest ratio, with `trust_clip`."""
+            return min(self.max_ratio, 1.0) if self.trust_clip else self.max_ratio
 
         @property
         def off(self) -> bool:
             """Whether the ratio is 1 everywhere, and the rest is AdamW."""
-            return self.min_ratio == self.max_ratio == 1 and self.grad_averaging
+            return self.min_ratio == self.high == 1 and self.grad_averaging
 
     def on_attach(self) -> None:
-        """Refuse another base than AdamW, groups in which nothing would be adapted, and arithmetic that divides by lr."""
+        """Refuse another base than AdamW, groups in which nothing would be adapted, and a base that divides by lr."""
         config: LAMB.Config = self.configs[LAMB]
         require_base(self, LAMB, torch.optim.AdamW)
         if not config.off:
             check_groups(self, LAMB, always_adapt=config.always_adapt)
         for option in ("capturable", "differentiable"):
             if any(g[option] for g in self.host.groups()):
-                raise UnsupportedHost(f"LAMB: AdamW has {option}=True, must be False: the base steps at lr=0, by which that "
-                                      "arithmetic divides")
+                raise UnsupportedHost(f"LAMB: AdamW has {option}=True, must be False: the base steps at lr=0, by which "
+                                      "it would divide")
 
     def update(self) -> None:
         """Move the weights, and let AdamW move the moments alone."""
@@ -161,9 +168,7 @@ class LAMB(OptimizerMixin):
         adapted = adapted_names(self.host, always_adapt=config.always_adapt)
         # AdamW averages gradients, so without that it cannot be left any group.
         moved = list(adapted) if config.grad_averaging else range(len(self.host.groups()))
-        ratios = move_weights(self.host, config, adapted, moved)
-        if ratios is not None:
-            self.metrics["trust_ratio_min"], self.metrics["trust_ratio_max"] = ratios.aminmax()
+        log_ratios(self, move_weights(self.host, config, adapted, moved))
         with rewritten(self, {i: {"lr": 0.0, "weight_decay": 0.0} for i in moved}):
             super().update()
 
@@ -174,17 +179,17 @@ class LAMB(OptimizerMixin):
         if config.off:
             return Cost(scalar_reductions=clip)
         return Cost(transient_bytes=8, scalar_reductions=1 + clip,
-                    note="LAMB: one of its reductions has 2 numbers per tensor with a trust ratio; Adam's arithmetic runs twice")
+                    note="LAMB: a reduction has 2 numbers per tensor with a trust ratio; Adam's arithmetic runs twice")
 
 
 @torch.no_grad()
 def move_weights(
     host: Host, config: LAMB.Config, adapted: dict[int, list[str]], moved: Collection[int],
-) -> Tensor | None:
+) -> dict[str, Tensor]:
     """Write w - lr * q * u into the masters of the groups in `moved`; q = 1 where they are not in `adapted`.
 
     Returns:
-        The ratios of the adapted tensors, (number of tensors,); None when there are none.
+        The trust ratios by name.
     """
     groups, index = host.groups(), host.group_index()
     held: dict[int, list[tuple[Shard, Tensor]]] = {i: [] for i in moved}
@@ -192,28 +197,24 @@ def move_weights(
         if index[s.name] in held:
             held[index[s.name]].append((s, g))
     updates = {i: _update(host, config, pairs, groups[i]) if pairs else [] for i, pairs in held.items()}
-    by_name: dict[str, Tensor] = {}
-    ratios = None
-    if adapted:
-        names = [name for part in adapted.values() for name in part]
-        shards = [s for i in adapted for s, _ in held[i]]
-        lengths = norms(host, names, Vector(host, shards, [s.data for s in shards]),
-                        Vector(host, shards, [u for i in adapted for u in updates[i]]))
-        high = min(config.max_ratio, 1.0) if config.trust_clip else config.max_ratio
-        parts = lengths.split([len(part) for part in adapted.values()], dim=1)
-        ratios = torch.cat([lamb_ratio(part[0] * abs(_kept(config, groups[i])), part[1], low=config.min_ratio, high=high)
-                            for i, part in zip(adapted, parts, strict=True)])
-        by_name = dict(zip(names, ratios.unbind(), strict=True))
+
+    def rule(group: dict[str, Any], weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+        decayed = (weight_norm * _kept(config, group)).abs()
+        return lamb_ratio(decayed, update_norm, low=config.min_ratio, high=config.high)
+
+    shards = [s for i in adapted for s, _ in held[i]]
+    weights = Vector(host, shards, [s.data for s in shards])
+    ratios = trust_ratios(host, adapted, weights, Vector(host, shards, [u for i in adapted for u in updates[i]]), rule)
     for i, pairs in held.items():
         if not pairs:
             continue
-        masters = [s.data for s, _ in pairs]
+        masters, update = [s.data for s, _ in pairs], updates[i]
         if config.decoupled_decay and groups[i]["weight_decay"]:
             torch._foreach_mul_(masters, _kept(config, groups[i]))
         if i in adapted:
-            torch._foreach_mul_(updates[i], [by_name[s.name].to(u) for (s, _), u in zip(pairs, updates[i], strict=True)])
-        torch._foreach_mul_(updates[i], groups[i]["lr"])
-        torch._foreach_sub_(masters, updates[i])
+            torch._foreach_mul_(update, [ratios[s.name].to(u) for (s, _), u in zip(pairs, update, strict=True)])
+        torch._foreach_mul_(update, groups[i]["lr"])
+        torch._foreach_sub_(masters, update)
     # The base's step publishes them; should it raise, the mark makes the next pass do so.
     host.touch()
     return ratios

@@ -14,7 +14,7 @@ from everbatch.errors import check_real
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.shards import Shard, Vector
-from everbatch.optim.trust import adapted_names, check_groups, norms, require_base, rewritten
+from everbatch.optim.trust import adapted_names, check_groups, log_ratios, require_base, rewritten, trust_ratios
 
 __all__ = ["LARS", "fold_decay_", "lars_ratio"]
 
@@ -23,7 +23,9 @@ def lars_ratio(
     weight_norm: Tensor, gradient_norm: Tensor, *, weight_decay: float, trust_coeff: float, trust_eps: float = 0.0,
     clip_lr: float | Tensor | None = None,
 ) -> Tensor:
-    """Trust ratios of LARS:  q = c * wn / (gn + wd * wn + eps) where wn > 0 and gn > 0, else 1;  LARC:  q <- min(q / lr, 1).
+    """Trust ratios of LARS:  q = c * wn / (gn + wd * wn + eps) where wn > 0 and gn > 0, else 1.
+
+    LARC's clipping:  q <- min(q / lr, 1).
 
     Args:
         weight_norm, gradient_norm: Euclidean norms of whole tensors, any one shape; not modified.
@@ -42,11 +44,13 @@ def lars_ratio(
     return q if clip_lr is None else (q / clip_lr).clamp(max=1.0)
 
 
-def fold_decay_(gradients: Sequence[Tensor], weights: Sequence[Tensor], ratios: Sequence[Tensor], weight_decay: float) -> None:
+def fold_decay_(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], ratios: Sequence[Tensor], weight_decay: float,
+) -> None:
     """g <- q * (g + wd * w), in place, for each triple of gradient, weights (same shape) and 0-dim ratio.
 
-    Gradients narrower than the weights (bf16) are computed in the weights' dtype and rounded once. Cost: no copy, but for
-    those one tensor at a time.
+    Gradients narrower than the weights (bf16) are computed in the weights' dtype and rounded once. Cost: no copy, but
+    for those one tensor at a time.
     """
     if all(g.dtype == w.dtype for g, w in zip(gradients, weights, strict=True)):
         if gradients:
@@ -62,27 +66,30 @@ class LARS(OptimizerMixin):
 
         d = q * (g + wd * w);  q = trust_coeff * ||w|| / (||g|| + wd * ||w|| + trust_eps), 1 where a norm is 0
 
-        lr outside the buffer (default):  m <- mu * m + (1 - dampening) * d;      w <- w - lr * m     timm, torch style
-        lr inside (lr_in_buffer=True):    m <- mu * m + (1 - dampening) * lr * d; w <- w - m          TF/TPU, MLPerf, ConAdv
+        lr outside the buffer (default):  m <- mu * m + (1 - dampening) * d;       w <- w - lr * m
+        lr inside (lr_in_buffer=True):    m <- mu * m + (1 - dampening) * lr * d;  w <- w - m
 
-    Both are the same at a constant rate. Inside, an old gradient keeps the rate of its step, and momentum goes on where lr = 0;
-    peak rates quoted for TPU recipes belong to it. Nesterov, momentum, dampening, maximize and the decay are torch's own options
-    of the base. Norms are those of whole tensors at any sharding, where `timm.optim.Lars` sees slices and padding.
+    Outside is torch's and timm's way, inside TensorFlow's, MLPerf's and ConAdv's. Both are the same at a constant rate.
+    Inside, an old gradient keeps the rate of its step, and momentum goes on where lr = 0; peak rates quoted for TPU recipes belong to it. Nesterov, momentum, dampening, maximize and the decay are
+    torch's own options of the base. Norms are those of whole tensors at any sharding, where `timm.optim.Lars` sees
+    slices and padding.
 
-    Exclusions: a group with weight_decay 0 gets no ratio and no decay (unless `always_adapt`), so put biases and norm scales
-    into one: `everbatch.optim.groups(model, weight_decay=...)` does. Tensors without a gradient are not touched. A tensor of
-    zeros has q = 1: at LARS-size rates (10 to 40) its first step is that large, so initialise matrices away from zero or exclude
-    them.
+    Exclusions: a group with weight_decay 0 gets no ratio and no decay (unless `always_adapt`), so put biases and norm
+    scales into one: `everbatch.optim.groups(model, weight_decay=...)` does. Tensors without a gradient are not touched.
+    A tensor of zeros has q = 1: at LARS-size rates (10 to 40) its first step is that large, so initialise matrices away
+    from zero or exclude them.
 
-    Args (Config): see the fields. Raises `ValueError` when no group would get a ratio, `CompositionError` for another base.
+    Args (Config): see the fields. Raises `ValueError` when no group would get a ratio, `CompositionError` for another
+    base.
 
     Cost: one all-reduce of 2 numbers per tensor where weights are sharded, for all layers; no copy, no host sync.
-    Order: any; it acts in `update`, so clipping, projections and masks come before it, on the bare gradient. The engine's own
-    figure for the gradient norm is then that of d; ClipGradNorm logs that of g.
-    Limits: base `torch.optim.SGD`. Gradients that an engine accumulates in bf16 round d to bf16; accumulate in fp32 where the
-    decay matters.
+    Order: any; it acts in `update`, so clipping, projections and masks come before it, on the bare gradient. The
+    engine's own figure for the gradient norm is then that of d; ClipGradNorm logs that of g.
+    Limits: base `torch.optim.SGD`. Gradients that an engine accumulates in bf16 round d to bf16; accumulate in fp32
+    where the decay matters.
 
-    Source: You et al. 2017, arXiv 1708.03888; `timm.optim.Lars` 1.0.31 and the TPU code of ConAdv (9e02df30), both reproduced.
+    Source: You et al. 2017, arXiv 1708.03888; `timm.optim.Lars` 1.0.31 and the TPU code of ConAdv (9e02df30), both
+    reproduced.
     Differs: one group with decay must exist, where timm would silently be SGD.
     """
 
@@ -95,7 +102,7 @@ class LARS(OptimizerMixin):
         trust_eps: float = 1e-8
         """Added to the ratio's denominator; >= 0. ConAdv: 0."""
         trust_clip: bool = False
-        """LARC: lr times the ratio is at most lr, that is q <- min(q / lr, 1)."""
+        """LARC: q <- min(q / lr, 1), so that the rate of a tensor, lr * q, is at most lr."""
         always_adapt: bool = False
         """Give groups without weight decay a ratio, too."""
         lr_in_buffer: bool = False
@@ -113,9 +120,7 @@ class LARS(OptimizerMixin):
     def update(self) -> None:
         """Turn the gradient into d, and let SGD do without decay (and, with lr inside, at rate 1)."""
         config: LARS.Config = self.configs[LARS]
-        ratios = scale_gradient(self.host, config)
-        if ratios is not None:
-            self.metrics["trust_ratio_min"], self.metrics["trust_ratio_max"] = ratios.aminmax()
+        log_ratios(self, scale_gradient(self.host, config))
         options = {"weight_decay": 0.0, **({"lr": 1.0} if config.lr_in_buffer else {})}
         with rewritten(self, {i: options for i in range(len(self.host.groups()))}):
             super().update()
@@ -126,33 +131,29 @@ class LARS(OptimizerMixin):
 
 
 @torch.no_grad()
-def scale_gradient(host: Host, config: LARS.Config) -> Tensor | None:
-    """Write d (times lr, with `lr_in_buffer`) into the host's gradient; returns the ratios, (number of tensors,), or None."""
+def scale_gradient(host: Host, config: LARS.Config) -> dict[str, Tensor]:
+    """Write d (times lr, with `lr_in_buffer`) into the host's gradient; returns the trust ratios by name."""
     groups, index = host.groups(), host.group_index()
-    chosen = adapted_names(host, always_adapt=config.always_adapt)
+    adapted = adapted_names(host, always_adapt=config.always_adapt)
     held: dict[int, list[tuple[Shard, Tensor]]] = {i: [] for i in range(len(groups))}
     for s, g in host.gradient():
         held[index[s.name]].append((s, g))
-    ratios = None
-    if chosen:
-        names = [name for part in chosen.values() for name in part]
-        mine = [pair for i in chosen for pair in held[i]]
-        shards = [s for s, _ in mine]
-        lengths = norms(host, names, Vector(host, shards, [s.data for s in shards]), Vector(host, shards, [g for _, g in mine]))
-        parts = lengths.split([len(part) for part in chosen.values()], dim=1)
-        ratios = torch.cat([_ratios(part, groups[i], config) for i, part in zip(chosen, parts, strict=True)])
-        by_name = dict(zip(names, ratios.unbind(), strict=True))
-        for i in chosen:
+
+    def rule(group: dict[str, Any], weight_norm: Tensor, gradient_norm: Tensor) -> Tensor:
+        return lars_ratio(
+            weight_norm, gradient_norm, weight_decay=group["weight_decay"], trust_coeff=config.trust_coeff,
+            trust_eps=config.trust_eps, clip_lr=group["lr"] if config.trust_clip else None)
+
+    mine = [pair for i in adapted for pair in held[i]]
+    shards = [s for s, _ in mine]
+    weights, gradient = Vector(host, shards, [s.data for s in shards]), Vector(host, shards, [g for _, g in mine])
+    ratios = trust_ratios(host, adapted, weights, gradient, rule)
+    for i, group in enumerate(groups):
+        gradients, masters = [g for _, g in held[i]], [s.data for s, _ in held[i]]
+        if i in adapted:
             # SGD negates what it gets under maximize; the decay pulls towards zero either way.
-            decay = -groups[i]["weight_decay"] if groups[i]["maximize"] else groups[i]["weight_decay"]
-            fold_decay_([g for _, g in held[i]], [s.data for s, _ in held[i]], [by_name[s.name] for s, _ in held[i]], decay)
-    if config.lr_in_buffer:
-        for i, pairs in held.items():
-            if pairs:
-                torch._foreach_mul_([g for _, g in pairs], groups[i]["lr"])
+            decay = -group["weight_decay"] if group["maximize"] else group["weight_decay"]
+            fold_decay_(gradients, masters, [ratios[s.name] for s, _ in held[i]], decay)
+        if config.lr_in_buffer and gradients:
+            torch._foreach_mul_(gradients, group["lr"])
     return ratios
-
-
-def _ratios(lengths: Tensor, group: dict[str, Any], config: LARS.Config) -> Tensor:
-    return lars_ratio(lengths[0], lengths[1], weight_decay=group["weight_decay"], trust_coeff=config.trust_coeff,
-                      trust_eps=config.trust_eps, clip_lr=group["lr"] if config.trust_clip else None)

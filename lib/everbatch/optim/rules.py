@@ -85,10 +85,10 @@ def lr_at(
         epoch <= warmup_epochs:  lr = peak * epoch / warmup_epochs
         after it:                lr = (peak - end) * (1 - min(d, D) / D)^power + end,   d = max(1, step - w)
 
-    Step 0 is the first update, and lr(0) = 0 under a warm-up, as in the TPU recipe: that update leaves the weights. With
-    the rate outside the momentum buffer it still fills the buffer; with `lr_in_buffer` it adds nothing. The peak is reached
-    at the end of the warm-up, exactly if a step falls there, and `end` from step train_steps + 1 on: the last update,
-    train_steps - 1, has (peak - end) * (2 / D)^power + end. Without a warm-up lr(0) = peak.
+    Step 0 is the first update, and lr(0) = 0 under a warm-up, as in the TPU recipe: that update leaves the weights.
+    With the rate outside the momentum buffer it still fills the buffer; with `lr_in_buffer` it adds nothing. The peak
+    is reached at the end of the warm-up, exactly if a step falls there, and `end` from step train_steps + 1 on: the
+    last update, train_steps - 1, has (peak - end) * (2 / D)^power + end. Without a warm-up lr(0) = peak.
 
     As a torch scheduler, at base rate 1:  `LambdaLR(opt, lambda step: lr_at(step, peak=...))`.
 
@@ -107,8 +107,8 @@ def lr_at(
 
     Source: conadv/ConAdv at 9e02df30, whose rate this is at power 1.6 and end 1e-4.
 
-    >>> [round(lr_at(s, peak=8.0, batch=100, samples=1000, warmup_epochs=1, train_steps=20), 3) for s in (0, 5, 10, 11, 21)]
-    [0.0, 4.0, 8.0, 6.612, 0.0]
+    >>> [round(lr_at(s, peak=8.0, batch=100, samples=1000, warmup_epochs=1, train_steps=20), 3) for s in (0, 5, 10, 11,
+    21)] [0.0, 4.0, 8.0, 6.612, 0.0]
     """
     who = "lr_at"
     check(isinstance(step, int) and step >= 0, who, f"step={step!r}", "be an integer >= 0")

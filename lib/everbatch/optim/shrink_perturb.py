@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everbatch import seeds
 from everbatch.errors import check, check_real
-from everbatch.optim.hosts.base import plain_names
+from everbatch.optim.hosts.base import plain_name
 from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["ShrinkPerturb"]
@@ -107,8 +107,8 @@ def fresh_model(factory: Callable[[], nn.Module], *key: int | str) -> nn.Module:
 
 
 def _reset_statistics(module: nn.Module, fresh: dict[str, Tensor]) -> None:
-    buffers = list(module.named_buffers())
-    for name, (_, buffer) in zip(plain_names([n for n, _ in buffers], wrapped=False), buffers, strict=True):
+    for wrapped, buffer in module.named_buffers():
+        name = plain_name(wrapped)
         if name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked"):
             check(name in fresh, "ShrinkPerturb", f"the factory's model lacks the buffer {name}", "be the same model")
             buffer.copy_(fresh[name])

@@ -71,15 +71,15 @@ def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
     for part, state in opt.states.items():
         for name, kept_by in _by_name(state).items():
             slices[f"{part.__name__}.{name}"] = [(s, kept_by[s.name]) for s in host.shards if s.name in kept_by]
-    kinds = sorted({k for ks in World.current().gather(sorted(slices)) for k in ks}) if host.sharded else list(slices)  # type: ignore[attr-defined]
+    mine = {kind: {s.name: str(t.dtype).removeprefix("torch.") for s, t in held} for kind, held in slices.items()}
+    layout: dict[str, dict[str, str]] = {}
+    for other in World.current().gather(mine) if host.sharded else [mine]:
+        for kind, held in other.items():  # type: ignore[attr-defined]
+            layout.setdefault(kind, {}).update(held)
     whole = {}
-    for kind in kinds:
-        held = slices.get(kind, [])
-        names = [s.name for s, _ in held]
-        if host.sharded:
-            anywhere = {n for got in World.current().gather(names) for n in got}  # type: ignore[attr-defined]
-            names = [n for n in host.names if n in anywhere]
-        whole.update({f"{kind}/{n}": t for n, t in host.gather(held, names).items()})
+    for kind in sorted(layout):
+        dtypes = {n: getattr(torch, layout[kind][n]) for n in host.names if n in layout[kind]}
+        whole.update({f"{kind}/{n}": t for n, t in host.gather(slices.get(kind, []), list(dtypes), dtypes).items()})
     scalars: dict[str, Any] = {}
     for other in World.current().gather({s.name: _scalars(opt, s) for s in host.shards}) if host.sharded else [
             {s.name: _scalars(opt, s) for s in host.shards}]:
@@ -108,7 +108,7 @@ def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any]) -> None:
 def _plain(opt: OptimizerMixin) -> dict[str, Any]:
     index = opt.host.group_index()
     groups = [{"names": [n for n, i in index.items() if i == k],
-               "options": {name: value for name, value in g.items() if _is_plain(value) and name not in ("params", "param_names")}}
+               "options": {k: v for k, v in g.items() if _is_plain(v) and k not in ("params", "param_names")}}
               for k, g in enumerate(opt.host.groups())]
     mixins = {part.__name__: {n: _encode(v) for n, v in _fields(state).items() if not isinstance(v, ByName)}
               for part, state in opt.states.items()}
@@ -193,7 +193,8 @@ def _read_by_name(shards: list[Shard], key: str, read: Any) -> ByName:
 
 
 def _encode(value: Any) -> Any:
-    """A plain value as it is; the length of a list of per-element state; a small replicated tensor (a multiplier, a covariance's count) as numbers."""
+    """A plain value as it is; the length of a list of per-element state; a small replicated tensor (a multiplier, a
+    covariance's count) as numbers."""
     if _is_history(value):
         return {"list": len(value)}
     if isinstance(value, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from everbatch.optim.shards import Vector
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["adapted_names", "check_groups", "norms", "require_base", "rewritten"]
+__all__ = ["adapted_names", "check_groups", "log_ratios", "norms", "require_base", "rewritten", "trust_ratios"]
 
 
 def require_base(opt: OptimizerMixin, part: type, base: type) -> None:
@@ -29,9 +29,9 @@ def require_base(opt: OptimizerMixin, part: type, base: type) -> None:
     here = base_of(type(opt))
     if here is None or not issubclass(here, base):
         got = here.__name__ if here is not None else "nothing"
-        raise CompositionError(f"{type(opt).__name__}: {part.__name__} stands on {got}, must stand on torch.optim.{base.__name__}, "
-                               f"whose update it completes; write class {type(opt).__name__}({part.__name__}, "
-                               f"torch.optim.{base.__name__}): ...")
+        who, needed = type(opt).__name__, f"torch.optim.{base.__name__}"
+        raise CompositionError(f"{who}: {part.__name__} stands on {got}, must stand on {needed}, whose update it "
+                               f"completes; write class {who}(..., {part.__name__}, {needed}): ...")
 
 
 def check_groups(opt: OptimizerMixin, part: type, *, always_adapt: bool) -> None:
@@ -50,7 +50,8 @@ def adapted_names(host: Host, *, always_adapt: bool) -> dict[int, list[str]]:
 
     Those are the groups with weight decay, or all of them with `always_adapt`.
     """
-    chosen: dict[int, list[str]] = {i: [] for i, g in enumerate(host.groups()) if always_adapt or g["weight_decay"] != 0}
+    groups = enumerate(host.groups())
+    chosen: dict[int, list[str]] = {i: [] for i, g in groups if always_adapt or g["weight_decay"] != 0}
     for name, i in host.group_index().items():
         if i in chosen:
             chosen[i].append(name)
@@ -58,14 +59,14 @@ def adapted_names(host: Host, *, always_adapt: bool) -> dict[int, list[str]]:
 
 
 def norms(host: Host, names: Sequence[str], *vectors: Vector) -> Tensor:
-    """Euclidean norms of whole parameters, of several vectors: (number of vectors, number of names) float64, on every rank.
+    """Euclidean norms of whole parameters, of several vectors: (vectors, names) float64, the same on every rank.
 
     Args:
         names: which parameters, in the order of the result; the same on every rank.
         vectors: slices of a parameter that no rank holds count as zero; slices of other parameters do not count.
 
-    Cost: one all-reduce of vectors x names numbers where weights are sharded, none elsewhere; no host sync. Squares are summed
-    in fp32 at least inside a slice, and in float64 across ranks.
+    Cost: one all-reduce of vectors x names numbers where weights are sharded, none elsewhere; no host sync. Squares are
+    summed in fp32 at least inside a slice, and in float64 across ranks.
     """
     zero = torch.zeros((), dtype=torch.float64, device=host.device)
     rows: list[Tensor] = []
@@ -83,12 +84,39 @@ def _squares(vector: Vector) -> tuple[Tensor, ...]:
     return local.to(vector.host.device, torch.float64).square().unbind()
 
 
+def trust_ratios(
+    host: Host, adapted: Mapping[int, Sequence[str]], weights: Vector, other: Vector,
+    rule: Callable[[dict[str, Any], Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Trust ratio of each adapted parameter, 0-dim float64 by name. One collective for all, where weights are sharded.
+
+    Args:
+        adapted: what `adapted_names` gave.
+        weights, other: slices of the adapted parameters whose norms are compared.
+        rule: ratios from a group, and the norms (of the group's parameters) of weights and of the other.
+    """
+    names = [name for part in adapted.values() for name in part]
+    if not names:
+        return {}
+    lengths, begin, found = norms(host, names, weights, other), 0, []
+    for i, part in adapted.items():
+        found.append(rule(host.groups()[i], *lengths[:, begin : begin + len(part)]))
+        begin += len(part)
+    return dict(zip(names, torch.cat(found).unbind(), strict=True))
+
+
+def log_ratios(opt: OptimizerMixin, ratios: Mapping[str, Tensor]) -> None:
+    """Log the smallest and the largest ratio as `trust_ratio_min` and `trust_ratio_max`."""
+    if ratios:
+        opt.metrics["trust_ratio_min"], opt.metrics["trust_ratio_max"] = torch.stack(list(ratios.values())).aminmax()
+
+
 @contextmanager
 def rewritten(opt: OptimizerMixin, options: Mapping[int, Mapping[str, Any]]) -> Iterator[None]:
-    """Inside the block the base optimizer's own step sees other options in its groups; they are put back, also when it raises.
+    """Inside the block the base's own step sees other options in its groups; they are put back, also when it raises.
 
-    On DeepSpeed they are rewritten around the inner optimizer's step alone, through torch's step hooks: the engine steps its
-    scheduler inside the same call, and must meet the true learning rate.
+    On DeepSpeed they are rewritten around the inner optimizer's step alone, through torch's step hooks: the engine
+    steps its scheduler inside the same call, and must meet the true learning rate.
 
     Args:
         options: by index of the group, what to write over.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from golden.comparison import Comparison, Vectors
-from golden.families import buffers, ignite, large_batch, metrics, replay
+from golden.families import buffers, ignite, large_batch, metrics, replay, trust
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -22,6 +22,8 @@ FAMILIES: dict[str, Family] = {
     "lb_gsam": large_batch.check,
     "lb_ignite": ignite.check,
     "lb_ignite2": ignite.check,
+    "lb_lamb": trust.check,
+    "lb_lars": trust.check,
     "lb_looksam": large_batch.check,
     "lb_sam": large_batch.check,
     "replay": replay.check,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from everbatch.errors import UnsupportedHost
 from everbatch.optim.shards import Shard, Vector
 
-__all__ = ["Alone", "Host", "plain_names", "unwrap"]
+__all__ = ["Alone", "Host", "plain_name", "unwrap"]
 
 
-def plain_names(names: Sequence[str], *, wrapped: bool) -> list[str]:
-    """Names in the bare model: without what torch.compile, activation checkpointing and, if `wrapped`, DDP add."""
-    bare = [".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
-            for name in names]
-    return [name.removeprefix("module.") for name in bare] if wrapped else bare
+def plain_name(name: str, *, ddp: bool = False) -> str:
+    """A name in the bare model: without what torch.compile and activation checkpointing add, and DDP where `ddp` says so."""
+    bare = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+    return bare.removeprefix("module.") if ddp else bare
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -189,21 +188,27 @@ class Host(abc.ABC):
     def group_index(self) -> dict[str, int]:
         """Index of the parameter group of every trained parameter, by name, the same on every rank."""
 
-    def gather(self, pieces: Sequence[tuple[Shard, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+    def gather(
+        self, pieces: Sequence[tuple[Shard, Tensor]], names: Sequence[str], dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> dict[str, Tensor]:
         """Whole tensors from slices, on every rank: each rank adds the bits it owns to zeros, so every bit survives.
 
         Collective: one all-reduce of the whole tensor per name; for exports and tests, not for the step.
+
+        Args:
+            dtypes: element type by name, the same on every rank; by default that of the masters.
         """
         mine = {s.name: (s, t) for s, t in pieces}
         result = {}
         for name in names:
             dtype, shape = self._layout(name, mine)
+            dtype = dtype if dtypes is None else dtypes[name]
             flat = torch.zeros(shape.numel(), dtype=dtype, device=self.device)
             if name in mine:
                 shard, t = mine[name]
                 flat[shard.start : shard.start + t.numel()] = t.reshape(-1).to(self.device)
             if self.sharded:
-                bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+                bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
                 flat = self.total(bits.to(torch.int32) if dtype.itemsize == 2 else bits).to(bits.dtype).view(dtype)
             result[name] = flat.view(shape)
         return result

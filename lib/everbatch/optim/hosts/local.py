@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_names, unwrap
+from everbatch.optim.hosts.base import Alone, Host, plain_name, unwrap
 from everbatch.optim.shards import Shard, Vector
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class LocalHost(Host):
         ddp = any(isinstance(m, DistributedDataParallel) for m in (module.modules() if module is not None else ()))
         # Without the module, names that all begin alike are taken for those of ddp.named_parameters().
         wrapped = ddp if module is not None else all(n.startswith("module.") for n, _ in named)
-        names = plain_names([n for n, _ in named], wrapped=wrapped)
-        self._named = list(zip(names, (p for _, p in named), strict=True))
+        self._named = [(plain_name(n, ddp=wrapped), p) for n, p in named]
+        names = [n for n, _ in self._named]
         check(len(set(names)) == len(names), type(optimizer).__name__, f"parameter names {_twice(names)} occur twice",
               "be unique", "pass the module, or named_parameters() with a prefix for each module")
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
@@ -183,7 +183,7 @@ class LocalHost(Host):
 
 
 def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    return list(zip(group["param_names"], group["params"], strict=True))
+    return list(zip(group.get("param_names", ()), group["params"], strict=True))
 
 
 def _twice(names: list[str]) -> list[str]:

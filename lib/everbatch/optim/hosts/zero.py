@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.errors import UnsupportedHost
-from everbatch.optim.hosts.base import Alone, Host, plain_names
+from everbatch.optim.hosts.base import Alone, Host, plain_name
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Shard, Vector
 
@@ -70,9 +70,7 @@ class ZeroHost(Host):
         self.sharded = self.stage > 0 and dist.get_world_size() > 1
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.replicas = 1 if self.stage else self.world
-        trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-        names = plain_names([n for n, _ in trained], wrapped=False)
-        self._named = list(zip(names, (p for _, p in trained), strict=True))
+        self._named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         self.bf16 = bool(engine.bfloat16_enabled())
         self.title = f"ZeRO stage {self.stage} ({'bf16' if self.bf16 else 'fp32'})"
         self.pass_cost = {0: "one gradient all-reduce", 3: "one gradient reduction, parameter gathers of a forward and backward, "
@@ -143,7 +141,7 @@ class ZeroHost(Host):
         def grad() -> Tensor | None:
             if self.kind == "BF16_Optimizer":  # its buffer holds the whole gradient on every rank
                 whole = mapping.gradient_dict[mapping.param_group_index][p._index_in_param_group]
-                return whole.view(-1).narrow(0, low.start, low.numel) if self._backwards else None  # type: ignore[no-any-return]
+                return whole.view(-1).narrow(0, low.start, low.numel) if self._backwards else None
             kept = mapping.offload_gradient_dict if mapping.use_offload else mapping.gradient_dict
             if not self._backwards or kept.get(mapping.param_group_index) is None:
                 return None
@@ -201,8 +199,8 @@ class ZeroHost(Host):
             self.zero.clear_lp_grads()
             self.zero.clear_hp_grads()
         for name in ("averaged_gradients", "all_grad_tensors"):
-            kept = getattr(self.zero, name, None)
-            for key in list(kept) if kept and self.stage < 3 else ():
+            kept: dict[Any, Any] = getattr(self.zero, name, None) or {}
+            for key in list(kept) if self.stage < 3 else ():
                 kept[key] = None
         if self.kind == "DeepSpeedZeroOptimizer":
             self.zero.micro_step_id = -1
@@ -328,5 +326,5 @@ def _check_optimizer(inner: Any, base: type, stage: int) -> None:
         raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, the class is built on "
                               f"{base.__name__}; initialise the engine with a {base.__name__}")
     if stage and type(inner).__name__.lower() in PER_TENSOR:
-        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__} uses norms of whole tensors, and stage {stage} shows it slices; "
-                              "use the LARS or LAMB mixin over torch.optim.SGD or AdamW, or stage 0")
+        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__} uses norms of whole tensors, and stage {stage} shows it "
+                              "slices; use the LARS or LAMB mixin over torch.optim.SGD or AdamW, or stage 0")

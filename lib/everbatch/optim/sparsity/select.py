@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = ["Piece", "choose"]
 
 BITS = 8
+BINS = 1 << BITS
 
 
 @dataclass
@@ -36,16 +37,20 @@ class Piece:
 
 
 def choose(
-    pieces: Sequence[Piece], counts: Tensor, total: Callable[[Tensor], Tensor], *, ties: str = "first", span: int = 0,
+    pieces: Sequence[Piece], counts: Tensor, total: Callable[[Tensor], Tensor], *, span: int, dtype: torch.dtype,
+    device: torch.device | str = "cpu", ties: str = "first", ranked: bool = False,
 ) -> list[Tensor]:
     """Choose the `counts[g]` candidates of each group g that have the largest scores, or all where there are fewer.
 
     Args:
         pieces: what this rank holds; may be empty.
-        counts: (groups,) int64 on CPU, the same on every rank.
+        counts: (groups,) int64 on CPU. This and what follows must be the same on every rank.
         total: sums a tensor over the ranks that share one copy of the model, in place (`Host.total`).
+        span: positions in the largest group, at least.
+        dtype: of the scores, float32 or float64.
+        device: where `total` sums.
         ties: among equal scores at the threshold take the "first" positions, the "last", or "all" (more than asked then).
-        span: positions of the largest group, at least; the same on every rank. Needed for ties "first" and "last".
+        ranked: whether pieces have priorities.
 
     Returns:
         One bool mask (n,) per piece.
@@ -53,54 +58,42 @@ def choose(
     Cost: one all-reduce of 256 counts per group and round; rounds end as soon as every threshold is settled. One host sync
     per round: for topology updates, not for every step.
     """
-    device = pieces[0].scores.device if pieces else torch.device("cpu")
     chosen = [torch.zeros_like(p.candidates) for p in pieces]
     alive = [p.candidates.nonzero().view(-1) for p in pieces]
-    need = counts.clone()
-    ranked = bool(pieces) and pieces[0].priority is not None
-    stages: list[tuple[Callable[[int], Tensor], int, bool]] = []
-    # Every rank must take the same rounds, whatever it holds: the flags travel with the first question.
-    width = torch.tensor([max([p.scores.element_size() for p in pieces], default=0), int(ranked)], device=device)
-    kinds = torch.zeros(10, dtype=torch.int64, device=device)
-    kinds[width[0]] += 1
-    kinds[9] += width[1]
-    kinds = total(kinds).cpu()
-    size = max([b for b in (2, 4, 8) if kinds[b]], default=4)
-    if kinds[9]:
-        stages.append((lambda i: _priority(pieces[i])[alive[i]], 1, False))
-    keys: dict[int, Tensor] = {}
+    need = counts.clamp(min=0)
+    keys = [_sortable(p.scores.to(dtype)) for p in pieces]
+
+    def priority(i: int) -> Tensor:
+        return pieces[i].priority[alive[i]]  # type: ignore[index]
 
     def score(i: int) -> Tensor:
-        if i not in keys:
-            keys[i] = _sortable(pieces[i].scores, size)
         return keys[i][alive[i]]
 
-    stages.append((score, size, True))
+    def position(i: int) -> Tensor:
+        at = alive[i] + pieces[i].offset
+        return span - at if ties == "first" else at
+
+    stages: list[tuple[Callable[[int], Tensor], int]] = [(priority, 1)] if ranked else []
+    stages.append((score, dtype.itemsize))
     if ties != "all":
-        depth = max(1, -(-max(span, 1).bit_length() // BITS))
-
-        def position(i: int) -> Tensor:
-            at = alive[i] + pieces[i].offset
-            return span - at if ties == "first" else at
-
-        stages.append((position, depth, False))
-    for read, size_, signed in stages:
-        for byte in reversed(range(size_)):
+        stages.append((position, -(-span.bit_length() // BITS)))
+    for read, size in stages:
+        for byte in reversed(range(size)):
             if not bool((need > 0).any()):
                 return chosen
             digits = []
-            counted = torch.zeros(len(need), 1 << BITS, dtype=torch.int64, device=device)
+            counted = torch.zeros(len(need), BINS, dtype=torch.int64, device=device)
             for i, piece in enumerate(pieces):
-                digit = ((read(i) >> (BITS * byte)) & 255).to(torch.int64)
-                digit = digit ^ 128 if signed and byte == size_ - 1 else digit
+                digit = ((read(i) >> (BITS * byte)) & (BINS - 1)).to(torch.int64)
+                if read is score and byte == size - 1:
+                    digit = digit ^ (BINS // 2)  # the sign bit: negative ones first
                 digits.append(digit)
-                counted[piece.group] += torch.bincount(digit, minlength=1 << BITS)
-            above, settled, need = _settle(total(counted).cpu(), need)
-            _advance(pieces, chosen, alive, digits, above, settled, need)
-    if ties == "all":
-        for i, piece in enumerate(pieces):
-            if need[piece.group] > 0:
-                chosen[i][alive[i]] = True
+                counted[piece.group] += torch.bincount(digit, minlength=BINS).to(counted.device)
+            edge, whole, need = _settle(total(counted).cpu(), need)
+            _advance(pieces, chosen, alive, digits, edge.tolist(), whole.tolist(), need.tolist())
+    for i, piece in enumerate(pieces):  # ties == "all": what is left of a group has the threshold's score
+        if need[piece.group] > 0:
+            chosen[i][alive[i]] = True
     return chosen
 
 
@@ -119,31 +112,24 @@ def _settle(counted: Tensor, need: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     whole = short | (left == inside)
     bin_ = torch.where(short, torch.zeros_like(bin_), bin_)
     idle = need <= 0
-    bin_ = torch.where(idle, torch.full_like(bin_, 1 << BITS), bin_)
+    bin_ = torch.where(idle, torch.full_like(bin_, BINS), bin_)
     return bin_, whole & ~idle, torch.where(whole | idle, torch.zeros_like(left), left)
 
 
 def _advance(
-    pieces: Sequence[Piece], chosen: list[Tensor], alive: list[Tensor], digits: list[Tensor], bins: Tensor, whole: Tensor,
-    need: Tensor,
+    pieces: Sequence[Piece], chosen: list[Tensor], alive: list[Tensor], digits: list[Tensor], edge: list[int],
+    whole: list[bool], need: list[int],
 ) -> None:
     """Take what is above the threshold's bin, or in it where the whole bin is taken; keep the bin's entries otherwise."""
-    edge, all_of, more = bins.tolist(), whole.tolist(), need.tolist()
     for i, piece in enumerate(pieces):
         g, digit = piece.group, digits[i]
-        taken = digit >= edge[g] if all_of[g] else digit > edge[g]
+        taken = digit >= edge[g] if whole[g] else digit > edge[g]
         chosen[i][alive[i][taken]] = True
-        alive[i] = alive[i][digit == edge[g]] if more[g] > 0 else alive[i][:0]
+        alive[i] = alive[i][digit == edge[g]] if need[g] > 0 else alive[i][:0]
 
 
-def _sortable(scores: Tensor, size: int) -> Tensor:
-    """Signed integers of `size` bytes, in the order of the scores. -0.0 counts as 0.0."""
-    wide = scores.to({2: torch.float32, 4: torch.float32, 8: torch.float64}[size]) + 0.0
-    kind, bits, top = (torch.int64, 63, 2**63 - 1) if size == 8 else (torch.int32, 31, 2**31 - 1)
-    raw = wide.view(kind)
-    return raw ^ ((raw >> bits) & top)
-
-
-def _priority(piece: Piece) -> Tensor:
-    assert piece.priority is not None
-    return piece.priority
+def _sortable(scores: Tensor) -> Tensor:
+    """Signed integers as wide as the scores, and in their order. -0.0 counts as 0.0."""
+    kind, bits = (torch.int64, 63) if scores.dtype == torch.float64 else (torch.int32, 31)
+    raw = (scores + 0.0).view(kind)
+    return raw ^ ((raw >> bits) & (2**bits - 1))

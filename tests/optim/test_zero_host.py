@@ -1,0 +1,68 @@
+"""A DeepSpeed engine in one process: what is refused, by name, and what a user may do around the step.
+
+Parity, resume and the other contracts are in tests/contract.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[2]
+CLIPPING = "UnsupportedHost: DeepSpeed: gradient_clipping={} in the engine"
+
+EXPECTED = {
+    "stage 0": "ok", "stage 1": "ok", "stage 2": "ok", "stage 3": "ok",
+    "default clipping": CLIPPING.format(1.0) + " (set gradient_clipping: 0, add ClipGradNorm)",
+    "clipping 0.5": CLIPPING.format(0.5) + " (set gradient_clipping: 0, add ClipGradNorm)",
+    "fp16": "UnsupportedHost: DeepSpeed: fp16 (use bf16) is not supported",
+    "parameter offload": "UnsupportedHost: DeepSpeed: parameter offload is not supported",
+    "NVMe": "UnsupportedHost: DeepSpeed: NVMe offload is not supported",
+    "hpZ": "UnsupportedHost: DeepSpeed: hpZ (zero_hpz_partition_size > 1) is not supported",
+    "quantized gradients": "UnsupportedHost: DeepSpeed: 1-bit or compressed communication is not supported",
+    "MoE": "UnsupportedHost: DeepSpeed: MoE groups is not supported",
+    "round robin": "UnsupportedHost: DeepSpeed: round_robin_gradients is not supported",
+    "unmanaged": "UnsupportedHost: DeepSpeed: unmanaged gradient accumulation is not supported",
+    "torch autocast": "UnsupportedHost: DeepSpeed: torch_autocast is not supported",
+    "stage 0 fp32 accumulation": "UnsupportedHost: DeepSpeed: stage 0 in bf16 with fp32 accumulation is not supported",
+    "pipeline": "UnsupportedHost: DeepSpeed: pipeline parallelism is not supported",
+    "other base": "UnsupportedHost: DeepSpeed: the engine's optimizer is SGD, the class is built on AdamW",
+    "per tensor at stage 1": "UnsupportedHost: DeepSpeed: Lars uses norms of whole tensors, and stage 1 shows it slices",
+    "per tensor at stage 0": "ok",
+    "missing internal": "UnsupportedHost: DeepSpeed: DeepSpeedZeroOptimizer.micro_step_id is missing in this version",
+    "option of the base": "TypeError: Sharp.on: lr is an option of SGD; set it on the optimizer that the engine was",
+    "unknown option": "TypeError: Sharp: unknown option 'roh'; did you mean 'rho'?",
+    "copy": "TypeError: an optimizer on a DeepSpeed engine cannot be copied or pickled; use state_dict()",
+    "added group": "UnsupportedHost: ZeRO stage 1 (fp32): a built engine takes no more parameters; initialise it with",
+    "two backwards": "RuntimeError: DeepSpeed: opt.backward was called twice for one forward boundary; sum the losses, or loop",
+    "torch scheduler": "ok", "engine scheduler": "ok", "hooks": "ok", "micro batches": "ok", "self-check after NaN": "ok",
+    "factory": "ValueError: ShrinkPerturb: the factory's model lacks parameters ['0.weight', '0.bias', '2.weight'], must be",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("zero") / "modes.json"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "lib"),
+                                "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, str(Path(__file__).parent / "zero_modes.py"), str(out)], env=environment, timeout=180,
+                         capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results: dict[str, str] = json.loads(out.read_text())
+    return results
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_engine(ended: dict[str, str], name: str) -> None:
+    assert ended[name].startswith(EXPECTED[name]), ended[name]
+
+
+def test_nothing_else_was_tried(ended: dict[str, str]) -> None:
+    assert ended.keys() == EXPECTED.keys()

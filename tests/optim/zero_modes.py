@@ -1,0 +1,231 @@
+"""Builds real DeepSpeed engines in one process (gloo, CPU) in many modes, and writes what each ended in.
+
+    python zero_modes.py OUT.json
+
+OUT.json: {name: "ok" or "ErrorClass: message"}.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from everbatch.optim import SAM, ClipGradNorm, ShrinkPerturb
+
+
+class Sharp(ClipGradNorm, SAM, torch.optim.SGD):
+    pass
+
+
+class SharpAdam(SAM, torch.optim.AdamW):
+    pass
+
+
+class Lars(torch.optim.SGD):
+    """Stands for any base whose update needs whole tensors."""
+
+
+class SharpLars(SAM, Lars):
+    pass
+
+
+class Bare(ShrinkPerturb, torch.optim.SGD):
+    pass
+
+
+def engine_of(config: dict[str, Any] | None = None, base: Any = torch.optim.SGD, stage: int = 1, **zero: Any) -> Any:
+    """An engine over a small net."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    full = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9, "zero_optimization": {"stage": stage, **zero}}
+    chosen = {k: v for k, v in (full | (config or {})).items() if v is not None}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=base(model.parameters(), lr=0.1), config=chosen)
+    return engine
+
+
+def closure_of(opt: Any, engine: Any, backwards: int = 1) -> Callable[[], torch.Tensor]:
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+    def closure() -> torch.Tensor:
+        for _ in range(backwards):
+            loss = engine.module(x).square().mean()
+            opt.backward(loss)
+        return loss
+
+    return closure
+
+
+def attribute(name: str, value: Any, of: str = "") -> Callable[[Any], None]:
+    """Sets a mode that this machine cannot build."""
+    def change(engine: Any) -> None:
+        setattr(getattr(engine, of) if of else engine, name, value)
+
+    return change
+
+
+def expect(good: bool, what: str) -> None:
+    if not good:
+        raise AssertionError(what)
+
+
+def with_change(change: Callable[[Any], None], **options: Any) -> None:
+    engine = engine_of(**options)
+    change(engine)
+    Sharp.on(engine)
+
+
+def pipeline() -> None:
+    engine = engine_of()
+    engine.__class__ = type("PipelineEngine", (type(engine),), {})
+    Sharp.on(engine)
+
+
+def missing_internal() -> None:
+    engine = engine_of(stage=2)
+    del engine.optimizer.micro_step_id
+    Sharp.on(engine)
+
+
+def torch_scheduler() -> None:
+    """A torch scheduler attaches to the optimizer, and moves the rate that the engine uses."""
+    engine = engine_of()
+    opt = Sharp.on(engine)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(3):
+        opt.step(closure_of(opt, engine))
+        rates.append(engine.get_lr()[0])
+        schedule.step()
+    expect(rates == [0.1, 0.05, 0.025], f"rates {rates}")
+    inner = engine.basic_optimizer
+    expect(opt.param_groups is inner.param_groups and opt.state is inner.state, "not live views")
+
+
+def engine_scheduler() -> None:
+    """The engine steps a scheduler of its own, once per step whatever the passes."""
+    warmup = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.1, "warmup_num_steps": 4, "warmup_type": "linear"}
+    engine = engine_of({"scheduler": {"type": "WarmupLR", "params": warmup}})
+    opt = Sharp.on(engine)
+    for _ in range(3):
+        opt.step(closure_of(opt, engine))
+    expect(engine.lr_scheduler.last_batch_iteration == 2, f"scheduler at {engine.lr_scheduler.last_batch_iteration}")
+
+
+def hooks() -> None:
+    engine = engine_of()
+    opt = Sharp.on(engine)
+    calls: list[int] = []
+    opt.register_step_post_hook(lambda *_: calls.append(1))  # type: ignore[attr-defined]
+    opt.step(closure_of(opt, engine))
+    expect(calls == [1], f"{len(calls)} calls")
+
+
+def micro_batches_at_stage_2() -> None:
+    """Two micro-batches, twice: what is reduced is their sum."""
+    ends = []
+    for parts in (1, 2):
+        engine = engine_of({"gradient_accumulation_steps": parts, "train_micro_batch_size_per_gpu": 8 // parts}, stage=2)
+        opt = Sharp.on(engine, rho=0.3)
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+        def closure(opt: Any = opt, engine: Any = engine, x: Any = x, parts: int = parts) -> None:
+            for rows in opt.micro_batches(x.chunk(parts)):
+                opt.backward(engine.module(rows).square().mean() / parts)
+
+        for _ in range(2):
+            opt.step(closure)
+        ends.append(torch.cat([p.detach().flatten() for p in engine.module.parameters()]))
+    expect(bool((ends[0] - ends[1]).abs().max() < 1e-6), f"differ by {(ends[0] - ends[1]).abs().max()}")
+
+
+def two_backwards() -> None:
+    engine = engine_of()
+    opt = Sharp.on(engine)
+    opt.step(closure_of(opt, engine, backwards=2))
+
+
+def mended_self_check() -> None:
+    """A first step whose loss is NaN proves nothing: the check is made in the next one."""
+    engine = engine_of()
+    opt = Sharp.on(engine)
+
+    def closure() -> None:
+        opt.backward(engine.module(torch.full((8, 6), float("nan"))).square().mean())
+
+    opt.step(closure)
+    expect(opt.skipped_count == 1 and not opt.host._verified, "a NaN passed for a proof")  # type: ignore[attr-defined]
+    opt.step(closure_of(opt, engine))
+    expect(opt.host._verified, "not verified")  # type: ignore[attr-defined]
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    **{f"stage {s}": (lambda s=s: Sharp.on(engine_of(stage=s))) for s in range(4)},
+    "default clipping": lambda: Sharp.on(engine_of({"gradient_clipping": None})),
+    "clipping 0.5": lambda: Sharp.on(engine_of({"gradient_clipping": 0.5})),
+    "fp16": lambda: with_change(attribute("fp16_enabled", lambda: True)),
+    "parameter offload": lambda: Sharp.on(engine_of(stage=3, offload_param={"device": "cpu"})),
+    "NVMe": lambda: with_change(lambda e: setattr(e._config.zero_config.offload_optimizer, "device", "nvme"), stage=1,
+                                offload_optimizer={"device": "cpu"}),
+    "hpZ": lambda: with_change(lambda e: setattr(e._config.zero_config, "zero_hpz_partition_size", 2), stage=3),
+    "quantized gradients": lambda: with_change(lambda e: setattr(e._config.zero_config, "zero_quantized_gradients", True)),
+    "MoE": lambda: with_change(attribute("has_moe_layers", True)),
+    "round robin": lambda: Sharp.on(engine_of(stage=2, round_robin_gradients=True)),
+    "unmanaged": lambda: with_change(attribute("managed_gradient_accumulation", lambda: False)),
+    "torch autocast": lambda: Sharp.on(engine_of({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})),
+    # DeepSpeed refuses this one by itself, without saying what to do.
+    "stage 0 fp32 accumulation": lambda: with_change(lambda e: setattr(e._config, "grad_accum_dtype", "fp32"), stage=0,
+                                                     config={"bf16": {"enabled": True}}),
+    "pipeline": pipeline,
+    "other base": lambda: SharpAdam.on(engine_of()),
+    "per tensor at stage 1": lambda: SharpLars.on(engine_of(base=Lars)),
+    "per tensor at stage 0": lambda: SharpLars.on(engine_of(base=Lars, stage=0)),
+    "missing internal": missing_internal,
+    "option of the base": lambda: Sharp.on(engine_of(), lr=0.1),
+    "unknown option": lambda: Sharp.on(engine_of(), roh=0.1),
+    "copy": lambda: copy.deepcopy(Sharp.on(engine_of())),
+    "added group": lambda: Sharp.on(engine_of()).add_param_group({"params": []}),
+    "two backwards": two_backwards,
+    "torch scheduler": torch_scheduler,
+    "engine scheduler": engine_scheduler,
+    "hooks": hooks,
+    "micro batches": micro_batches_at_stage_2,
+    "self-check after NaN": mended_self_check,
+    "factory": lambda: Bare.on(engine_of(stage=3), factory=lambda: nn.Linear(1, 1)).shrink_perturb(),
+}
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(probe.getsockname()[1])}
+    dist.init_process_group("gloo")
+    results = {}
+    for name, case in CASES.items():
+        try:
+            case()
+            results[name] = "ok"
+        except Exception as error:  # it is the result
+            results[name] = f"{type(error).__name__}: {error}"
+    Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
