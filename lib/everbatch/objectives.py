@@ -50,7 +50,9 @@ def squared_norm(u: Tensor) -> Tensor:
 def quadratic_form(precision: Tensor) -> Callable[[Tensor], Tensor]:
     """The generator  Psi(theta) = 1/2 theta' F theta  of EWC, SI, MAS and NCL; F (d,) for a diagonal, or (d, d)."""
     def generator(theta: Tensor) -> Tensor:
-        return 0.5 * (theta * (precision * theta if precision.dim() == 1 else precision @ theta)).sum()
+        slope = precision * theta if precision.dim() == 1 else precision @ theta
+        value: Tensor = 0.5 * (theta * slope).sum()
+        return value
 
     return generator
 

@@ -155,9 +155,10 @@ EXPECTED = (ValueError, CompositionError, UnsupportedHost, CheckpointMismatch, R
 
 @contextmanager
 def guard(prog: str) -> Iterator[None]:
-    """End the process with one line and exit code 1 on an error a user can mend; leave at once, whatever other ranks wait for.
+    """End the process with one line and exit code 1 on an error that a user can mend, whatever other ranks wait for.
 
-    Where all ranks fail alike, rank 0 speaks; a rank that fails on its own speaks itself. Set EVERBATCH_TRACEBACK=1 to see where.
+    Where all ranks fail alike, rank 0 speaks; a rank that fails on its own speaks itself; ranks that fail only because
+    another ended speak if that one could not. EVERBATCH_TRACEBACK=1 shows where.
     """
     try:
         yield
@@ -165,25 +166,27 @@ def guard(prog: str) -> Iterator[None]:
         if os.environ.get("EVERBATCH_TRACEBACK") == "1":
             raise
         rank = int(os.environ.get("RANK", "0"))
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
         text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-        if _speaks(rank, text):
+        if lost:
+            text = "another rank ended without a word (killed, or out of memory?); resume=true goes on from the newest checkpoint"
+        if _speaks(rank, text, lost):
             print(f"{prog}: rank {rank}: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # not sys.exit: tearing down a process group may wait for ranks that never come
 
 
-def _speaks(rank: int, text: str) -> bool:
+def _speaks(rank: int, text: str, lost: bool) -> bool:
+    """Whether this rank tells its error; the launcher's store remembers what others told."""
     if not dist.is_initialized():
         return rank == 0
     store = dist.distributed_c10d._get_default_store()
     try:
-        if rank == 0:
-            store.set("everbatch/error", text)
-            return True
-        for _ in range(10):
+        for _ in range(0 if lost or rank == 0 else 10):  # rank 0 may be about to say the same
             if store.check(["everbatch/error"]):
-                return bool(store.get("everbatch/error").decode() != text)
+                break
             time.sleep(0.1)
+        told = store.compare_set("everbatch/error", "", text).decode()
+        return store.add(f"everbatch/error/{text}", 1) == 1 and (told == text or not lost)
     except RuntimeError:  # the store's owner is gone already: better twice than never
         return True
-    return True

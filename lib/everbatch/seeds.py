@@ -20,6 +20,8 @@ BLOCK = 65_536
 
 def derive(*parts: int | str) -> int:
     """A 63-bit seed from a tuple of integers and strings (BLAKE2b, the same on every platform)."""
+    if any(isinstance(part, str) and "\x1f" in part for part in parts):
+        raise ValueError(f"derive: {parts!r} holds the unit separator that keeps parts apart; use names without it")
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

@@ -13,7 +13,7 @@ from typing import Any
 import hosts
 import torch
 
-from everbatch.optim import EMA, SAM, ClipGradNorm, ShrinkPerturb
+from everbatch.optim import EMA, LAMB, LARS, SAM, ClipGradNorm, ShrinkPerturb
 
 FACTORY = functools.partial(hosts.build)
 
@@ -29,6 +29,8 @@ class Case:
     """Options at which the class must give the bare base's bits."""
     call: str = ""
     """A method that is called between steps, at CALLS, as a task start would."""
+    bases: tuple[str, ...] = ("sgd", "adamw")
+    """Bases the mixins stand on; the first stands for all where one is enough."""
 
 
 CASES = [
@@ -36,14 +38,19 @@ CASES = [
     Case("ClipGradNorm", (ClipGradNorm,), {"max_norm": 0.3}, {"max_norm": float("inf")}),
     Case("EMA", (EMA,), {"ema_decay": 0.5}, {"ema_decay": 0.5}),  # it never touches the weights
     Case("ShrinkPerturb", (ShrinkPerturb,), {"noise": "gaussian", "sigma": 0.05, "shrink": 0.8},
-         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "keep_moments": True}, "shrink_perturb"),
+         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "moments": "keep"}, "shrink_perturb"),
     Case("ShrinkPerturb(fresh_init)", (ShrinkPerturb,), {"factory": FACTORY, "perturb": 0.3},
-         {"factory": FACTORY, "perturb": 0.0, "shrink": 1.0, "keep_moments": True}, "shrink_perturb"),
+         {"factory": FACTORY, "perturb": 0.0, "shrink": 1.0, "moments": "keep"}, "shrink_perturb"),
     Case("ClipGradNorm+SAM", (ClipGradNorm, SAM), {"rho": 0.5, "max_norm": 0.3}, {"rho": 0.0, "max_norm": float("inf")}),
     Case("ClipGradNorm+EMA+SAM", (ClipGradNorm, EMA, SAM), {"rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
          {"rho": 0.0, "max_norm": float("inf")}),
     Case("EMA+ShrinkPerturb+SAM", (EMA, ShrinkPerturb, SAM), {"noise": "gaussian", "sigma": 0.05, "rho": 0.5, "ema_decay": 0.5},
-         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "keep_moments": True, "rho": 0.0}, "shrink_perturb"),
+         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "moments": "keep", "rho": 0.0}, "shrink_perturb"),
+    Case("LARS", (LARS,), {"trust_coeff": 0.2}, {"trust_coeff": 1e30, "trust_clip": True}, bases=("sgd",)),
+    Case("LAMB", (LAMB,), {"max_grad_norm": 0.5}, {"min_ratio": 1.0, "max_ratio": 1.0}, bases=("adamw",)),
+    Case("ClipGradNorm+LARS+SAM", (ClipGradNorm, LARS, SAM),
+         {"trust_coeff": 0.2, "lr_in_buffer": True, "rho": 0.5, "max_norm": 0.3},
+         {"trust_coeff": 1e30, "trust_clip": True, "rho": 0.0, "max_norm": float("inf")}, bases=("sgd",)),
 ]
 BY_CASE = {c.name: c for c in CASES}
 MIX = "ClipGradNorm+EMA+SAM"
@@ -109,14 +116,15 @@ def plan(world: int, *, wide: bool) -> Plan:
     if world == 3:
         names = FP32[1:] if wide else ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-persistent"]
         cases = [c.name for c in CASES] if wide else [MIX]
-        return Plan(3, [(h, c, "sgd") for h in names for c in cases],
+        return Plan(3, [(h, c, BY_CASE[c].bases[0]) for h in names for c in cases],
                     [(s, h, MIX, "sgd") for s, h in (("zero3", "zero1"), ("ddp", "zero3"), ("zero1", "fsdp2"))],
                     ["ddp", "fsdp2", "zero1", "zero3"])
-    lives = [(h, c.name, "sgd") for h in FP32 for c in CASES]
-    lives += [(h, c.name, "adamw") for h in FP32 for c in CASES if wide or c.name in (MIX, "EMA+ShrinkPerturb+SAM")]
-    half = BF16 if wide else ["zero0-bf16", "zero2-bf16", "zero3-bf16-fp32acc"]
-    lives += [(h, c, "sgd") for h in half for c in ([c.name for c in CASES] if wide else [MIX])]
+    lives = [(h, c.name, c.bases[0]) for h in FP32 for c in CASES]
+    second = [c for c in CASES if "adamw" in c.bases[1:] and (wide or c.name in (MIX, "EMA+ShrinkPerturb+SAM"))]
+    lives += [(h, c.name, "adamw") for h in FP32 for c in second]
+    half = BF16 if wide else ["zero0-bf16", "zero2-bf16-offload", "zero3-bf16-fp32acc"]
+    lives += [(h, c, BY_CASE[c].bases[0]) for h in half for c in ([c.name for c in CASES] if wide else [MIX])]
     ring = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]  # four apart: another engine and, mostly, another stage
-    moves = [(s, h, c.name, "sgd") for s, h in ring for c in CASES if wide or "+" in c.name]
+    moves = [(s, h, c.name, c.bases[0]) for s, h in ring for c in CASES if wide or "+" in c.name]
     moves += [(s, h, "EMA+ShrinkPerturb+SAM", "adamw") for s, h in ring]
     return Plan(2, lives, moves, FP32 + half)

@@ -32,6 +32,8 @@ LAYERS, TENSORS = 3, 7
 def extra(host: str) -> Counter[str]:
     """Collectives of one more SAM pass, as the hosts' docstrings tell them, for this net on more than one rank."""
     spec = BY_NAME[host]
+    if spec.replicate:  # shard groups of one rank need no gathers
+        return Counter({"allreduce": LAYERS + 1}) + Counter(SCALAR)
     if spec.kind == "fsdp2":
         return Counter({"allgather_base": LAYERS + 1 + LAYERS, "reduce_scatter_base": LAYERS + 1}) + Counter(SCALAR)
     if spec.kind == "plain":

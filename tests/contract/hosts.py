@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,21 +66,24 @@ class HostSpec:
     offload: bool = False
     persist: int = 0
     """stage3_param_persistence_threshold."""
+    replicate: bool = False
+    """FSDP2 on a mesh of (ranks, 1): what is sharded on the inner dimension is replicated on the outer (HSDP)."""
 
     @property
     def name(self) -> str:
         if self.kind != "zero":
-            return self.kind
+            return "hsdp" if self.replicate else self.kind
         flags = [f for f, on in (("bf16", self.bf16), ("fp32acc", self.fp32_accumulation), ("offload", self.offload),
                                  ("persistent", self.persist > 0)) if on]
         return "-".join([f"zero{self.stage}", *flags])
 
 
-HOSTS = [HostSpec("plain"), HostSpec("ddp"), HostSpec("fsdp2"), *(HostSpec("zero", s) for s in range(4)),
+HOSTS = [HostSpec("plain"), HostSpec("ddp"), HostSpec("fsdp2"), HostSpec("fsdp2", replicate=True),
+         *(HostSpec("zero", s) for s in range(4)),
          HostSpec("zero", 3, persist=100_000), *(HostSpec("zero", s, offload=True) for s in (1, 2, 3)),
          *(HostSpec("zero", s, bf16=True) for s in range(4)),
          *(HostSpec("zero", s, bf16=True, fp32_accumulation=True) for s in (1, 2, 3)),
-         HostSpec("zero", 2, bf16=True, offload=True)]
+         *(HostSpec("zero", s, bf16=True, offload=True) for s in (1, 2, 3))]
 BY_NAME = {h.name: h for h in HOSTS}
 
 
@@ -172,10 +176,12 @@ def start(spec: HostSpec, cls: type, options: dict[str, Any], *, model: nn.Modul
         wrapped = DistributedDataParallel(model)
         return Run(cls(wrapped, **base.keywords, **options), wrapped, model, spec, rank, world)
     if spec.kind == "fsdp2":
+        names = ("replicas", "shards")
+        mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=names) if spec.replicate else None
         for part in model.children():
             if isinstance(part, nn.Linear):
-                fully_shard(part)
-        fully_shard(model)
+                fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         assert isinstance(model, FSDPModule)
         return Run(cls(model, **base.keywords, **options), model, model, spec, rank, world)
     import deepspeed

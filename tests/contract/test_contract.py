@@ -6,6 +6,7 @@ the rest of the matrix.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:  # looked up, not imported: only the processes started here need it
+    pytest.skip("needs deepspeed", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import plan
@@ -26,7 +28,7 @@ from cases import plan
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 LIB = HERE.parents[1] / "lib"
-TIMEOUT_S = {1: 180, 2: 480, 3: 300}
+TIMEOUT_S = {1: 240, 2: 600, 3: 400}
 Launch = Callable[[int, bool], dict[str, Any]]
 
 

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched() -> None:
     saved = pair[1].state_dict()
     refuse({k: v for k, v in saved.items() if k != "everbatch"}, build(seed=1), "has no 'everbatch' entry")
     wider = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
-    options = {"lr": 0.1, "momentum": 0.9, "noise": "gaussian"}
+    options = {"lr": 0.1, "momentum": 0.9, "noise": "gaussian", "buffers": "keep"}
     refuse(saved, (wider, type(pair[1])(wider, **options)), r"parameters \['0.weight', '0.bias', '2.weight'\] differ")
     fewer = small_net()
     refuse(saved, (fewer, type(pair[1])(list(fewer.named_parameters())[:3], **options)), "differ between the state and the model")

@@ -2,8 +2,10 @@
 
     torchrun --nproc-per-node 2 trust_worker.py OUT.json [HOST ...]
 
-OUT.json: {"mix/host": largest difference of any weight from the reference}, {"collectives/method/host": {name: count}}. The
-reference is timm's optimizer, whole, in one process on the whole batch; for mixes that timm lacks, the same class there.
+OUT.json, by key: "mix/host" the largest difference of any weight from the reference: timm's optimizer in one process on
+the whole batch, or the same class there for mixes that timm lacks. "timm alone/mix/host" the same for timm's optimizer inside
+DeepSpeed. "collectives/mix/host" what the mix adds to its base's step, by name. "engine schedule/host" a difference.
+"moved/mix" how far the reference went. A text is an error.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.optim import LAMB, LARS, SAM, ClipGradNorm, groups
+from everbatch.optim import LAMB, LARS, SAM, ClipGradNorm, OptimizerMixin, groups
 
 STEPS, DECAY = 5, 0.02
 RATES = (0.4, 1.0, 0.7, 0.7, 0.3)
@@ -61,25 +63,26 @@ LARS_OPTIONS = {"trust_coeff": 0.02}
 
 
 def lars(scheduled: bool = False, one_group: bool = False, **options: Any) -> Mix:
-    base = {k: v for k, v in options.items() if k in ("nesterov", "dampening", "lr")}
-    own = {**LARS_OPTIONS, **{k: v for k, v in options.items() if k not in base}}
-    return Mix((LARS,), torch.optim.SGD, {**SGD, **base, **own}, (timm.optim.Lars, {**SGD, **base, **own}), scheduled, one_group)
+    options = {**SGD, **LARS_OPTIONS, **options}
+    return Mix((LARS,), torch.optim.SGD, options, (timm.optim.Lars, options), scheduled, one_group)
 
 
-def lamb(scheduled: bool = False, one_group: bool = False, **own: Any) -> Mix:
-    return Mix((LAMB,), torch.optim.AdamW, {**ADAMW, **own}, (timm.optim.Lamb, {"max_grad_norm": None, **ADAMW, **own}), scheduled,
-               one_group)
+def lamb(scheduled: bool = False, one_group: bool = False, **options: Any) -> Mix:
+    options = {**ADAMW, **options}
+    theirs = {"max_grad_norm": None, **options}
+    return Mix((LAMB,), torch.optim.AdamW, options, (timm.optim.Lamb, theirs), scheduled, one_group)
 
 
 MIXES = {
     "LARS": lars(scheduled=True),
     "LARS nesterov": lars(nesterov=True, one_group=True),
     "LARS clipped, all": lars(trust_clip=True, always_adapt=True, lr=0.05),
-    "LARS lr inside": Mix((LARS,), torch.optim.SGD, {**SGD, **LARS_OPTIONS, "lr_in_buffer": True}, None, True),
+    "LARS lr inside": Mix((LARS,), torch.optim.SGD, {**SGD, **LARS_OPTIONS, "lr_in_buffer": True}, scheduled=True),
     "LAMB": lamb(scheduled=True),
     "LAMB decoupled": lamb(decoupled_decay=True, one_group=True),
     "LAMB clipped, all": lamb(trust_clip=True, always_adapt=True, max_grad_norm=0.3, grad_averaging=False),
-    "LARS+SAM+Clip": Mix((ClipGradNorm, LARS, SAM), torch.optim.SGD, {**SGD, **LARS_OPTIONS, "rho": 0.5, "max_norm": 0.3}),
+    "LARS+SAM+Clip": Mix((ClipGradNorm, LARS, SAM), torch.optim.SGD,
+                         {**SGD, **LARS_OPTIONS, "rho": 0.5, "max_norm": 0.3}),
     "LAMB+SAM+Clip": Mix((ClipGradNorm, LAMB, SAM), torch.optim.AdamW, {**ADAMW, "rho": 0.5, "max_norm": 0.3}),
 }
 HOSTS = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload",
@@ -94,6 +97,9 @@ def grouped(model: nn.Module, mix: Mix) -> list[dict[str, Any]]:
     return groups(model, weight_decay=DECAY)
 
 
+OF_BASES = {**torch.optim.SGD([torch.zeros(1)]).defaults, **torch.optim.AdamW([torch.zeros(1)]).defaults}
+
+
 def unnamed(named: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**g, "params": [p for _, p in g["params"]]} for g in named]
 
@@ -103,11 +109,10 @@ def start(host: str, mix: Mix, scheduler: Callable[[Any], Any] | None = None) ->
     spec, model, cls = BY_NAME[host], hosts.net(), mix.cls()
     rank, world = (0, 1) if host == "plain" else (dist.get_rank(), dist.get_world_size())
     if spec.kind == "zero":
-        split = set(torch.optim.SGD([torch.zeros(1)]).defaults) | set(torch.optim.AdamW([torch.zeros(1)]).defaults)
-        base = mix.base(unnamed(grouped(model, mix)), **{k: v for k, v in mix.options.items() if k in split})
+        base = mix.base(unnamed(grouped(model, mix)), **{k: v for k, v in mix.options.items() if k in OF_BASES})
         engine, *_ = deepspeed.initialize(model=model, optimizer=base, lr_scheduler=scheduler,
                                           config=hosts.deepspeed_config(spec, hosts.BATCH // world))
-        opt = cls.on(engine, **{k: v for k, v in mix.options.items() if k not in split})  # type: ignore[attr-defined]
+        opt = cls.on(engine, **{k: v for k, v in mix.options.items() if k not in OF_BASES})  # type: ignore[attr-defined]
         return Run(opt, engine.module, engine.module, spec, rank, world)
     outer: nn.Module = DistributedDataParallel(model) if spec.kind == "ddp" else model
     if spec.kind == "fsdp2":
@@ -143,6 +148,11 @@ def reference(name: str) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
+def parity(host: str, name: str) -> float:
+    """Largest difference of a mix on a host from its reference."""
+    return hosts.difference(advance(start(host, MIXES[name]), MIXES[name]), reference(name))
+
+
 def counted(host: str, mix: Mix) -> Counter[str]:
     """Collectives of the third step."""
     run = start(host, mix)
@@ -155,10 +165,7 @@ def counted(host: str, mix: Mix) -> Counter[str]:
 def collectives(host: str, name: str) -> dict[str, int]:
     """What a method adds to its base's step."""
     mix = MIXES[name]
-    own = {f for part in mix.parts for f in part.Config.__dataclass_fields__}  # type: ignore[attr-defined]
-    from everbatch.optim import OptimizerMixin
-
-    bare = Mix((OptimizerMixin,), mix.base, {k: v for k, v in mix.options.items() if k not in own})
+    bare = Mix((OptimizerMixin,), mix.base, {k: v for k, v in mix.options.items() if k in OF_BASES})
     more = counted(host, mix)
     more.subtract(counted(host, bare))
     return {k: n for k, n in more.items() if n}
@@ -171,9 +178,9 @@ class Found:
     out: Path
     values: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, key: str, make: Callable[[], Any]) -> None:
+    def add(self, key: str, make: Callable[..., Any], *arguments: str) -> None:
         try:
-            value = make()
+            value = make(*arguments)
         except Exception as error:
             value = f"{type(error).__name__}: {error}"
         self.values[key] = value
@@ -181,8 +188,28 @@ class Found:
             self.out.write_text(json.dumps(self.values))
 
 
+def timm_alone(host: str, name: str) -> float:
+    """timm's optimizer as the engine's own: what the mixins are for."""
+    mix, spec, model = MIXES[name], BY_NAME[host], hosts.net()
+    assert mix.timm is not None
+    base = mix.timm[0](unnamed(grouped(model, mix)), **mix.timm[1])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=base,
+                                      config=hosts.deepspeed_config(spec, hosts.BATCH // dist.get_world_size()))
+    for (x, y), factor in zip(hosts.batches(STEPS), RATES, strict=True):
+        for group in base.param_groups if mix.scheduled else ():
+            group["lr"] = mix.options["lr"] * factor
+        x, y = (t.chunk(dist.get_world_size())[dist.get_rank()] for t in (x, y))
+        engine.backward(nn.functional.cross_entropy(engine(x), y))
+        engine.step()
+    return hosts.difference({n: p.detach() for n, p in engine.module.named_parameters()}, reference(name))
+
+
+def moved(name: str) -> float:
+    return hosts.difference(dict(hosts.net().named_parameters()), reference(name))
+
+
 def engine_schedule(host: str) -> float:
-    """A scheduler that the engine steps, inside the call in which the rate is rewritten; as a loop steps it in one process."""
+    """A scheduler that the engine steps, in the call in which the rate is rewritten; a loop steps it in one process."""
     def decaying(opt: Any) -> Any:
         return torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.6)
 
@@ -211,16 +238,18 @@ def main() -> None:
     found = Found(Path(sys.argv[1]))
     wanted = sys.argv[2:] or HOSTS
     for name in MIXES:
-        found.add(f"{name}/plain", lambda: hosts.difference(advance(start("plain", MIXES[name]), MIXES[name]), reference(name)))
-        for host in wanted:
-            found.add(f"{name}/{host}",
-                      lambda: hosts.difference(advance(start(host, MIXES[name]), MIXES[name]), reference(name)))
+        found.add(f"moved/{name}", moved, name)
+        for host in ("plain", *wanted):
+            found.add(f"{name}/{host}", parity, host, name)
     for host in wanted:
         if not BY_NAME[host].bf16 and not BY_NAME[host].offload:
             for name in ("LARS", "LAMB", "LAMB clipped, all"):
-                found.add(f"collectives/{name}/{host}", lambda: collectives(host, name))
+                found.add(f"collectives/{name}/{host}", collectives, host, name)
         if host in ("zero0", "zero2", "zero3"):
-            found.add(f"engine schedule/{host}", lambda: engine_schedule(host))
+            found.add(f"engine schedule/{host}", engine_schedule, host)
+        if host in ("zero0", "zero2"):
+            for name in ("LARS", "LAMB"):
+                found.add(f"timm alone/{name}/{host}", timm_alone, host, name)
     dist.destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """Layers and small networks."""
 
 from everbatch.nn.small_conv import SmallConv
+from everbatch.nn.statistics import bn_recalibrate
 
-__all__ = ["SmallConv"]
+__all__ = ["SmallConv", "bn_recalibrate"]

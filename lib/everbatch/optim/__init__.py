@@ -3,6 +3,7 @@
 from everbatch.optim.clip import ClipGradNorm
 from everbatch.optim.ema import EMA
 from everbatch.optim.esam import ESAM
+from everbatch.optim.fisher import diagonal_fisher, output_sensitivity
 from everbatch.optim.gradient_norm import WSAM, GradientNorm
 from everbatch.optim.groups import groups
 from everbatch.optim.gsam import GSAM
@@ -11,11 +12,14 @@ from everbatch.optim.lamb import LAMB
 from everbatch.optim.lars import LARS
 from everbatch.optim.looksam import LookSAM, StaleSAM
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.optim.quadratic import EWC, MAS, SI
+from everbatch.optim.refresh import Refresh
 from everbatch.optim.rules import conadv_peak, lr_at, scaled_lr
 from everbatch.optim.sam import ASAM, SAM
 from everbatch.optim.shrink_perturb import ShrinkPerturb
 
 __all__ = [
-    "ASAM", "EMA", "ESAM", "GSAM", "LAMB", "LARS", "SAM", "WSAM", "ClipGradNorm", "GradientNorm", "Ignite", "LookSAM",
-    "OptimizerMixin", "ShrinkPerturb", "StaleSAM", "conadv_peak", "groups", "lr_at", "scaled_lr",
+    "ASAM", "EMA", "ESAM", "EWC", "GSAM", "LAMB", "LARS", "MAS", "SAM", "SI", "WSAM", "ClipGradNorm", "GradientNorm", "Ignite",
+    "LookSAM", "OptimizerMixin", "Refresh", "ShrinkPerturb", "StaleSAM", "conadv_peak", "diagonal_fisher", "groups", "lr_at",
+    "output_sensitivity", "scaled_lr",
 ]

@@ -21,7 +21,7 @@ from torch.nn import functional
 from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import plain_name
+from everbatch.optim.hosts.base import plain_name, unwrap
 from everbatch.optim.shards import ByName
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _accumulate(
 ) -> None:
     """Add size(gradient of a row, its auxiliary value) of every row to `sums`, `chunk` rows at a time."""
     many = vmap(gradient, in_dims=(None, *(0,) * len(rows)))
-    for part in zip(*(r.split(chunk) for r in rows), strict=True):
+    for part in zip(*(torch.split(r, chunk) for r in rows), strict=True):
         if chunk == 1:
             found, aux = gradient(weights, *(r[0] for r in part))
             found, aux = {name: g[None] for name, g in found.items()}, aux[None]
@@ -237,7 +237,7 @@ def _estimate(
     check(number.item() > 0, "importance", "no rows on any rank", "be given the task's data")
     flat = world.sum(torch.cat([t.reshape(-1) for t in totals.values()])) / number.to(dtype)
     result = {n: part.view(t.shape) for (n, t), part in zip(
-        totals.items(), flat.split([t.numel() for t in totals.values()]), strict=True)}
+        totals.items(), torch.split(flat, [t.numel() for t in totals.values()]), strict=True)}
     odd = [n for n, t in result.items() if not bool(torch.isfinite(t).all())]
     check(not odd, "importance", f"entries of {odd[:5]} are not finite", "be", "look at the weights and the inputs")
     return result
@@ -267,9 +267,9 @@ def require_replica(host: Host, factory: Factory | None, who: str) -> None:
         raise UnsupportedHost(f"{who}: the optimizer was built without its module, and importance needs it; pass the module, not "
                               "its parameters")
     if factory is None and any(_is_partitioned(p) for p in host.module.parameters()):
-        raise UnsupportedHost(f"{who}: on {host.title} the weights are sharded, so importance is estimated on a plain replica with "
-                              "gathered weights, one per rank; pass factory=lambda: make_model(), or a deep copy taken before "
-                              "sharding")
+        raise UnsupportedHost(f"{who}: on {host.title} the weights are sharded, so importance is estimated on a plain replica "
+                              "with gathered weights, one per rank; pass factory=lambda: make_model(), or a deep copy taken "
+                              "before sharding")
 
 
 def _is_partitioned(p: Tensor) -> bool:
@@ -282,7 +282,7 @@ def _replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Mod
     The module's own weights where they are whole and in the masters' dtype; else the masters, gathered.
     """
     assert host.module is not None
-    own: nn.Module = getattr(host.module, "_orig_mod", host.module)
+    own = unwrap(host.module)
     apart = any(_is_partitioned(p) for p in own.parameters())
     root = own
     if apart:

@@ -15,7 +15,7 @@ from everbatch.errors import UnsupportedHost, check, check_real
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.shards import Shard, Vector
-from everbatch.optim.trust import adapted_names, check_groups, log_ratios, require_base, rewritten, trust_ratios
+from everbatch.optim.trust import adapted_names, check_groups, log_ratios, require_place, rewritten, trust_ratios
 
 __all__ = ["LAMB", "adam_direction", "lamb_ratio"]
 
@@ -98,7 +98,7 @@ class LAMB(OptimizerMixin):
     Cost: 8 bytes per owned element inside the step (u, and the root of the second moment); Adam's elementwise
     arithmetic twice; one all-reduce of 2 numbers per tensor where weights are sharded, and one of a scalar with
     `max_grad_norm`.
-    Order: rightmost of the parts that wrap `update`: inside LAMB, the base's own step does not move the weights.
+    Order: right of other parts that wrap `update`: the base's own step, inside LAMB, does not move the weights.
     Limits: base `torch.optim.AdamW`, neither capturable nor differentiable, whose arithmetic divides by lr.
 
     Source: You et al. 2020, arXiv 1904.00962, algorithm 2; `timm.optim.Lamb` 1.0.31, which is reproduced but for its
@@ -146,9 +146,9 @@ class LAMB(OptimizerMixin):
             return self.min_ratio == self.high == 1 and self.grad_averaging
 
     def on_attach(self) -> None:
-        """Refuse another base than AdamW, groups in which nothing would be adapted, and a base that divides by lr."""
+        """Refuse another base than AdamW, a wrong place, groups without any ratio, and a base that divides by lr."""
         config: LAMB.Config = self.configs[LAMB]
-        require_base(self, LAMB, torch.optim.AdamW)
+        require_place(self, LAMB, torch.optim.AdamW)
         if not config.off:
             check_groups(self, LAMB, always_adapt=config.always_adapt)
         for option in ("capturable", "differentiable"):

@@ -14,7 +14,7 @@ from everbatch.errors import check_real
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.shards import Shard, Vector
-from everbatch.optim.trust import adapted_names, check_groups, log_ratios, require_base, rewritten, trust_ratios
+from everbatch.optim.trust import adapted_names, check_groups, log_ratios, require_place, rewritten, trust_ratios
 
 __all__ = ["LARS", "fold_decay_", "lars_ratio"]
 
@@ -70,9 +70,9 @@ class LARS(OptimizerMixin):
         lr inside (lr_in_buffer=True):    m <- mu * m + (1 - dampening) * lr * d;  w <- w - m
 
     Outside is torch's and timm's way, inside TensorFlow's, MLPerf's and ConAdv's. Both are the same at a constant rate.
-    Inside, an old gradient keeps the rate of its step, and momentum goes on where lr = 0; peak rates quoted for TPU recipes belong to it. Nesterov, momentum, dampening, maximize and the decay are
-    torch's own options of the base. Norms are those of whole tensors at any sharding, where `timm.optim.Lars` sees
-    slices and padding.
+    Inside, an old gradient keeps the rate of its step, and momentum goes on where lr = 0; peak rates quoted for TPU
+    recipes belong to it. Nesterov, momentum, dampening, maximize and the decay are torch's own options of the base.
+    Norms are those of whole tensors at any sharding, where `timm.optim.Lars` sees slices and padding.
 
     Exclusions: a group with weight_decay 0 gets no ratio and no decay (unless `always_adapt`), so put biases and norm
     scales into one: `everbatch.optim.groups(model, weight_decay=...)` does. Tensors without a gradient are not touched.
@@ -83,8 +83,9 @@ class LARS(OptimizerMixin):
     base.
 
     Cost: one all-reduce of 2 numbers per tensor where weights are sharded, for all layers; no copy, no host sync.
-    Order: any; it acts in `update`, so clipping, projections and masks come before it, on the bare gradient. The
-    engine's own figure for the gradient norm is then that of d; ClipGradNorm logs that of g.
+    Order: right of other parts that wrap `update`, which then see the gradient and the options as they are. Clipping,
+    projections and masks come before it, wherever they stand. The engine's own figure for the gradient norm is that of
+    d; ClipGradNorm logs that of g.
     Limits: base `torch.optim.SGD`. Gradients that an engine accumulates in bf16 round d to bf16; accumulate in fp32
     where the decay matters.
 
@@ -113,8 +114,8 @@ class LARS(OptimizerMixin):
             check_real("LARS", "trust_eps", self.trust_eps, 0.0)
 
     def on_attach(self) -> None:
-        """Refuse another base than SGD, and groups in which nothing would be adapted."""
-        require_base(self, LARS, torch.optim.SGD)
+        """Refuse another base than SGD, a wrong place, and groups in which nothing would be adapted."""
+        require_place(self, LARS, torch.optim.SGD)
         check_groups(self, LARS, always_adapt=self.configs[LARS].always_adapt)
 
     def update(self) -> None:

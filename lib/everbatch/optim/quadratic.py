@@ -37,8 +37,7 @@ def merge_quadratics(importance: Tensor, anchor: Tensor, new: Tensor, weights: T
     """
     total = importance + new
     share = torch.where(total > 0, new / total, torch.ones_like(total))
-    away = weights - anchor
-    return total, anchor + share * away, importance * share * away.square()
+    return total, torch.lerp(anchor, weights, share), importance * share * (weights - anchor).square()
 
 
 def path_importance(importance: Tensor, contribution: Tensor, weights: Tensor, anchor: Tensor, xi: float) -> Tensor:
@@ -161,15 +160,15 @@ class EWC(OptimizerMixin):
         state: EWC.State = self.states[EWC]
         new = slices(self.host, chosen_importance(self, "EWC", config, batches, importance, state.tasks), "EWC")
         constant = torch.zeros((), dtype=torch.float64, device=self.host.device)
-        old = state.importance
+        old, anchor = state.importance, state.anchor
         for s in self.host.shards:
-            held, f = s.data, new[s.name]
+            f = new[s.name]
             if state.tasks and config.form == "separate":
-                state.importance[s.name], state.anchor[s.name], rest = merge_quadratics(old[s.name], state.anchor[s.name], f, held)
+                old[s.name], anchor[s.name], rest = merge_quadratics(old[s.name], anchor[s.name], f, s.data)
                 constant += rest.sum(dtype=torch.float64).to(constant)
-                continue
-            state.anchor[s.name] = held.clone()
-            state.importance[s.name] = accumulate(old.get(s.name), f, config.form, config.gamma, state.tasks)
+            else:
+                old[s.name] = accumulate(old.get(s.name), f, config.form, config.gamma, state.tasks)
+                anchor[s.name] = s.data.clone()
         state.constant += self.host.total(constant).item()
         state.tasks += 1
 
@@ -268,7 +267,8 @@ class SI(OptimizerMixin):
         for s in self.host.shards if state.anchor else ():
             if s.name in state.contribution:
                 old = state.importance.get(s.name, torch.zeros_like(s.data))
-                state.importance[s.name] = path_importance(old, state.contribution[s.name], s.data, state.anchor[s.name], config.xi)
+                state.importance[s.name] = path_importance(old, state.contribution[s.name], s.data, state.anchor[s.name],
+                                                           config.xi)
         if config.strength:
             state.anchor, state.contribution = _weights(self.host), ByName()
 
@@ -373,7 +373,8 @@ def check_estimator(who: str, config: Any) -> None:
 
 
 def chosen_importance(
-    opt: OptimizerMixin, who: str, config: Any, batches: Iterable[Rows] | None, importance: Mapping[str, Tensor] | None, draw: int,
+    opt: OptimizerMixin, who: str, config: Any, batches: Iterable[Rows] | None,
+    importance: Mapping[str, Tensor] | None, draw: int,
 ) -> Mapping[str, Tensor]:
     """Whole importances: those given, or the Fisher information of the batches."""
     check((batches is None) != (importance is None), who, "both or neither of batches and importance", "be exactly one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,7 +61,7 @@ def normalized_move(
 
 
 class Refresh(OptimizerMixin):
-    """Refresh learning: every few steps the weights first ascend the loss, where earlier tasks do not mind, then the step follows.
+    """Refresh learning: every few steps the weights first ascend the loss, where earlier tasks do not mind.
 
         sde:         theta <- theta + gamma * P grad L(theta) + N(0, 2 gamma P),  unlearn_steps times;  P = 1 / (F + damping)
         normalized:  theta_t <- theta_t + delta * (||theta_t|| g_t / ||g_t|| + noise_coef n) / (1 + fisher_coef F_t)  per tensor t
@@ -72,21 +71,22 @@ class Refresh(OptimizerMixin):
     F = 0. "sde" is the paper's algorithm, "normalized" the released code's. The latter's own settings are
     `form="normalized", loss="current_ce", every=1`, with the defaults of all else.
 
-    The unlearning gradient is the one of the global batch (all micro-batches), with penalties for loss="full". It has dropout noise
-    of its own and moves no statistics. Masters are moved in fp32. Noise is a function of (seed, step, name, position), the same at
-    any sharding. A skipped step puts the weights back bit for bit. A gradient of the unlearning pass that is not finite cancels the
-    whole move of that step, on every rank; such steps are counted in `opt.states[Refresh].refused`.
+    The unlearning gradient is the one of the global batch (all micro-batches), with penalties for loss="full". It has dropout
+    noise of its own and moves no statistics. Masters are moved in fp32. Noise is a function of (seed, step, name, position),
+    the same at any sharding. A skipped step puts the weights back bit for bit. A gradient of the unlearning pass that is not
+    finite cancels the whole move of that step, on every rank; such steps are counted in `opt.states[Refresh].refused`.
 
     Args (Config): see the fields; gamma = 0 (sde) or delta = 0 (normalized) switches it off and leaves every bit.
 
-    Cost: unlearn_steps / every passes per step; one copy of the owned masters, kept (F), and two inside a refreshed step; one host
-    sync and one scalar all-reduce per unlearning pass, "normalized" one more for all norms; the draw of the noise on the CPU.
+    Cost: unlearn_steps / every passes per step; one copy of the owned masters, kept (F), and up to four inside a refreshed
+    step; one host sync and one scalar all-reduce per unlearning pass, "normalized" one more for all norms; the draw of the
+    noise on the CPU.
     Order: left of mixins that take further passes, so that its weights are put back also when one of those raises.
     Limits: masters in bf16 (a bf16 model without an engine) swallow moves of 1e-5.
 
     Source: Wang et al. 2024, arXiv 2403.13249, and joey-wang123/CL-refresh-learning, which differ as said. Differs from the
     paper: F is damped, and noise is off by default (`noise_scale=1` is the paper's): at gamma = 0.03 its standard deviation is
-    0.24 sqrt(P) for every weight, more than most weights are large.
+    0.24 sqrt(P) for every weight, more than most weights are large, and with P = 1 a small net on digits stays at chance.
     """
 
     left_of = ("SAM", "ASAM", "GSAM", "GradientNorm", "WSAM", "LookSAM", "ESAM", "Ignite", "StaleSAM")
@@ -214,7 +214,7 @@ class Refresh(OptimizerMixin):
             for s, g, n in zip(shards, gradient, noise, strict=True)])
 
     def refresh_noise(self, shard: Shard, iteration: int) -> Tensor:
-        """Standard normal noise of one slice, (numel,) float32 on the CPU: a function of (seed, step, iteration, name, position)."""
+        """Standard normal noise of one slice, (numel,) float32, CPU: a function of (seed, step, iteration, name, position)."""
         return seeds.normal((self.seed, "refresh", self.step_count, iteration, shard.name), shard.start, shard.numel)
 
     def _put_back(self, kept: Vector) -> None:
@@ -251,8 +251,9 @@ class Refresh(OptimizerMixin):
         if not config.active:
             return Cost()
         share = config.unlearn_steps / config.every
-        return Cost(passes=share, state_bytes=4, transient_bytes=16, scalar_reductions=share * (1 + (config.form == "normalized")),
-                    note=f"Refresh: a step with s % {config.every} == 0 has {config.unlearn_steps} unlearning pass(es) first, and one "
+        return Cost(passes=share, state_bytes=4, transient_bytes=16,
+                    scalar_reductions=share * (2 if config.form == "normalized" else 1),
+                    note=f"Refresh: one step in {config.every} has {config.unlearn_steps} unlearning pass(es) first, and one "
                          "host sync for each")
 
 

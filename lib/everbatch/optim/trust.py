@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from everbatch.compose import base_of
+from everbatch.compose import base_of, parts_of
 from everbatch.errors import CompositionError, check
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.shards import Vector
@@ -17,21 +17,28 @@ from everbatch.optim.shards import Vector
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["adapted_names", "check_groups", "log_ratios", "norms", "require_base", "rewritten", "trust_ratios"]
+__all__ = ["adapted_names", "check_groups", "log_ratios", "norms", "require_place", "rewritten", "trust_ratios"]
 
 
-def require_base(opt: OptimizerMixin, part: type, base: type) -> None:
-    """Refuse a composed class whose base is not `base`.
+def require_place(opt: OptimizerMixin, part: type, base: type) -> None:
+    """Refuse a composed class whose base is not `base`, or in which another part wraps the update inside `part`: it
+    would see the rewritten gradient and options, or no displacement.
 
     Raises:
-        CompositionError: naming the part, the base it stands on and the one it needs.
+        CompositionError: naming the part, what it stands on or left of, and the corrected class line.
     """
+    names = [p.__name__ for p in parts_of(type(opt)) if p is not part]
+    inside = [p.__name__ for p in parts_of(type(opt))[parts_of(type(opt)).index(part) + 1 :] if "update" in vars(p)]
+    who, needed = type(opt).__name__, f"torch.optim.{base.__name__}"
+    line = f"write class {who}({', '.join([*names, part.__name__, needed])}): ..."
     here = base_of(type(opt))
     if here is None or not issubclass(here, base):
         got = here.__name__ if here is not None else "nothing"
-        who, needed = type(opt).__name__, f"torch.optim.{base.__name__}"
         raise CompositionError(f"{who}: {part.__name__} stands on {got}, must stand on {needed}, whose update it "
-                               f"completes; write class {who}(..., {part.__name__}, {needed}): ...")
+                               f"completes; {line}")
+    if inside:
+        raise CompositionError(f"{who}: {inside[0]} wraps the update and stands to the right of {part.__name__}, must "
+                               f"stand to its left; {line}")
 
 
 def check_groups(opt: OptimizerMixin, part: type, *, always_adapt: bool) -> None:

@@ -59,10 +59,10 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
         CheckpointMismatch: another configuration, stream or class, naming what differs; nothing is touched then.
     """
     ours, theirs = identity(trainer), kept.meta.get("identity", {})
-    differs = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+    differs = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
     if differs:
         k = differs[0]
-        raise CheckpointMismatch(f"{kept}: made with {k}={theirs.get(k)!r}, this run has {ours.get(k)!r}"
+        raise CheckpointMismatch(f"checkpoint {kept.path}: made with {k}={theirs.get(k)!r}, this run has {ours.get(k)!r}"
                                  + (f" (and {', '.join(differs[1:])} differ)" if differs[1:] else "")
                                  + "; repeat the configuration, or use another folder")
     optimizer_state.load_pieces(trainer.optimizer, kept, kept.meta["optimizer"])

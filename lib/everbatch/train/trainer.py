@@ -23,6 +23,7 @@ from everbatch.logging import Recorder
 from everbatch.train import persist
 from everbatch.train.engines import launch
 from everbatch.train.evaluate import accuracies
+from everbatch.train.export import export
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
@@ -346,6 +347,10 @@ class Trainer:
         if self._signals and self.step % 10 == 0:
             self.stopped = not self.world.all(not self._stop_asked)
         return self.stopped
+
+    def export(self, path: str | Path) -> Path:
+        """Write the bare model's weights and buffers to one safetensors file; see `everbatch.train.export`. Collective."""
+        return export(self, path)
 
     _signals = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from golden.comparison import Comparison, Vectors
-from golden.families import buffers, ignite, large_batch, metrics, replay, trust
+from golden.families import buffers, ignite, large_batch, metrics, refresh, regularizers, replay, sparsity, trust, unified, warm
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -15,6 +15,9 @@ Family = Callable[[Vectors, Comparison], None]
 FAMILIES: dict[str, Family] = {
     "buffers": buffers.check,
     "cl_metrics": metrics.check,
+    "dst_isolation": sparsity.check_isolation,
+    "erk_densities": sparsity.check_densities,
+    "itop_mask_updates": sparsity.check_updates,
     "lb_asam": large_batch.check,
     "lb_eq_gnp": large_batch.check,
     "lb_eq_looksam": large_batch.check,
@@ -26,7 +29,13 @@ FAMILIES: dict[str, Family] = {
     "lb_lars": trust.check,
     "lb_looksam": large_batch.check,
     "lb_sam": large_batch.check,
+    "refresh_derpp": refresh.check,
+    "regularizers": regularizers.check,
     "replay": replay.check,
+    "rigl": sparsity.check_rigl,
+    "shrink_perturb": warm.check,
+    "si_path_integral": regularizers.check_path,
+    "unified_objective": unified.check,
 }
 
 

@@ -22,7 +22,7 @@ from golden.comparison import Array, Comparison, FormatError, Tolerance, Vectors
 from golden.families.buffers import RecordedDraws
 from golden.families.nets import build
 
-__all__ = ["check"]
+__all__ = ["Recorded", "Replaying", "check", "content"]
 
 METHODS = {"er": "er", "der": "dark_er", "derpp": "dark_er_pp"}
 """Name in the file to the library's."""
@@ -43,10 +43,10 @@ def _check_method(file: Vectors, compare: Comparison, method: str) -> None:
     # Not part of SAM's steps: the base alone, with the step protocol.
     opt: Any = compose(base=torch.optim.SGD)(model, lr=float(file["hp_lr"]), weight_decay=_weight_decay(file, method))
     capacity = file.integer("hp_buffer_size")
-    trainer: Any = _Replaying(
+    trainer: Any = Replaying(
         model, opt, method=METHODS[method], capacity=capacity, replay_batch=file.integer("hp_minibatch"),
         alpha=float(file["hp_alpha"]), beta=float(file["hp_beta"]))
-    memory = _Recorded(capacity)
+    memory = Recorded(capacity)
     trainer.states[Replay].store = store = ReplayStore(memory, trainer.world)
     for i, (x, y) in enumerate(zip(file[f"{method}/x"], file[f"{method}/y"], strict=True)):
         at = f"{method}/step{i}"
@@ -59,9 +59,9 @@ def _check_method(file: Vectors, compare: Comparison, method: str) -> None:
         compare.close(f"{at}/loss", loss.numpy(), file[f"{at}/loss"])
         for name, weight in model.named_parameters():
             compare.close(f"{at}/theta_after/{name}", weight.detach().numpy(), file[f"{at}/theta_after/{name}"])
-        for name, content in _content(store).items():
+        for name, value in content(store).items():
             if f"{at}/{name}" in file:
-                compare.close(f"{at}/{name}", content, file[f"{at}/{name}"])
+                compare.close(f"{at}/{name}", value, file[f"{at}/{name}"])
 
 
 def _weight_decay(file: Vectors, method: str) -> float:
@@ -72,18 +72,18 @@ def _weight_decay(file: Vectors, method: str) -> float:
     raise FormatError(f"no key hp_weight_decay, alone or with _{method} behind it")
 
 
-def _content(store: ReplayStore) -> dict[str, Array]:
+def content(store: ReplayStore) -> dict[str, Array]:
     """What the reference calls the buffer: a row for every slot, zeros where none was filled yet."""
     memory, rows = store.buffer, store.state_dict()["rows"]
-    content = {"buffer_labels": memory.targets[memory.filled], "buffer_examples": rows["raw"].numpy(),
+    found = {"buffer_labels": memory.targets[memory.filled], "buffer_examples": rows["raw"].numpy(),
                "buffer_logits": rows["logits"].numpy()}
-    result = {name: np.zeros((memory.capacity, *value.shape[1:]), value.dtype) for name, value in content.items()}
-    for name, value in content.items():
+    result = {name: np.zeros((memory.capacity, *value.shape[1:]), value.dtype) for name, value in found.items()}
+    for name, value in found.items():
         result[name][memory.filled] = value
     return result
 
 
-class _Recorded(Buffer):
+class Recorded(Buffer):
     """The references' reservoir, one sample after the other, with the integers and draws they recorded."""
 
     draws: RecordedDraws
@@ -161,5 +161,5 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum()
 
 
-class _Replaying(Replay, _Trainer):
-    pass
+class Replaying(Replay, _Trainer):
+    """The mixin over the trainer above."""

@@ -55,6 +55,8 @@ class Host(abc.ABC):
 
     def __init__(self) -> None:
         self.dirty = False
+        self.edits = 0
+        """How often masters were edited other than by the base's update."""
         self.local = False
         """Whether the pass under way shall leave each rank's own gradient."""
         self._shards: list[Shard] | None = None
@@ -144,6 +146,7 @@ class Host(abc.ABC):
     def touch(self) -> None:
         """Say that masters were edited."""
         self.dirty = True
+        self.edits += 1
 
     def publish_if_dirty(self) -> None:
         """Publish edited masters once."""

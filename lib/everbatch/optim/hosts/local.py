@@ -28,7 +28,8 @@ class LocalHost(Host):
     """Masters are `p` (plain, DDP: whole on every rank) or its local DTensor shard (FSDP2, sharded on dimension 0).
 
     Cost of one more pass: one forward and backward, with DDP's gradient reduction, or FSDP2's parameter gathers and gradient
-    reduce-scatter. Publishing is free: on FSDP2 it frees parameters that were left gathered.
+    reduce-scatter, to which an outer replicating mesh dimension adds an all-reduce. Publishing is free: on FSDP2 it frees
+    parameters that were left gathered.
     """
 
     def __init__(self, optimizer: OptimizerMixin, module: nn.Module | None, scaler: Any | None) -> None:

@@ -26,7 +26,8 @@ NEEDED = {
     "engine": ("optimizer", "basic_optimizer", "module", "backward", "step", "zero_grad", "zero_optimization_stage",
                "set_gradient_accumulation_boundary", "gradient_clipping", "bfloat16_enabled", "fp16_enabled"),
     "DeepSpeedZeroOptimizer": ("averaged_gradients", "all_grad_tensors", "micro_step_id", "update_lp_params", "zero_grad",
-                               "single_partition_of_fp32_groups", "bit16_groups", "clear_backward_seen_flag"),
+                               "single_partition_of_fp32_groups", "bit16_groups", "clear_backward_seen_flag", "cpu_offload",
+                               "reset_cpu_buffers"),
     "BF16_Optimizer": ("fp32_groups_flat_partition", "update_lp_params", "clear_lp_grads", "clear_hp_grads", "bf16_groups"),
     "FP16_UnfusedOptimizer": ("fp16_groups", "fp32_groups", "zero_grad"),
     "DeepSpeedZeroOptimizer_Stage3": ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id",
@@ -204,6 +205,8 @@ class ZeroHost(Host):
                 kept[key] = None
         if self.kind == "DeepSpeedZeroOptimizer":
             self.zero.micro_step_id = -1
+            if self.zero.cpu_offload:  # it remembers an overflow until its own step, which a skipped one never reaches
+                self.zero.reset_cpu_buffers()
         self._backwards, self._open = 0, True
         self._own.clear()
 

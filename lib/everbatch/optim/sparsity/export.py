@@ -21,6 +21,7 @@ class SparseLinear(nn.Module):
     """
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Args: weight: dense (out, in), zeros are dropped. bias: (out,) or None."""
@@ -33,8 +34,7 @@ class SparseLinear(nn.Module):
         """x: (..., in); returns (..., out)."""
         rows = x.reshape(-1, self.in_features)
         y = torch.mm(self.weight, rows.t()).t()
-        bias = self.bias
-        return (y if bias is None else y + bias).reshape(*x.shape[:-1], self.out_features)
+        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
 
 
 def violations(model: nn.Module, masks: Mapping[str, Tensor]) -> list[str]:

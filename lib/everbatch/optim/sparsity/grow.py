@@ -12,7 +12,7 @@ from everbatch import seeds
 from everbatch.optim.sparsity.prune import Layer
 from everbatch.optim.sparsity.select import Piece, choose
 
-__all__ = ["CRITERIA", "grow", "random_keys", "shares"]
+__all__ = ["CRITERIA", "grow", "grow_bernoulli", "random_keys", "shares"]
 
 CRITERIA = ("gradient", "random", "momentum", "random_unfired")
 
@@ -71,7 +71,7 @@ def shares(
 def grow(
     layers: Sequence[Layer], active: Sequence[Tensor], counts: Sequence[int], sizes: Sequence[int],
     total: Callable[[Tensor], Tensor], *, criterion: str, key: tuple[int | str, ...], across: bool = False,
-    priority: Sequence[Tensor] | None = None, forbidden: Sequence[Tensor] | None = None,
+    priority: Sequence[Tensor] | None = None, forbidden: Sequence[Tensor] | None = None, released: bool = False,
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """Entries to activate, among those that are not active now: bool (n,) per slice.
@@ -87,6 +87,8 @@ def grow(
         key: of the random numbers; the layer's name is added.
         priority: uint8 per slice; a higher one comes first. The same kind on every rank.
         forbidden: entries that may not be activated.
+        released: as the ITOP and CL-DST code: active entries compete with a score of zero, so where fewer than the wanted
+            entries have a gradient, places go to them and are lost.
 
     Ties go to the first positions. Source: Evci et al. 2020, arXiv 1911.11134 (gradient); Mocanu et al. 2018 (random); Dettmers
     and Zettlemoyer 2019 (momentum); Liu et al. 2021, arXiv 2102.02887 (unfired). SNFS's momentum is the optimizer's, which says
@@ -98,11 +100,30 @@ def grow(
         candidates = ~active[i] if forbidden is None else ~(active[i] | forbidden[i])
         value = layer.average if criterion == "momentum" else layer.gradient
         if random:
-            scores = random_keys(candidates, layer.start, (*key, layer.name))
+            scores = random_keys(candidates, layer.start, (*key, layer.name)) if layer.keys is None else layer.keys.double()
         else:
             scores = torch.zeros_like(layer.weight, dtype=dtype) if value is None else value.to(dtype).abs()
+            if released:
+                scores, candidates = scores * ~active[i], torch.ones_like(candidates)
         pieces.append(Piece(0 if across else layer.index, layer.start + (layer.offset if across else 0), scores, candidates,
                             None if priority is None else priority[i]))
     wanted = torch.tensor([sum(counts)] if across else list(counts), dtype=torch.int64)
-    return choose(pieces, wanted, total, span=sum(sizes), dtype=torch.float64 if random else dtype, device=device,
-                  ranked=priority is not None)
+    chosen = choose(pieces, wanted, total, span=sum(sizes), dtype=torch.float64 if random else dtype, device=device,
+                    ranked=priority is not None)
+    return [c & ~a for c, a in zip(chosen, active, strict=True)]
+
+
+def grow_bernoulli(
+    layers: Sequence[Layer], active: Sequence[Tensor], counts: Sequence[int], inactive: Sequence[int], *,
+    key: tuple[int | str, ...], forbidden: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Entries to activate, each candidate on its own with probability counts_l / inactive_l: bool (n,) per slice.
+
+    The count varies: what the ITOP and CL-DST code does for random growth. No communication.
+    """
+    result = []
+    for i, layer in enumerate(layers):
+        candidates = ~active[i] if forbidden is None else ~(active[i] | forbidden[i])
+        keys = random_keys(candidates, layer.start, (*key, layer.name)) if layer.keys is None else layer.keys
+        result.append(candidates & (keys < counts[layer.index] / max(inactive[layer.index], 1)))
+    return result

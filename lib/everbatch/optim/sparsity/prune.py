@@ -47,11 +47,11 @@ def num_dropped(active: int, fraction: float, *, up: bool = False) -> int:
 class Layer:
     """One rank's slice of one masked layer, flattened, as pruning and growth see it."""
 
-    __slots__ = ("active", "average", "gradient", "index", "name", "offset", "start", "weight")
+    __slots__ = ("active", "average", "gradient", "index", "keys", "name", "offset", "start", "weight")
 
     def __init__(
         self, name: str, index: int, start: int, offset: int, weight: Tensor, active: Tensor, gradient: Tensor | None = None,
-        average: Tensor | None = None,
+        average: Tensor | None = None, keys: Tensor | None = None,
     ) -> None:
         self.name, self.index = name, index
         self.start = start
@@ -61,6 +61,8 @@ class Layer:
         self.weight, self.active = weight.reshape(-1), active.reshape(-1)
         self.gradient = None if gradient is None else gradient.reshape(-1)
         self.average = None if average is None else average.reshape(-1)
+        self.keys = None if keys is None else keys.reshape(-1)
+        """Uniform numbers for random growth, instead of the stateless ones."""
 
 
 def prune(
@@ -89,9 +91,9 @@ def prune(
         result = [torch.zeros_like(x.active) for x in layers]
         for sign in (0, 1):
             sides = [x.active & ((x.weight < 0) if sign else (x.weight >= 0)) for x in layers]
+            counts = halves * torch.tensor([1 - sign, sign]).repeat(len(drop))
             picked = choose([Piece(2 * x.index + sign, x.start, -s, c) for x, s, c in zip(layers, scores, sides, strict=True)],
-                            halves * torch.tensor([1 - sign, sign]).repeat(len(drop)), total, span=span, dtype=dtype, device=device,
-                            ties=ties)
+                            counts, total, span=span, dtype=dtype, device=device, ties=ties)
             result = [a | b for a, b in zip(result, picked, strict=True)]
         return result
     candidates = [x.active for x in layers]

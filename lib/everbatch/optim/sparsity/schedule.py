@@ -10,7 +10,9 @@ from everbatch.errors import check, check_real
 __all__ = ["Schedule", "drop_fraction", "scaled_interval"]
 
 
-def drop_fraction(step: int, end: float, start: float, *, anneal: str = "cosine", floor: float = 0.0, power: float = 1.0) -> float:
+def drop_fraction(
+    step: int, end: float, start: float, *, anneal: str = "cosine", floor: float = 0.0, power: float = 1.0,
+) -> float:
     """Share of the active weights dropped by an update at `step`.
 
         cosine:    floor + (start - floor) * (1 + cos(pi * step / end)) / 2

@@ -2,8 +2,8 @@
 
 A radix descent over the bits of the scores as sortable integers: a round counts how many candidates of each layer have each
 value of the next 8 bits, one all-reduce of all layers' counts decides for all, and only candidates in the bin of the
-threshold go on. float32 needs at most 4 rounds, float64 8. Ties go by position, by the same descent. Integer sums are exact in any
-order, so every rank takes the same decisions and the choice does not depend on the sharding.
+threshold go on. float32 needs at most 4 rounds, float64 8. Ties go by position, by the same descent. Integer sums are exact in
+any order, so every rank takes the same decisions and the choice does not depend on the sharding.
 """
 
 from __future__ import annotations
@@ -132,4 +132,4 @@ def _sortable(scores: Tensor) -> Tensor:
     """Signed integers as wide as the scores, and in their order. -0.0 counts as 0.0."""
     kind, bits = (torch.int64, 63) if scores.dtype == torch.float64 else (torch.int32, 31)
     raw = (scores + 0.0).view(kind)
-    return raw ^ ((raw >> bits) & (2**bits - 1))
+    return torch.bitwise_xor(raw, (raw >> bits) & (2**bits - 1))

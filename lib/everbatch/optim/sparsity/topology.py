@@ -13,7 +13,7 @@ from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.shards import Shard
-from everbatch.optim.sparsity.grow import grow, random_keys, shares
+from everbatch.optim.sparsity.grow import grow, grow_bernoulli, shares
 from everbatch.optim.sparsity.prune import Layer, num_dropped, prune
 
 __all__ = ["Change", "Rules", "apply", "change", "digest", "verify"]
@@ -31,12 +31,12 @@ class Rules:
     across: bool = False
     """One pruning threshold over all layers."""
     redistribute: str = "layer"
-    itop: bool = False
-    """Count and break ties as the ITOP code does."""
+    released: bool = False
+    """Count, break ties and see frozen weights as the ITOP and CL-DST code does."""
     bernoulli: bool = False
     """Random growth entry by entry: the count varies."""
     used: str = "allow"
-    """Entries of earlier tasks: allow, forbid, prefer or last."""
+    """Entries of earlier tasks: allow, forbid or prefer."""
 
 
 @dataclass
@@ -50,9 +50,10 @@ class Change:
 
 
 def change(
-    host: Host, shards: Sequence[Shard], masks: Mapping[str, Tensor], active: Mapping[str, int], shapes: Mapping[str, Sequence[int]],
-    fraction: float, rules: Rules, key: tuple[int | str, ...], *, gradients: Mapping[str, Tensor],
-    averages: Mapping[str, Tensor], fired: Mapping[str, Tensor] | None = None, used: Mapping[str, Tensor] | None = None,
+    host: Host, shards: Sequence[Shard], masks: Mapping[str, Tensor], active: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]], fraction: float, rules: Rules, key: tuple[int | str, ...], *,
+    gradients: Mapping[str, Tensor], averages: Mapping[str, Tensor], fired: Mapping[str, Tensor] | None = None,
+    used: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Change]:
     """Choose a new mask for every masked slice; touches nothing.
 
@@ -73,12 +74,15 @@ def change(
     place = {n: i for i, n in enumerate(names)}
     offset = np.concatenate([[0], np.cumsum(sizes)])
     dtype = torch.float64 if any(host.master_layout()[n][0] == torch.float64 for n in names) else torch.float32
-    layers = [Layer(s.name, place[s.name], s.start, int(offset[place[s.name]]), s.data, masks[s.name],
-                    gradients.get(s.name, torch.zeros_like(s.data)), averages.get(s.name, torch.zeros_like(s.data)))
-              for s in shards]
-    drop = [num_dropped(active[n], fraction, up=rules.itop) for n in names]
+    layers = []
+    for s in shards:
+        gradient, average = (kept.get(s.name, torch.zeros_like(s.data)) for kept in (gradients, averages))
+        if rules.released and used is not None:
+            gradient = gradient * ~used[s.name]
+        layers.append(Layer(s.name, place[s.name], s.start, int(offset[place[s.name]]), s.data, masks[s.name], gradient, average))
+    drop = [num_dropped(active[n], fraction, up=rules.released) for n in names]
     dropped = prune(layers, drop, sizes, host.total, criterion=rules.prune, across=rules.across,
-                    all_ties=rules.itop and rules.prune == "magnitude", dtype=dtype, device=host.device)
+                    all_ties=rules.released and rules.prune == "magnitude", dtype=dtype, device=host.device)
     left = [x.active & ~d for x, d in zip(layers, dropped, strict=True)]
     barred = [used[x.name].reshape(-1) for x in layers] if used is not None else None
     forbidden = barred if rules.used == "forbid" else None
@@ -97,10 +101,10 @@ def change(
     across = rules.redistribute == "global"
     counts = removed if across else shares(removed, inactive, survivors, means, rules.redistribute)
     if rules.bernoulli and rules.grow == "random":
-        grown = _bernoulli(layers, left, counts, inactive, key, forbidden)
+        grown = grow_bernoulli(layers, left, counts, inactive, key=key, forbidden=forbidden)
     else:
         grown = grow(layers, left, counts, sizes, host.total, criterion=rules.grow, key=key, across=across, dtype=dtype,
-                     priority=_priority(layers, rules, fired, barred), forbidden=forbidden, device=host.device)
+                     priority=_priority(layers, rules, fired, barred), forbidden=forbidden, released=rules.released, device=host.device)
     return {x.name: Change((n := left[i] | grown[i]).view(masks[x.name].shape), (n & ~x.active).view(masks[x.name].shape))
             for i, x in enumerate(layers)}
 
@@ -109,7 +113,7 @@ def _priority(
     layers: Sequence[Layer], rules: Rules, fired: Mapping[str, Tensor] | None, used: Sequence[Tensor] | None,
 ) -> list[Tensor] | None:
     """What comes first whatever its score; None when nothing does, on every rank alike."""
-    sort_used = used is not None and rules.used in ("prefer", "last")
+    sort_used = used is not None and rules.used == "prefer"
     unfired = rules.grow == "random_unfired" and fired is not None
     if not sort_used and not unfired:
         return None
@@ -118,24 +122,11 @@ def _priority(
         rank = torch.zeros_like(x.active, dtype=torch.uint8)
         if sort_used:
             assert used is not None
-            rank += 2 * (used[i] if rules.used == "prefer" else ~used[i])
+            rank += 2 * used[i]
         if unfired:
             assert fired is not None
             rank += ~fired[x.name].reshape(-1)
         result.append(rank)
-    return result
-
-
-def _bernoulli(
-    layers: Sequence[Layer], left: Sequence[Tensor], counts: Sequence[int], inactive: Sequence[int], key: tuple[int | str, ...],
-    forbidden: Sequence[Tensor] | None,
-) -> list[Tensor]:
-    """Each candidate with probability count / candidates, independently, as the ITOP and CL-DST code grows at random."""
-    result = []
-    for i, x in enumerate(layers):
-        candidates = ~left[i] if forbidden is None else ~(left[i] | forbidden[i])
-        keys = random_keys(candidates, x.start, (*key, x.name))
-        result.append(candidates & (keys < counts[x.index] / max(inactive[x.index], 1)))
     return result
 
 
@@ -146,9 +137,9 @@ def apply(
 ) -> None:
     """Make weights and moments follow the new masks.
 
-    Dropped entries become exactly zero, in weights and moments. New ones start at zero (or at `stored`), with zero moments; Adam's second
-    moment starts at the mean over the layer's other active entries (`newborn="layer_mean_v"`), for with zero the first step
-    would be lr (1 - b1) / sqrt(1 - b2), 3.16 lr for the usual betas: bias correction is per tensor.
+    Dropped entries become exactly zero, in weights and moments. New ones start at zero (or at `stored`), with zero moments;
+    Adam's second one starts at the mean over the layer's other active entries (`newborn="layer_mean_v"`), for with zero the first
+    step would be lr (1 - b1) / sqrt(1 - b2), 3.16 lr for the usual betas: bias correction is per tensor.
 
     Args:
         names: all masked layers, the same on every rank.
@@ -200,7 +191,7 @@ def digest(shards: Sequence[Shard], masks: Mapping[str, Tensor], names: Sequence
     for shard in shards:
         at = masks[shard.name].reshape(-1).nonzero().view(-1) + shard.start
         result[0, place[shard.name]] += at.numel()
-        for part in at.split(CHUNK):
+        for part in torch.split(at, CHUNK):
             result[1, place[shard.name]] += _mixed(part, seeds.derive("mask", shard.name)).sum()
     return result
 

@@ -1,0 +1,319 @@
+"""Second moments of a layer's inputs, and the directions that carry them: running sums, low-rank sketches, spectral splits."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everbatch.distributed import World
+from everbatch.errors import check, check_real
+
+__all__ = ["LowRankSecondMoment", "NoFreeSubspace", "NonFiniteStatistics", "SecondMoment", "Split", "free_split", "spectral_split"]
+
+
+class NonFiniteStatistics(RuntimeError):
+    """Inputs or a covariance with infinities or NaN, too many to be left out."""
+
+
+class NoFreeSubspace(RuntimeError):
+    """The directions to protect leave none to learn in."""
+
+
+class SecondMoment:
+    """Running second moment of rows x of width d, exact whatever the batching.
+
+        uncentred:  C = (1/n) sum x x^T
+        centred:    C = (1/n) sum (x - m)(x - m)^T,  m = (1/n) sum x
+
+    Two accumulators merge by  n = n_a + n_b,  m = m_a + (n_b/n) e,  M = M_a + M_b + (n_a n_b / n) e e^T,  e = m_b - m_a
+    (uncentred: e = 0), M = n C. What came in since the last `reduce` is kept apart, so nothing is summed over ranks twice.
+
+    Args:
+        width: d.
+        centred: subtract the mean.
+        dtype: of the sums; float32 or float64.
+        device: of the sums.
+
+    Cost: d^2 numbers, twice between reductions; n d^2 multiply-adds per update. Counts are float64.
+    Source: Chan, Golub and LeVeque 1983 for the merge.
+    """
+
+    def __init__(self, width: int, *, centred: bool = False, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu") -> None:
+        check(isinstance(width, int) and width >= 1, "SecondMoment", f"width={width!r}", "be an integer >= 1")
+        check(dtype in (torch.float32, torch.float64), "SecondMoment", f"dtype={dtype}", "be float32 or float64")
+        self.width, self.centred = width, centred
+        self.dropped = 0
+        """Rows left out because they were not finite."""
+        empty = torch.zeros(width, width, dtype=dtype, device=device), torch.zeros(width, dtype=dtype, device=device)
+        self._reduced, self._fresh = (0.0, *empty), (0.0, *(t.clone() for t in empty))
+
+    @property
+    def count(self) -> float:
+        """Rows that this accumulator has seen: those all ranks had at the last `reduce`, and this rank's since."""
+        return self._reduced[0] + self._fresh[0]
+
+    @property
+    def valid(self) -> bool:
+        """Whether there is anything to compute from."""
+        return self.count > 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """C, (d, d); zero before the first row."""
+        n, total, _ = _merge(self._reduced, self._fresh)
+        return total / n if n else total
+
+    @property
+    def mean(self) -> Tensor:
+        """m, (d,); zero where not centred."""
+        return _merge(self._reduced, self._fresh)[2]
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the rows of x (..., d); those whose mask (...) is false, padding, are left out.
+
+        Raises:
+            NonFiniteStatistics: more than 1 % of the rows are not finite; fewer are dropped and counted.
+        """
+        rows, bad = clean_rows(x, self.width, mask)
+        self.dropped += bad
+        rows = rows.to(self._fresh[1])
+        if len(rows):
+            mean = rows.mean(0) if self.centred else torch.zeros_like(self._fresh[2])
+            away = rows - mean if self.centred else rows
+            self._fresh = _merge(self._fresh, (float(len(rows)), away.T @ away, mean))
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add what another accumulator has seen."""
+        check(other.width == self.width and other.centred == self.centred, "SecondMoment", "an accumulator of another kind",
+              "have the same width and centring")
+        self._fresh = _merge(self._fresh, _merge(other._reduced, other._fresh))
+
+    def decay(self, factor: float) -> None:
+        """Multiply the counts by `factor`, in (0, 1], at a task start: older rows then weigh less."""
+        check_real("SecondMoment", "decay", factor, 0.0, 1.0, open_low=True)
+        self._reduced, self._fresh = _scaled(self._reduced, factor), _scaled(self._fresh, factor)
+
+    def reduce(self, world: World | None = None) -> None:
+        """Sum what came in since the last call over the ranks. Two all-reduces, of d^2 numbers and the count; centred, one of
+        d + 1 numbers before them."""
+        world = world or World.current()
+        n, total, mean = self._fresh
+        if world.size > 1:
+            count = torch.tensor([n], dtype=torch.float64, device=total.device)
+            if self.centred:
+                sums = world.sum(torch.cat([count, n * mean.double()]))  # a rank without rows sends zeros
+                together = (sums[1:] / sums[:1].clamp_min(1e-300)).to(mean)
+                away = mean - together  # about the common mean, so that no difference of large sums is taken
+                total, mean = total + n * torch.outer(away, away), together
+            total, n = world.sum(total.clone()), float(world.sum(count).item())  # a float32 count would stop at 2^24 rows
+        self._reduced = _merge(self._reduced, (n, total, mean))
+        self._fresh = (0.0, torch.zeros_like(total), torch.zeros_like(mean))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Reduced sums, for saving; what is not yet reduced is this rank's own, so `reduce` first.
+
+        Raises:
+            RuntimeError: rows since the last `reduce`.
+        """
+        if self._fresh[0]:
+            raise RuntimeError("SecondMoment: rows since the last reduce() would be lost; call reduce() on every rank first")
+        return {"count": torch.tensor(self._reduced[0], dtype=torch.float64), "total": self._reduced[1], "mean": self._reduced[2]}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        check(state["total"].shape == self._fresh[1].shape, "SecondMoment", f"a state of width {len(state['total'])}",
+              f"be of width {self.width}")
+        like = self._fresh[1]
+        self._reduced = (float(state["count"]), state["total"].to(like).clone(), state["mean"].to(like).clone())
+        self._fresh = (0.0, torch.zeros_like(like), torch.zeros_like(self._fresh[2]))
+
+
+@dataclass
+class LowRankSecondMoment:
+    """Uncentred second moment as V diag(values) V^T plus a residual trace: exact while the rank stays within `rank`.
+
+    An update stacks  [sqrt(n/(n+N)) diag(sqrt values) V^T ; X / sqrt(n+N)],  takes its thin SVD, keeps `rank` pairs, and adds
+    the discarded eigenvalues to  rest <- n/(n+N) rest.  The trace is always right, so shares of energy are.
+
+    Cost: (d + 1) * rank numbers; an SVD of (rank + min(N, d), d) per update.
+    """
+
+    basis: Tensor
+    """V, (d, k), orthonormal columns, k <= rank."""
+    values: Tensor
+    """(k,), descending."""
+    rank: int
+    count: float = 0.0
+    rest: float = 0.0
+    """Trace that was discarded."""
+
+    @classmethod
+    def empty(cls, width: int, rank: int, dtype: torch.dtype = torch.float32) -> LowRankSecondMoment:
+        """Before the first row. A rank above the width is clipped, with a warning."""
+        check(rank >= 1, "LowRankSecondMoment", f"rank={rank!r}", "be >= 1")
+        rank = _clipped("LowRankSecondMoment", "rank", rank, width)
+        return cls(torch.zeros(width, 0, dtype=dtype), torch.zeros(0, dtype=dtype), rank)
+
+    @property
+    def trace(self) -> float:
+        """tr C."""
+        return float(self.values.sum()) + self.rest
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the rows of x (..., d). Raises `NonFiniteStatistics` as `SecondMoment` does."""
+        width = self.basis.shape[0]
+        rows, _ = clean_rows(x, width, mask)
+        rows = rows.to(self.basis)
+        if not len(rows):
+            return
+        n, new = self.count, float(len(rows))
+        if len(rows) > 2 * width:
+            rows = torch.linalg.qr(rows, mode="r").R
+        kept = (self.basis * self.values.clamp_min(0).sqrt()).T * math.sqrt(n / (n + new))
+        _, sigma, vh = torch.linalg.svd(torch.cat([kept, rows / math.sqrt(n + new)]), full_matrices=False)
+        values = sigma.square()
+        self.rest = n / (n + new) * self.rest + float(values[self.rank :].sum())
+        self.basis, self.values, self.count = _signed(vh[: self.rank].T), values[: self.rank], n + new
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The leading eigenpairs of a second moment."""
+
+    basis: Tensor
+    """V, (d, k), orthonormal columns, the largest entry of each positive."""
+    values: Tensor
+    """(k,) eigenvalues, descending, >= 0."""
+    share: float
+    """Of the energy (sum of eigenvalues^power), kept by V."""
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self.basis.shape[1]
+
+
+@torch.no_grad()
+def spectral_split(matrix: Tensor, delta: float = 0.95, power: float = 1.0, max_rank: int | None = None,
+                   total: float | None = None) -> Split:
+    """The fewest leading eigenvectors of C with a share of at least `delta` of sum lambda^power.
+
+    Eigenvalues that equal the last kept one (to 1e-6 relative) are kept too: the cut of a cluster is not unique. Symmetrised,
+    in float64 on CPU and float32 on other devices; the result is in float32 at least. A zero matrix gives k = 0.
+
+    Args:
+        matrix: C, (d, d), positive semidefinite.
+        delta: in (0, 1].
+        power: > 0.
+        max_rank: largest k; above d it is clipped, with a warning.
+        total: the whole trace where C is a sketch of it; power must be 1.
+
+    Raises:
+        ValueError: a value out of range; an eigenvalue below -1e-4 of the trace.
+        NonFiniteStatistics: C is not finite.
+    """
+    check(matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1], "spectral_split", f"shape {tuple(matrix.shape)}", "be square")
+    check_real("spectral_split", "delta", delta, 0.0, 1.0, open_low=True)
+    check_real("spectral_split", "power", power, 0.0, open_low=True)
+    check(total is None or power == 1.0, "spectral_split", f"total with power={power}", "have power=1")
+    check(max_rank is None or max_rank >= 1, "spectral_split", f"max_rank={max_rank!r}", "be >= 1")
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteStatistics("spectral_split: the matrix has entries that are not finite; look at the layer's inputs")
+    width = matrix.shape[0]
+    limit = width if max_rank is None else _clipped("spectral_split", "max_rank", max_rank, width)
+    wide = matrix.double() if matrix.device.type == "cpu" else matrix.float()
+    values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    trace = float(wide.trace())
+    check(float(values[-1]) >= -1e-4 * abs(trace), "spectral_split", f"an eigenvalue {float(values[-1]):.3g} at trace {trace:.3g}",
+          "be positive semidefinite")
+    values = values.clamp_min(0.0)
+    energy = values.pow(power)
+    whole = float(energy.sum()) if total is None else max(total, float(energy.sum()))
+    if whole == 0.0:
+        return Split(vectors[:, :0].to(_wide(matrix)), values[:0].to(_wide(matrix)), 0.0)
+    shares = energy.cumsum(0) / whole
+    reached = shares >= delta - 1e-12
+    rank = int(reached.to(torch.int8).argmax()) + 1 if bool(reached[-1]) else width
+    while rank < width and 0.0 < float(values[rank]) and float(values[rank]) > (1 - 1e-6) * float(values[rank - 1]):
+        rank += 1
+    rank = min(rank, limit)
+    return Split(_signed(vectors[:, :rank]).to(_wide(matrix)), values[:rank].to(_wide(matrix)), float(shares[rank - 1]))
+
+
+def free_split(matrix: Tensor, delta: float = 0.95, power: float = 1.0, *, min_free: int | None = None, pinned: bool = False) -> Split:
+    """`spectral_split` that leaves at least `min_free` directions free, by lowering delta; `share` tells what was used.
+
+    Args:
+        min_free: by default max(1, d // 16).
+        pinned: keep delta as it is.
+
+    Raises:
+        NoFreeSubspace: `pinned`, and fewer directions would be free.
+    """
+    width = matrix.shape[0]
+    free = max(1, width // 16) if min_free is None else min_free
+    check(0 <= free < width, "free_split", f"min_free={free!r}", f"be in [0, {width})")
+    split = spectral_split(matrix, delta, power)
+    if split.rank <= width - free:
+        return split
+    if pinned:
+        raise NoFreeSubspace(f"free_split: delta={delta} needs {split.rank} of {width} directions, must leave {free} free; lower "
+                             "delta, or let it be lowered (pinned=False)")
+    return spectral_split(matrix, delta, power, max_rank=width - free)
+
+
+def clean_rows(x: Tensor, width: int, mask: Tensor | None = None) -> tuple[Tensor, int]:
+    """Rows (n, width) of x (..., width) that are unmasked and finite, detached, and how many were not finite. Host sync."""
+    check(x.shape[-1:] == (width,), "second moment", f"inputs of shape {tuple(x.shape)}", f"end in {width}")
+    rows = x.detach().reshape(-1, width)
+    if mask is not None:
+        check(mask.shape == x.shape[:-1], "second moment", f"a mask of shape {tuple(mask.shape)}", f"be {tuple(x.shape[:-1])}")
+        rows = rows[mask.reshape(-1).bool()]
+    good = torch.isfinite(rows).all(1)
+    bad = int((~good).sum())
+    if bad > 0.01 * len(rows):
+        raise NonFiniteStatistics(f"second moment: {bad} of {len(rows)} rows are not finite, must be at most 1 %; look at the "
+                                  "layer's inputs")
+    return (rows[good] if bad else rows), bad
+
+
+Sums = tuple[float, Tensor, Tensor]
+
+
+def _merge(a: Sums, b: Sums) -> Sums:
+    """(count, sum of squares about the mean, mean) of both; uncentred sums have mean zero."""
+    n = a[0] + b[0]
+    if not a[0] or not b[0]:
+        return b if not a[0] else a
+    away = b[2] - a[2]
+    return n, a[1] + b[1] + (a[0] * b[0] / n) * torch.outer(away, away), a[2] + (b[0] / n) * away
+
+
+def _scaled(a: Sums, factor: float) -> Sums:
+    return a[0] * factor, a[1] * factor, a[2]
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Columns with their largest entry positive: eigenvectors are unique up to sign, checkpoints should be too."""
+    if not vectors.numel():
+        return vectors
+    peak = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(peak < 0, -1.0, 1.0).to(vectors)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _clipped(who: str, name: str, value: int, width: int) -> int:
+    if value > width:
+        warnings.warn(f"{who}: {name}={value} is clipped to the width {width}", stacklevel=3)
+    return min(value, width)

@@ -1,0 +1,209 @@
+"""Importance estimates against closed forms and loops over single samples; what an estimate must leave alone."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from quadratics import same, small_net, weights
+from torch import Tensor, nn
+
+from everbatch.compose import compose
+from everbatch.errors import UnsupportedHost
+from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
+from everbatch.optim.fisher import ESTIMATORS, slices
+
+SGD = compose(base=torch.optim.SGD)
+G = torch.Generator().manual_seed(3)
+X, Y = torch.randn(10, 6, generator=G, dtype=torch.float64), torch.randint(0, 3, (10,), generator=G)
+IDS = torch.arange(10) + 100
+BATCHES = [(X[:4], Y[:4], IDS[:4]), (X[4:8], Y[4:8], IDS[4:8]), (X[8:], Y[8:], IDS[8:])]
+
+
+def optimizer(model: nn.Module | None = None) -> tuple[Any, nn.Module]:
+    model = (small_net() if model is None else model).double()
+    return SGD(model, lr=0.1), model
+
+
+def by_loop(model: nn.Module, x: Tensor, y: Tensor, kind: str) -> dict[str, Tensor]:
+    """One backward at a time."""
+    sums = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for row, label in zip(x, y, strict=True):
+        for c in range(3) if kind == "exact" else [int(label)]:
+            logs = model(row[None]).log_softmax(-1)[0]
+            model.zero_grad()
+            logs[c].backward()
+            factor = logs[c].exp().item() if kind in ("exact", "reference") else 1.0
+            for n, p in model.named_parameters():
+                assert p.grad is not None
+                sums[n] += factor * p.grad.square()
+    model.zero_grad()
+    return {n: s / len(x) for n, s in sums.items()}
+
+
+def close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name].detach(), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("kind", ["empirical", "reference", "exact"])
+def test_vectorised_is_one_by_one(kind: Any, chunk: int) -> None:
+    opt, model = optimizer()
+    close(diagonal_fisher(opt, BATCHES, kind, chunk=chunk), by_loop(model, X, Y, kind))
+
+
+def test_logistic_regression_in_closed_form() -> None:
+    """Two classes with logits (0, w x): the exact Fisher information is mean p (1 - p) x^2."""
+
+    class Logistic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.7, -0.4, 0.2, 1.1, -0.9, 0.3], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            u = x @ self.weight
+            return torch.stack([torch.zeros_like(u), u], -1)
+
+    opt, model = optimizer(Logistic())
+    p = torch.sigmoid(X @ model.weight.detach())  # type: ignore[operator]
+    expected = (p * (1 - p))[:, None] * X.square()
+    got = diagonal_fisher(opt, [(X, Y.clamp(max=1))], "exact")
+    torch.testing.assert_close(got["weight"], expected.mean(0), rtol=1e-12, atol=0)
+
+
+def test_the_reference_is_a_part_of_the_exact() -> None:
+    opt, _ = optimizer()
+    part, whole = (diagonal_fisher(opt, BATCHES, kind) for kind in ("reference", "exact"))
+    assert all(bool((part[n] <= whole[n]).all()) for n in part)
+
+
+def test_batch_squares_the_mean_gradient() -> None:
+    opt, model = optimizer()
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for x, y, _ in BATCHES[:2]:
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        for n, p in model.named_parameters():
+            assert p.grad is not None
+            expected[n] += p.grad.square() / 2
+    close(diagonal_fisher(opt, BATCHES[:2], "batch"), expected)
+
+
+def test_drawn_labels_are_a_function_of_the_sample() -> None:
+    """The same rows in other batches give the same sums; another draw, other labels. Over many draws the mean is the exact."""
+    opt, _ = optimizer()
+    other = [(X[5:], Y[5:], IDS[5:]), (X[:5], Y[:5], IDS[:5])]
+    close(diagonal_fisher(opt, BATCHES, "sampled"), diagonal_fisher(opt, other, "sampled"))
+    exact = diagonal_fisher(opt, BATCHES, "exact")
+    draws = [diagonal_fisher(opt, BATCHES, "sampled", draw=i) for i in range(400)]
+    for name, value in exact.items():
+        stack = torch.stack([d[name] for d in draws])
+        assert stack.std(0).max() > 0
+        assert bool(((stack.mean(0) - value).abs() <= 5 * stack.std(0) / 20 + 1e-12).all())
+
+
+def test_the_loaders_denominator_counts_a_short_batch_as_whole() -> None:
+    opt, _ = optimizer()
+    with pytest.warns(UserWarning, match="a batch of 2 rows after one of 4"):
+        got = diagonal_fisher(opt, BATCHES, denominator="loader")
+    close(got, {n: f * 10 / 12 for n, f in diagonal_fisher(opt, BATCHES).items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diagonal_fisher(opt, BATCHES)
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_output_sensitivity(per_sample: bool) -> None:
+    opt, model = optimizer()
+    parts = X.split(1) if per_sample else (X[:4], X[4:8])
+    expected = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for rows in parts:
+        model.zero_grad()
+        model(rows).square().sum(-1).mean().backward()
+        for n, p in model.named_parameters():
+            assert p.grad is not None
+            expected[n] += p.grad.abs() / len(parts)
+    got = output_sensitivity(opt, BATCHES if per_sample else BATCHES[:2], per_sample=per_sample, chunk=3)
+    close(got, expected)
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_an_estimate_leaves_no_trace(kind: Any) -> None:
+    """Evaluation mode inside; afterwards modes, statistics, weights, gradients, the random stream as before."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Tanh(), nn.Linear(5, 3))
+    opt, model = optimizer(model)
+    model[1].eval()
+    model[4].weight.grad = torch.ones_like(model[4].weight)  # type: ignore[index, union-attr]
+    before, modes, stream = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()], torch.get_rng_state()
+    first = diagonal_fisher(opt, BATCHES[:2], kind)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert model[0].weight.grad is None and bool((model[4].weight.grad == 1).all())  # type: ignore[union-attr]
+    model.eval()
+    close(first, diagonal_fisher(opt, BATCHES[:2], kind))
+
+
+def test_frozen_and_tied_parameters() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.second.weight = self.first.weight
+            self.head.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))  # type: ignore[no-any-return]
+
+    opt, model = optimizer(Tied())
+    got = diagonal_fisher(opt, BATCHES)
+    assert sorted(got) == ["first.bias", "first.weight", "second.bias"]
+    model.zero_grad()
+    total = torch.zeros_like(model.first.weight)  # type: ignore[arg-type, union-attr]
+    for row, label in zip(X, Y, strict=True):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(row[None]), label[None]).backward()
+        total += model.first.weight.grad.square() / 10  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(got["first.weight"], total.detach(), rtol=1e-10, atol=1e-14)
+
+
+def test_bad_input() -> None:
+    opt, model = optimizer()
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"label \[3\], must be in \[0, 3\)"):
+        diagonal_fisher(opt, [(X[:2], torch.tensor([0, 3]))])
+    with pytest.raises(ValueError, match="label \\[-1\\]"):
+        diagonal_fisher(opt, [(X[:2], torch.tensor([-1, 0]))])
+    with pytest.raises(ValueError, match="no rows on any rank"):
+        diagonal_fisher(opt, [])
+    with pytest.raises(ValueError, match="no ids, must be given for estimator='sampled'"):
+        diagonal_fisher(opt, [(X, Y)], "sampled")
+    with pytest.raises(ValueError, match="rows of 1 tensor"):
+        diagonal_fisher(opt, [(X,)])
+    with pytest.raises(ValueError, match="estimator='true', must be one of reference"):
+        diagonal_fisher(opt, BATCHES, "true")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="are not finite"):
+        diagonal_fisher(opt, [(X * float("nan"), Y)])
+    with pytest.raises(UnsupportedHost, match="built without its module"):
+        diagonal_fisher(SGD(model.named_parameters(), lr=0.1), BATCHES)
+    with pytest.raises(UnsupportedHost, match="EWC: the optimizer was built without its module"):
+        compose(EWC, base=torch.optim.SGD)(model.named_parameters(), lr=0.1)
+    assert same(weights(model), before)
+
+
+def test_given_importances_must_fit() -> None:
+    opt, model = optimizer()
+    good = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    for change, text in (({"2.bias": torch.ones(4)}, r"\['2.bias'\] has shape \[\(4,\)\], must be \[\(3,\)\]"),
+                         ({"2.bias": torch.tensor([1.0, -1.0, 0.0])}, r"\['2.bias'\] is negative or not finite"),
+                         ({"2.bias": torch.tensor([1.0, float("nan"), 0.0])}, r"\['2.bias'\] is negative or not finite"),
+                         ({"3.bias": torch.ones(3)}, r"parameters \['3.bias'\] is missing or too much")):
+        with pytest.raises(ValueError, match=text):
+            slices(opt.host, {**good, **change}, "test")
+    with pytest.raises(ValueError, match="is missing or too much"):
+        slices(opt.host, {n: t for n, t in good.items() if n != "0.weight"}, "test")

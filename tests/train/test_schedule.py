@@ -1,0 +1,64 @@
+"""Learning rates in closed form, as the trainer applies and logs them, also after a resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import learning
+import pytest
+from learning import PER_TASK, STEPS, Abandoned, stream
+
+from everbatch.logging import read_scalars
+from everbatch.train import Schedule
+
+PEAK, WARM = 0.1, 2
+"""Half an epoch of four steps of warm-up."""
+
+
+def warmed(shape: Callable[[int, int], float]) -> Callable[[int], float]:
+    """Ramp, then `shape` of (step, steps) after it."""
+    return lambda s: PEAK * ((s + 1) / (WARM + 1) if s < WARM else shape(s - WARM, PER_TASK - WARM))
+
+
+CASES: dict[str, tuple[Schedule, Callable[[int], float]]] = {
+    "constant": (Schedule(), lambda s: PEAK),
+    "cosine": (Schedule(kind="cosine"), lambda s: PEAK * (1 + math.cos(math.pi * s / PER_TASK)) / 2),
+    "polynomial": (Schedule(kind="polynomial", power=2.0), lambda s: PEAK * (1 - s / PER_TASK) ** 2),
+    "steps": (Schedule(kind="steps", milestones=(0.75, 1.5), factor=0.1), lambda s: PEAK * 0.1 ** ((s >= 3) + (s >= 6))),
+    "warm constant": (Schedule(warmup_epochs=0.5), warmed(lambda s, n: 1.0)),
+    "warm cosine": (Schedule(kind="cosine", warmup_epochs=0.5), warmed(lambda s, n: (1 + math.cos(math.pi * s / n)) / 2)),
+    "warm polynomial": (Schedule(kind="polynomial", power=1.5, warmup_epochs=0.5), warmed(lambda s, n: (1 - s / n) ** 1.5)),
+    "warm steps": (Schedule(kind="steps", milestones=(0.75, 1.5), warmup_epochs=0.5), warmed(lambda s, n: 0.1 ** ((s >= 1) + (s >= 4)))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rates_of_every_step(tmp_path: Path, name: str) -> None:
+    schedule, rate = CASES[name]
+    expected = [rate(s) for s in range(PER_TASK)] * 3
+    for after in (STEPS + 1, 13):
+        folder = tmp_path / str(after)
+        try:
+            learning.trainer("plain", schedule=schedule, folder=folder, recorder=learning.recorder(folder, after)).fit(stream())
+        except Abandoned:
+            learning.trainer("plain", schedule=schedule, folder=folder, recorder=(r := learning.recorder(folder))).fit(
+                stream(), resume=True)
+            r.close()
+        rows = read_scalars(folder / "scalars.jsonl")
+        assert [row["step"] for row in rows] == list(range(STEPS))
+        assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_warm_up_longer_than_the_training() -> None:
+    with pytest.raises(ValueError, match=r"warmup_epochs=2.0, must be shorter than the 2 epochs of the task"):
+        learning.trainer("plain", schedule=Schedule(warmup_epochs=2.0)).fit(stream())
+
+
+@pytest.mark.parametrize(("option", "text"), [
+    ({"kind": "linear"}, "kind='linear'"), ({"warmup_epochs": -1.0}, "warmup_epochs=-1.0"), ({"power": 0.0}, "power=0.0"),
+    ({"milestones": (2.0, 1.0)}, "ascend"), ({"factor": 1.5}, "factor=1.5")])
+def test_bad_options(option: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Schedule(**option)  # type: ignore[arg-type]
