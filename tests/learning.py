@@ -43,17 +43,23 @@ class Ending(Recorder):
     """Instead of raising `Abandoned`: a signal to this process."""
     count = 0
 
+    def vanish(self) -> None:
+        """Leave without writing what waits, as a killed process does."""
+        if self._file is not None:
+            self._file.close()
+        raise Abandoned
+
     def bar(self, *args: Any, **options: Any) -> None:
         super().bar(*args, **options)
         if self.after == 0:
-            raise Abandoned
+            self.vanish()
 
     def advance(self, steps: int = 1) -> None:
         super().advance(steps)
         self.count += 1
         if self.count == self.after:
             if not self.signal:
-                raise Abandoned
+                self.vanish()
             os.kill(os.getpid(), self.signal)
             signal.pause()
 
@@ -110,7 +116,7 @@ def trainer(host: str, *, folder: Path | None = None, recorder: Recorder | None 
     mixins = (REPLAY | (replay or {})) if issubclass(cls, Replay) else {}
     return cls(model or net(), optimizer, engine(host, options["batch_size"], options.get("accumulation", 1), world.size, **(raw or {})),
                config=Trainer.Config(**options), augment=augment, prepare=prepare, folder=folder, recorder=recorder, device="cpu",
-               **mixins)
+               num_tasks=3, **mixins)
 
 
 def recorder(folder: Path, after: int = -1, sign: int = 0, *, rank: int | None = None) -> Ending:

@@ -6,14 +6,37 @@ A new method joins by adding its line to CASES.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import hosts
 import torch
+from task_ends import TaskEnd
 
-from everbatch.optim import EMA, LAMB, LARS, SAM, ClipGradNorm, ShrinkPerturb
+from everbatch.compose import compose, sort_parts
+from everbatch.errors import CompositionError
+from everbatch.optim import (
+    ASAM,
+    EMA,
+    EWC,
+    GSAM,
+    LAMB,
+    LARS,
+    MAS,
+    SAM,
+    SI,
+    WSAM,
+    ClipGradNorm,
+    DynamicSparsity,
+    GradientNorm,
+    Ignite,
+    LookSAM,
+    Refresh,
+    ShrinkPerturb,
+    StaleSAM,
+)
 
 FACTORY = functools.partial(hosts.build)
 
@@ -51,14 +74,75 @@ CASES = [
     Case("ClipGradNorm+LARS+SAM", (ClipGradNorm, LARS, SAM),
          {"trust_coeff": 0.2, "lr_in_buffer": True, "rho": 0.5, "max_norm": 0.3},
          {"trust_coeff": 1e30, "trust_clip": True, "rho": 0.0, "max_norm": float("inf")}, bases=("sgd",)),
+    Case("EWC+SAM", (TaskEnd, EWC, SAM), {"strength": 0.5, "form": "separate", "factory": FACTORY, "rho": 0.3},
+         {"strength": 0.0, "factory": FACTORY, "rho": 0.0}, "end_task"),
+    Case("SI", (TaskEnd, SI), {"strength": 0.5, "xi": 0.1}, {"strength": 0.0}, "end_task"),
+    Case("MAS", (TaskEnd, MAS), {"strength": 0.05, "factory": FACTORY}, {"strength": 0.0, "factory": FACTORY}, "end_task"),
+    Case("Refresh+EWC", (TaskEnd, Refresh, EWC),
+         {"refresh_gamma": 0.1, "unlearn_steps": 2, "noise_scale": 0.05, "refresh_factory": FACTORY, "strength": 0.5,
+          "ewc_factory": FACTORY},
+         {"refresh_gamma": 0.0, "refresh_factory": FACTORY, "strength": 0.0, "ewc_factory": FACTORY}, "end_task"),
+    Case("Refresh(normalized)", (TaskEnd, Refresh),
+         {"form": "normalized", "every": 1, "delta": 0.01, "noise_coef": 0.1, "factory": FACTORY},
+         {"form": "normalized", "delta": 0.0, "factory": FACTORY}, "end_task"),
+    Case("DynamicSparsity", (DynamicSparsity,), {"density": 0.3, "update_every": 2}, {"density": 1.0}),
+    Case("ClipGradNorm+EMA+DynamicSparsity+SAM", (ClipGradNorm, EMA, DynamicSparsity, SAM),
+         {"density": 0.3, "update_every": 3, "grow": "momentum", "score_steps": 2, "redistribute": "momentum", "prune": "soft",
+          "rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
+         {"density": 1.0, "rho": 0.0, "max_norm": float("inf")}),
+    Case("SAM(interval)", (SAM,), {"rho": 0.5, "interval": 2}, {"rho": 0.0, "interval": 2}),
+    Case("ASAM", (ASAM,), {"rho": 0.5}, {"rho": 0.0}),
+    Case("ASAM(elementwise)", (ASAM,), {"rho": 0.5, "adaptive": "elementwise"}, {"rho": 0.0}),
+    Case("GSAM", (GSAM,), {"rho": 0.3}, {"rho": 0.0}),
+    Case("GradientNorm", (GradientNorm,), {"radius": 0.3}, {"mix": 0.0}),
+    Case("WSAM", (WSAM,), {"rho": 0.3, "gamma": 0.6}, {"gamma": 0.0}),
+    Case("LookSAM", (LookSAM,), {"rho": 0.3, "every": 3}, {"rho": 0.0}),
+    Case("LookSAM(tensor)", (LookSAM,), {"rho": 0.3, "every": 3, "norms": "tensor"}, {"rho": 0.0}),
+    Case("StaleSAM", (StaleSAM,), {"rho": 0.3, "tau": 2}, {"rho": 0.0}),
+    Case("Ignite", (Ignite,), {"rho": 0.5, "rate": 0.1, "budget": 0.01, "multiplier": 0.1}, {"multiplier": 0.0, "rate": 0.0}),
+    Case("ClipGradNorm+EMA+StaleSAM", (ClipGradNorm, EMA, StaleSAM), {"rho": 0.3, "max_norm": 0.3, "ema_decay": 0.5},
+         {"rho": 0.0, "max_norm": float("inf")}),
 ]
-BY_CASE = {c.name: c for c in CASES}
-MIX = "ClipGradNorm+EMA+SAM"
-"""The case that stands for all where a check is about the host."""
+CORE = [c.name for c in CASES[:8]]
+"""Cases that run on every host by default; the others run on FEW there, and on every host with --wide."""
+FEW = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def _single(case: Case) -> type | None:
+    """The one mixin of a case, helpers of the tests aside."""
+    own = [m for m in case.mixins if m is not TaskEnd]
+    return own[0] if len(own) == 1 and "(" not in case.name else None
+
+
+def _pair(a: Case, b: Case) -> Case | str:
+    """The case of two mixins together, or the conflict they declare."""
+    parts = sort_parts(tuple(dict.fromkeys((*a.mixins, *b.mixins))))
+    bases = tuple(base for base in a.bases if base in b.bases)
+    if not bases:
+        return "no common base"
+    try:
+        compose(*parts, base=BASES[bases[0]].func)
+    except CompositionError as error:
+        return str(error).split(": ", 1)[1]
+
+    def named(case: Case, options: dict[str, Any]) -> dict[str, Any]:
+        own, title = _single(case), ""
+        if own is not None:
+            title = own.__name__.lower()
+        return {name if name.startswith(f"{title}_") else f"{title}_{name}": value for name, value in options.items()}
+
+    return Case(f"{a.name} x {b.name}", parts, named(a, a.options) | named(b, b.options), named(a, a.zero) | named(b, b.zero),
+                a.call or b.call, bases)
+
 
 # eps well above the gradients' rounding errors: Adam divides by the gradient's size, and would show them as whole steps.
 BASES = {"sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
          "adamw": functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)}
+PAIRS = {(a.name, b.name): _pair(a, b) for a, b in itertools.combinations([c for c in CASES if _single(c)], 2)}
+"""Every two mixins: a case, or the reason why they cannot be composed."""
+BY_CASE = {c.name: c for c in [*CASES, *(p for p in PAIRS.values() if isinstance(p, Case))]}
+MIX = "ClipGradNorm+EMA+SAM"
+"""The case that stands for all where a check is about the host."""
 
 STEPS, SAVE_AFTER, SKIP_AT, CALLS = 5, 2, 4, (1, 3)
 """Good steps of a life; steps before the save; the step that first meets a NaN; steps before which `call` is called."""
@@ -119,12 +203,17 @@ def plan(world: int, *, wide: bool) -> Plan:
         return Plan(3, [(h, c, BY_CASE[c].bases[0]) for h in names for c in cases],
                     [(s, h, MIX, "sgd") for s, h in (("zero3", "zero1"), ("ddp", "zero3"), ("zero1", "fsdp2"))],
                     ["ddp", "fsdp2", "zero1", "zero3"])
-    lives = [(h, c.name, c.bases[0]) for h in FP32 for c in CASES]
+    lives = [(h, c.name, c.bases[0]) for h in FP32 for c in CASES if wide or c.name in CORE or h in FEW]
     second = [c for c in CASES if "adamw" in c.bases[1:] and (wide or c.name in (MIX, "EMA+ShrinkPerturb+SAM"))]
     lives += [(h, c.name, "adamw") for h in FP32 for c in second]
     half = BF16 if wide else ["zero0-bf16", "zero2-bf16-offload", "zero3-bf16-fp32acc"]
     lives += [(h, c, BY_CASE[c].bases[0]) for h in half for c in ([c.name for c in CASES] if wide else [MIX])]
     ring = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]  # four apart: another engine and, mostly, another stage
-    moves = [(s, h, c.name, c.bases[0]) for s, h in ring for c in CASES if wide or "+" in c.name]
+    moves = [(s, h, c.name, c.bases[0]) for s, h in ring for c in CASES if wide or ("+" in c.name and c.name in CORE)]
+    moves += [(s, h, c.name, c.bases[0]) for s, h in (("zero3", "fsdp2"), ("ddp", "zero2")) for c in CASES
+              if not wide and c.name not in CORE]
+    if wide:  # each pair on two hosts, in turn, so that every host meets every mixin
+        hosts_in_turn = itertools.cycle(FP32[1:])
+        lives += [(next(hosts_in_turn), p.name, p.bases[0]) for p in PAIRS.values() if isinstance(p, Case) for _ in range(2)]
     moves += [(s, h, "EMA+ShrinkPerturb+SAM", "adamw") for s, h in ring]
     return Plan(2, lives, moves, FP32 + half)

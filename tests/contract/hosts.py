@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from everbatch.compose import parts_of
+
 WIDTH, CLASSES, BATCH = 20, 5, 24
 
 
@@ -139,7 +141,20 @@ class Run:
                 total += loss.detach()
             return total
 
-        loss = self.opt.step(closure)
+        def output() -> Tensor:
+            mean = self.forward(x.bfloat16() if self.spec.bf16 else x).float().logsumexp(1).mean()
+            self.opt.backward(mean)
+            return mean.detach()
+
+        def per_sample(rows: Tensor | None) -> Tensor:
+            chosen = slice(None) if rows is None else rows
+            inputs = x[chosen].bfloat16() if self.spec.bf16 else x[chosen]
+            losses = nn.functional.cross_entropy(self.forward(inputs).float(), y[chosen], reduction="none")
+            return losses * math.nan if spoil else losses
+
+        known = {"output": output, "per_sample": per_sample}
+        wanted = {name for part in parts_of(type(self.opt)) for name in part.needs}
+        loss = self.opt.step(closure, **{name: known[name] for name in wanted if name in known})
         self.losses.append(loss)
         return loss
 

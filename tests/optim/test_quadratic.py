@@ -276,10 +276,10 @@ def test_bad_consolidations_touch_nothing() -> None:
     opt.consolidate_ewc([batch(20)])
     before = copy.deepcopy(opt.state_dict()["everbatch"])
     good = {n: torch.ones_like(p) for n, p in model.named_parameters()}
-    for arguments, text in (((), "both or neither of batches and importance"), (([(torch.ones(1, 6), torch.tensor([7]))],), "label"),
-                            (([],), "no rows on any rank")):
+    for batches, text in ((None, "both or neither of batches and importance"), ([], "no rows on any rank"),
+                          ([(torch.ones(1, 6), torch.tensor([7]))], "label")):
         with pytest.raises(ValueError, match=text):
-            opt.consolidate_ewc(*arguments)
+            opt.consolidate_ewc(batches)
     with pytest.raises(ValueError, match="both or neither"):
         opt.consolidate_ewc([batch(20)], importance=good)
     with pytest.raises(ValueError, match="is negative or not finite"):

@@ -16,10 +16,15 @@ from everbatch.optim.quadratic import EWC, MAS, SI
 from everbatch.optim.refresh import Refresh
 from everbatch.optim.rules import conadv_peak, lr_at, scaled_lr
 from everbatch.optim.sam import ASAM, SAM
+from everbatch.optim.second_moment import LowRankSecondMoment, SecondMoment, free_split, spectral_split
 from everbatch.optim.shrink_perturb import ShrinkPerturb
+from everbatch.optim.sparsity import DynamicSparsity
+from everbatch.optim.subspace import SubspaceProjection
+from everbatch.optim.transforms import Projection, Subspace
 
 __all__ = [
-    "ASAM", "EMA", "ESAM", "EWC", "GSAM", "LAMB", "LARS", "MAS", "SAM", "SI", "WSAM", "ClipGradNorm", "GradientNorm", "Ignite",
-    "LookSAM", "OptimizerMixin", "Refresh", "ShrinkPerturb", "StaleSAM", "conadv_peak", "diagonal_fisher", "groups", "lr_at",
-    "output_sensitivity", "scaled_lr",
+    "ASAM", "EMA", "ESAM", "EWC", "GSAM", "LAMB", "LARS", "MAS", "SAM", "SI", "WSAM", "ClipGradNorm", "DynamicSparsity",
+    "GradientNorm", "Ignite", "LookSAM", "LowRankSecondMoment", "OptimizerMixin", "Projection", "Refresh", "SecondMoment",
+    "ShrinkPerturb", "StaleSAM", "Subspace", "SubspaceProjection", "conadv_peak", "diagonal_fisher", "free_split", "groups",
+    "lr_at", "output_sensitivity", "scaled_lr", "spectral_split",
 ]

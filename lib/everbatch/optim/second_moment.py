@@ -12,7 +12,9 @@ from torch import Tensor
 from everbatch.distributed import World
 from everbatch.errors import check, check_real
 
-__all__ = ["LowRankSecondMoment", "NoFreeSubspace", "NonFiniteStatistics", "SecondMoment", "Split", "free_split", "spectral_split"]
+__all__ = [
+    "LowRankSecondMoment", "NoFreeSubspace", "NonFiniteStatistics", "SecondMoment", "Split", "free_split", "spectral_split",
+]
 
 
 class NonFiniteStatistics(RuntimeError):
@@ -49,8 +51,9 @@ class SecondMoment:
         self.width, self.centred = width, centred
         self.dropped = 0
         """Rows left out because they were not finite."""
-        empty = torch.zeros(width, width, dtype=dtype, device=device), torch.zeros(width, dtype=dtype, device=device)
-        self._reduced, self._fresh = (0.0, *empty), (0.0, *(t.clone() for t in empty))
+        self._reduced: Sums = (0.0, torch.zeros(width, width, dtype=dtype, device=device),
+                               torch.zeros(width, dtype=dtype, device=device))
+        self._fresh: Sums = (0.0, torch.zeros_like(self._reduced[1]), torch.zeros_like(self._reduced[2]))
 
     @property
     def count(self) -> float:
@@ -232,8 +235,8 @@ def spectral_split(matrix: Tensor, delta: float = 0.95, power: float = 1.0, max_
     values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     trace = float(wide.trace())
-    check(float(values[-1]) >= -1e-4 * abs(trace), "spectral_split", f"an eigenvalue {float(values[-1]):.3g} at trace {trace:.3g}",
-          "be positive semidefinite")
+    check(float(values[-1]) >= -1e-4 * abs(trace), "spectral_split",
+          f"an eigenvalue {float(values[-1]):.3g} at trace {trace:.3g}", "be positive semidefinite")
     values = values.clamp_min(0.0)
     energy = values.pow(power)
     whole = float(energy.sum()) if total is None else max(total, float(energy.sum()))
@@ -248,7 +251,9 @@ def spectral_split(matrix: Tensor, delta: float = 0.95, power: float = 1.0, max_
     return Split(_signed(vectors[:, :rank]).to(_wide(matrix)), values[:rank].to(_wide(matrix)), float(shares[rank - 1]))
 
 
-def free_split(matrix: Tensor, delta: float = 0.95, power: float = 1.0, *, min_free: int | None = None, pinned: bool = False) -> Split:
+def free_split(
+    matrix: Tensor, delta: float = 0.95, power: float = 1.0, *, min_free: int | None = None, pinned: bool = False,
+) -> Split:
     """`spectral_split` that leaves at least `min_free` directions free, by lowering delta; `share` tells what was used.
 
     Args:

@@ -42,7 +42,7 @@ class SubspaceProjection(OptimizerMixin):
 
     Cost: 4 o d k multiply-adds per side on each rank. On ZeRO 1-3 one all-reduce of the named matrices (for each 2^26
     elements) per step; on FSDP2 none where only right maps are set, because its shards are whole rows. Update space: a
-    copy of the owned slices of the named matrices inside the step.
+    copy of the owned slices of the named matrices inside the step, and one more publication.
     Order: right of ClipGradNorm and DynamicSparsity, which act on what it leaves.
     Limits: in gradient space only plain SGD keeps what it promises: Adam rescales each element, decay and stale momentum move
     protected directions.
@@ -73,9 +73,9 @@ class SubspaceProjection(OptimizerMixin):
         config: SubspaceProjection.Config = self.configs[SubspaceProjection]
         names = [p.__name__ for p in parts_of(type(self))]
         if config.space == "update" and "EMA" in names[names.index("SubspaceProjection") :]:
-            raise CompositionError(f"{type(self).__name__}: EMA must stand to the left of SubspaceProjection, or it averages updates "
-                                   "before they are projected")
-        self._known: tuple[dict[str, Any], dict[str, Projection]] | None = None
+            raise CompositionError(f"{type(self).__name__}: EMA must stand to the left of SubspaceProjection, or it averages "
+                                   "updates before they are projected")
+        self._known: tuple[dict[str, Any], dict[str, Projection], list[str]] | None = None
         self._before: dict[str, Tensor] | None = None
         if config.projections:
             self.set_projections(config.projections)
@@ -85,7 +85,8 @@ class SubspaceProjection(OptimizerMixin):
         """The projections in force, by parameter name, on the host's device."""
         factors = self.states[SubspaceProjection].factors
         if self._known is None or self._known[0] is not factors:  # a state was loaded
-            self._known = factors, {n: Projection.decode(p, self.host.device) for n, p in factors["by_name"].items()}
+            found = {n: Projection.decode(p, self.host.device) for n, p in factors["by_name"].items()}
+            self._known = factors, found, [n for n, p in found.items() if not p.identity]
         return self._known[1]
 
     @torch.no_grad()
@@ -99,7 +100,8 @@ class SubspaceProjection(OptimizerMixin):
         """
         layout = self.host.master_layout()
         for name, projection in projections.items():
-            check(name in layout, "SubspaceProjection", f"projections has {name!r}", "name a trained parameter", nearest(name, layout))
+            check(name in layout, "SubspaceProjection", f"projections has {name!r}", "name a trained parameter",
+                  nearest(name, layout))
             projection.fits(name, layout[name][1])
         plain = {n: projections[n].encode() for n in layout if n in projections}
         if self.host.world > 1 and self.host.title != "plain":
@@ -145,8 +147,11 @@ class SubspaceProjection(OptimizerMixin):
         """Names to project, in the same order on every rank."""
         if not self.configs[SubspaceProjection].strength:
             return []
+        if not self.projections:
+            return []
+        assert self._known is not None
         layout = self.host.master_layout()  # a matrix may have been frozen since
-        return [n for n, p in self.projections.items() if n in layout and not p.identity]
+        return [n for n in self._known[2] if n in layout]
 
     def _project(self, mine: dict[str, tuple[Shard, Tensor]]) -> None:
         """Map each named tensor of which `mine` holds this rank's slice, in place. Collective where matrices are gathered."""

@@ -44,15 +44,17 @@ class Subspace:
         check(v.dim() in (2, 3), "Subspace", f"basis of shape {tuple(v.shape)}", "be (d, k) or (o, d, k)")
         check(a.shape == v.shape[:-2] + v.shape[-1:], "Subspace", f"scale of shape {tuple(a.shape)}",
               f"be {tuple(v.shape[:-2] + v.shape[-1:])}")
-        check(v.dtype in (torch.float32, torch.float64) and a.dtype == v.dtype, "Subspace", f"basis in {v.dtype}, scale in {a.dtype}",
-              "both be float32 or float64")
-        check(v.shape[-1] <= v.shape[-2], "Subspace", f"{v.shape[-1]} directions in {v.shape[-2]} dimensions", "be at most as many")
+        check(v.dtype in (torch.float32, torch.float64) and a.dtype == v.dtype, "Subspace",
+              f"basis in {v.dtype}, scale in {a.dtype}", "both be float32 or float64")
+        check(v.shape[-1] <= v.shape[-2], "Subspace", f"{v.shape[-1]} directions in {v.shape[-2]} dimensions",
+              "be at most as many")
         check_real("Subspace", "rest", self.rest)
         check(bool(torch.isfinite(v).all() and torch.isfinite(a).all()), "Subspace", "entries that are not finite", "be finite")
         gram = v.mT @ v
         wanted = torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) > 0.5).to(v))
         off = float((gram - wanted).abs().max()) if v.shape[-1] else 0.0
-        check(off <= ORTHONORMAL, "Subspace", f"columns orthonormal to {off:.2g}", f"be so to {ORTHONORMAL:g}", "pass eigenvectors, or QR them")
+        check(off <= ORTHONORMAL, "Subspace", f"columns orthonormal to {off:.2g}", f"be so to {ORTHONORMAL:g}",
+              "pass eigenvectors, or QR them")
 
     @property
     def width(self) -> int:
@@ -81,8 +83,8 @@ class Subspace:
         Raises:
             ValueError: another basis; the product of maps with different bases has no factored form of this kind.
         """
-        check(self.basis.shape == other.basis.shape and torch.equal(self.basis, other.basis), "Subspace", "maps with different bases",
-              "share one basis to compose", "apply one after the other")
+        same = self.basis.shape == other.basis.shape and torch.equal(self.basis, other.basis)
+        check(same, "Subspace", "maps with different bases", "share one basis to compose", "apply one after the other")
         return Subspace(self.basis, self.scale * other.scale, self.rest * other.rest)
 
 
@@ -105,7 +107,8 @@ class Projection:
         check(self.left is not None or self.right is not None, "Projection", "neither left nor right", "have a side")
         check(not self.joint or (self.left is not None and self.right is not None), "Projection", "joint with one side",
               "have both", "leave joint out")
-        check(self.left is None or self.left.basis.dim() == 2, "Projection", "a basis for each row on the left", "be on the right")
+        check(self.left is None or self.left.basis.dim() == 2, "Projection", "a basis for each row on the left",
+              "be on the right")
 
     @property
     def identity(self) -> bool:
@@ -137,11 +140,6 @@ class Projection:
             return self.right.right(self.left.right(g.T).T)
         away = g - self.left.right(g.T).T
         return g - (away - self.right.right(away))
-
-    def to(self, device: torch.device | str) -> Projection:
-        """The same on another device."""
-        left, right = (None if s is None else Subspace(s.basis.to(device), s.scale.to(device), s.rest) for s in (self.left, self.right))
-        return Projection(left=left, right=right, joint=self.joint)
 
     def encode(self) -> dict[str, Any]:
         """Plain values that hold every bit: JSON-able."""
@@ -208,7 +206,8 @@ def high_block(weight: Tensor, rank: int) -> Projection:
     wide = matrix.double() if matrix.device.type == "cpu" else matrix.float()
     u, _, vh = torch.linalg.svd(wide, full_matrices=False)
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    return Projection(left=null_space(u[:, :rank].to(dtype).contiguous()), right=null_space(vh[:rank].T.to(dtype).contiguous()), joint=True)
+    sides = (null_space(m.to(dtype).contiguous()) for m in (u[:, :rank], vh[:rank].T))
+    return Projection(left=next(sides), right=next(sides), joint=True)
 
 
 def _encode(side: Subspace | None) -> dict[str, Any] | None:

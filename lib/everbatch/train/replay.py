@@ -34,6 +34,10 @@ def dark_term(logits: Tensor, stored: Tensor, reduction: Literal["element_mean",
     return distance.mean(1) if reduction == "element_mean" else distance.sum(1)
 
 
+_PARTS = {"er": ("replay",), "dark_er": ("dark",), "dark_er_pp": ("dark", "replay")}
+"""Parts that each method draws: "replay" for labels, "dark" for stored logits."""
+
+
 class Replay(TrainerMixin):
     """Rehearse samples of a memory beside each batch of the stream.
 
@@ -76,6 +80,10 @@ class Replay(TrainerMixin):
         """Squared distance of logits: mean over classes (the authors' code) or sum (the paper)."""
 
         def __post_init__(self) -> None:
+            for name, allowed in (("method", tuple(_PARTS)), ("memory", ("reservoir", "class_balanced", "ring")),
+                                  ("key", ("stream", "sample")), ("reduction", ("element_mean", "sample_sum"))):
+                value = getattr(self, name)
+                check(value in allowed, "Replay", f"{name}={value!r}", f"be {', '.join(allowed[:-1])} or {allowed[-1]}")
             check(isinstance(self.capacity, int) and self.capacity >= 0, "Replay", f"capacity={self.capacity!r}",
                   "be an integer >= 0")
             check(isinstance(self.replay_batch, int) and self.replay_batch >= 1, "Replay",
@@ -98,8 +106,7 @@ class Replay(TrainerMixin):
         """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels), or both."""
         parts = super().draw_batch(parts)  # type: ignore[misc]
         config, store = self.configs[Replay], self.states[Replay].store
-        wanted = {"er": ("replay",), "dark_er": ("dark",), "dark_er_pp": ("dark", "replay")}[config.method]
-        for part in wanted if store is not None else ():
+        for part in _PARTS[config.method] if store is not None else ():
             rows = store.draw(config.replay_batch, self.step, part)
             if rows is not None:
                 extras = {"logits": rows["logits"]} if part == "dark" else {}
@@ -135,6 +142,7 @@ def _memory(config: Replay.Config, trainer: Any) -> Buffer:
         tasks = getattr(trainer, "num_tasks", None)
         check(isinstance(tasks, int), "Replay", "memory='ring'", "know the number of tasks",
               "set num_tasks on the trainer before configure_model")
+        assert isinstance(tasks, int)
         return Ring(config.capacity, tasks=tasks, seed=trainer.seed)
     kind = {"reservoir": Reservoir, "class_balanced": ClassBalanced}[config.memory]
     return kind(config.capacity, seed=trainer.seed, key=config.key)

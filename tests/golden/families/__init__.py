@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from golden.comparison import Comparison, Vectors
-from golden.families import buffers, ignite, large_batch, metrics, refresh, regularizers, replay, sparsity, trust, unified, warm
+from golden.families import (
+    buffers,
+    ignite,
+    large_batch,
+    metrics,
+    refresh,
+    regularizers,
+    replay,
+    sparsity,
+    subspace,
+    trust,
+    unified,
+    warm,
+)
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
@@ -18,6 +31,7 @@ FAMILIES: dict[str, Family] = {
     "dst_isolation": sparsity.check_isolation,
     "erk_densities": sparsity.check_densities,
     "itop_mask_updates": sparsity.check_updates,
+    "grip_analytic": subspace.check_grip,
     "lb_asam": large_batch.check,
     "lb_eq_gnp": large_batch.check,
     "lb_eq_looksam": large_batch.check,
@@ -29,10 +43,12 @@ FAMILIES: dict[str, Family] = {
     "lb_lars": trust.check,
     "lb_looksam": large_batch.check,
     "lb_sam": large_batch.check,
+    "osft_analytic": subspace.check_osft,
     "refresh_derpp": refresh.check,
     "regularizers": regularizers.check,
     "replay": replay.check,
     "rigl": sparsity.check_rigl,
+    "same_paper_equations_analytic": subspace.check_same,
     "shrink_perturb": warm.check,
     "si_path_integral": regularizers.check_path,
     "unified_objective": unified.check,

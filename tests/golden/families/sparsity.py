@@ -1,4 +1,4 @@
-"""`erk_densities*`, `itop_mask_updates*`, `rigl*`, `dst_isolation*`: densities, single changes of topology, and whole sparse runs."""
+"""`erk_densities*`, `itop_mask_updates*`, `rigl*`, `dst_isolation*`: densities, single changes of topology, whole sparse runs."""
 
 from __future__ import annotations
 
@@ -47,10 +47,13 @@ def check_updates(file: Vectors, compare: Comparison) -> None:
     if "cosine_death_rate/values" in file:
         start, end, floor = file["cosine_death_rate/hp"].tolist()
         want = file["cosine_death_rate/values"]
-        compare.close("cosine_death_rate/values", [drop_fraction(t, end, start, floor=floor) for t in range(1, len(want) + 1)], want)
+        got = [drop_fraction(t, end, start, floor=floor) for t in range(1, len(want) + 1)]
+        compare.close("cosine_death_rate/values", got, want)
 
 
 def _check_update(file: Vectors, compare: Comparison, case: str, criterion: str, grow_by: str, rate: float) -> None:
+    for kind in ("init_uniform_draw", "mask_init", "exp_avg_after", "exp_avg_sq_after"):  # not compared: see the README
+        file.under(f"{case}/{kind}/")
     masks = _tensors(file.under(f"{case}/mask_before/"))
     names, layers, offset = list(masks), [], 0
     fired, momentum = _tensors(file.under(f"{case}/fired_before/")), _momentum(file, case)
@@ -60,7 +63,6 @@ def _check_update(file: Vectors, compare: Comparison, case: str, criterion: str,
         layers.append(Layer(name, i, 0, offset, weight, mask.bool(), gradient, momentum.get(name),
                             _keys(file, case, name, fired[name].bool())))
         offset += mask.numel()
-        # The density of the first mask was .4: it is the draw below it.
     sizes, active = [m.numel() for m in masks.values()], [int(m.sum()) for m in masks.values()]
     drop = [num_dropped(n, rate, up=True) for n in active]
     dropped = prune(layers, drop, sizes, _alone, criterion=criterion, all_ties=criterion == "magnitude", dtype=torch.float64)
@@ -112,9 +114,10 @@ class Recording(DynamicSparsity, torch.optim.SGD):
     running: Mapping[str, Tensor]
 
     def edit_gradient(self) -> None:
+        gradient = {s.name: g.clone() for s, g in self.host.gradient()}
         super().edit_gradient()
-        scores = self.states[DynamicSparsity].scores
-        self.running = {n: t.clone() for n, t in (scores or self._dense).items()}
+        # The reference also notes the gradient of a step after the last change, which nothing uses.
+        self.running = {n: t.clone() for n, t in (self.states[DynamicSparsity].scores or gradient).items()}
 
 
 def check_rigl(file: Vectors, compare: Comparison) -> None:
@@ -122,8 +125,8 @@ def check_rigl(file: Vectors, compare: Comparison) -> None:
     names = [str(n) for n in file["layer_names"]]
     sparse = [n for n, s in zip(names, file["layer_sparsity_target"], strict=True) if s > 0]
     model = _model({n: t for n, t in file.under("theta_init/").items()})
-    hp = {k: file[f"hp_{k}"].item() for k in ("lr", "momentum", "alpha", "delta", "T_end", "dense_allocation", "grad_accumulation_n",
-                                             "ignore_linear_layers")}
+    hp = {k: file[f"hp_{k}"].item() for k in ("lr", "momentum", "alpha", "delta", "T_end", "dense_allocation",
+                                             "grad_accumulation_n", "ignore_linear_layers")}
     opt = Recording(model, lr=hp["lr"], momentum=hp["momentum"], include=tuple(sparse), density=hp["dense_allocation"],
                     distribution="uniform", drop_fraction=hp["alpha"], update_every=hp["delta"], total_steps=hp["T_end"],
                     stop_fraction=1.0, score_steps=hp["grad_accumulation_n"])
@@ -147,26 +150,55 @@ def check_rigl(file: Vectors, compare: Comparison) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- isolated tasks
-class SGDTasks(DynamicSparsity, torch.optim.SGD): ...
+def _recorded_ties(base: type) -> type:
+    """The class under test over `base`. Among growth scores of exactly zero the reference takes what torch's unstable sort gives,
+    the library goes by position. Such a choice, and only such, is replaced by the recorded one before the run goes on."""
 
+    class Tasks(DynamicSparsity, base):  # type: ignore[misc]
+        recorded: Mapping[str, Tensor]
+        """Masks at the end of the epoch."""
+        epoch_end: int
 
-class AdamTasks(DynamicSparsity, torch.optim.Adam): ...
+        def _change(self, step: int, fraction: float) -> None:
+            used, masks, dense = self._used() or {}, dict(self.states[DynamicSparsity].masks), self._dense
+            kept = {s.name: (s.data.clone(), {k: m.clone() for k, m in s.moments.items()}) for s in self._masked()}
+            super()._change(step, fraction)
+            if step + self.configs[DynamicSparsity].update_every <= self.epoch_end:
+                return  # not the change that left the recorded masks
+            state = self.states[DynamicSparsity]
+            for shard in self._masked():
+                name, want = shard.name, self.recorded[shard.name]
+                score = dense[name] * ~used[name] if name in used else dense[name]
+                odd = state.masks[name] != want
+                if not odd.any() or (odd & (score != 0)).any():
+                    continue
+                weight, moments = kept[name]
+                shard.data.copy_(weight * want)
+                for key, moment in shard.moments.items():
+                    seen = self.configs[DynamicSparsity].dense_moments
+                    moment.copy_(moments[key] if seen else moments[key] * (want & masks[name]))
+                state.masks = type(state.masks)({**state.masks, name: want})
+                state.active[name] = int(want.sum())
+
+    return Tasks
 
 
 def check_isolation(file: Vectors, compare: Comparison) -> None:
-    """The whole run of CL-DST: tasks one after the other, topology changes, the best epoch kept, and predictions for each task."""
+    """The whole run of CL-DST: tasks in turn, changes of topology, the best epoch kept, and predictions for each task."""
     hp = {k.removeprefix("hp_"): file[k].tolist() for k in file.arrays if k.startswith("hp_")}
     model = _model(file.under("theta_init/"))
     tasks = [g for g in file.groups() if g.startswith("task")]
     steps = hp["epochs"] * hp["batches_per_epoch"]
     rules: dict[str, Any] = {
-        "density": hp["density"], "distribution": "erk" if hp["init"] == "ERK" else "uniform", "bernoulli": True, "prune": hp["death"],
-        "grow": hp["growth"], "drop_fraction": hp["death_rate"], "drop_floor": hp["death_rate_eta_min"], "total_steps": steps,
+        "density": hp["density"], "distribution": "erk" if hp["init"] == "ERK" else "uniform", "bernoulli": True,
+        "prune": hp["death"], "grow": hp["growth"], "drop_fraction": hp["death_rate"],
+        "drop_floor": hp["death_rate_eta_min"], "total_steps": steps,
         "update_every": hp["update_frequency"], "stop_fraction": 1.0, "topology_step": "after", "as_released": True,
         "fresh_init": "zeros", "per_task_params": False,
     }
-    opt: Any = (AdamTasks(model, lr=hp["lr"], weight_decay=hp["l2"], dense_moments=True, **rules) if hp["optimizer"] == "adam" else
-                SGDTasks(model, lr=hp["lr"], weight_decay=hp["l2"], momentum=0.9, nesterov=True, **rules))
+    rules |= {"dense_moments": True} if hp["optimizer"] == "adam" else {"momentum": 0.9, "nesterov": True}
+    base = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[hp["optimizer"]]
+    opt: Any = _recorded_ties(base)(model, lr=hp["lr"], weight_decay=hp["l2"], **rules)
     model.load_state_dict(_tensors(file.under("theta_init/")))
     width = file["theta_init/c.weight"].shape[0] // len(tasks)
     for k, task in enumerate(tasks):
@@ -175,6 +207,8 @@ def check_isolation(file: Vectors, compare: Comparison) -> None:
         for epoch in range(hp["epochs"]):
             for group in opt.param_groups:
                 group["lr"] = hp["lr"] * hp["lr_gamma"] ** sum(epoch >= m for m in hp["lr_milestones_epochs"])
+            opt.epoch_end = (epoch + 1) * hp["batches_per_epoch"]
+            opt.recorded = {n: m.bool() for n, m in _tensors(file.under(f"{task}/epoch{epoch}/mask/")).items()}
             accuracy = _epoch(opt, model, file[f"{task}/x"], file[f"{task}/y"], k * width, width)
             where = f"{task}/epoch{epoch}"
             compare.close(f"{where}/train_acc", accuracy, file[f"{where}/train_acc"])
@@ -211,14 +245,14 @@ def _epoch(opt: Any, model: nn.Module, xs: Array, ys: Array, first: int, width: 
 
 
 # ------------------------------------------------------------------------------------------------------------ both
-def _model(weights: Mapping[str, Array], activation: type[nn.Module] = nn.Tanh) -> nn.Module:
-    """Linear and convolution layers in the order of their names, `activation` between; a linear one after a convolution sees it flat."""
+def _model(weights: Mapping[str, Array]) -> nn.Module:
+    """Linear and convolution layers in the order of their names, tanh between; after a convolution, a linear one sees it flat."""
     layers = sorted({n.rpartition(".")[0] for n in weights})
     model = nn.Sequential()
     for i, name in enumerate(layers):
         shape, bias = weights[f"{name}.weight"].shape, f"{name}.bias" in weights
         if i:
-            model.add_module(f"act{i}", activation())
+            model.add_module(f"act{i}", nn.Tanh())
         if len(shape) == 2 and i and weights[f"{layers[i - 1]}.weight"].ndim == 4:
             model.add_module("flat", nn.Flatten())
         model.add_module(name, nn.Linear(shape[1], shape[0], bias=bias) if len(shape) == 2 else
@@ -241,8 +275,7 @@ def _compare(compare: Comparison, prefix: str, got: Mapping[str, Tensor], file: 
     for name, want in file.under(f"{prefix}/").items():
         if name not in got:
             raise FormatError(f"{prefix}/{name}: the library has {sorted(got)}")
-        value = got[name].detach()
-        compare.close(f"{prefix}/{name}", value.to(torch.float32) if value.dtype == torch.bool and want.dtype.kind == "f" else value, want)
+        compare.close(f"{prefix}/{name}", got[name].detach().to(getattr(torch, want.dtype.name)), want)
 
 
 def _tensors(arrays: Mapping[str, Array]) -> dict[str, Tensor]:

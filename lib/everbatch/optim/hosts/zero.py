@@ -307,6 +307,7 @@ def _refuse(engine: Any) -> None:
         "hpZ (zero_hpz_partition_size > 1)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
         "MoE groups": bool(getattr(engine, "has_moe_layers", False)),
         "ZenFlow": bool(getattr(engine, "zenflow", False)),
+        "partial optimizer offload (ratio < 1)": getattr(offload, "ratio", 1.0) < 1.0,
         "SuperOffload": bool(getattr(offload, "super_offload", False)),
         "round_robin_gradients": bool(getattr(zero, "round_robin_gradients", False)),
         "unmanaged gradient accumulation": not engine.managed_gradient_accumulation(),

@@ -147,8 +147,8 @@ class DynamicSparsity(OptimizerMixin):
         @property
         def rules(self) -> topology.Rules:
             """How a change is made."""
-            return topology.Rules(self.prune, self.grow, self.global_threshold, self.redistribute, self.as_released, self.bernoulli,
-                                  self.grow_into_used)
+            return topology.Rules(self.prune, self.grow, self.global_threshold, self.redistribute, self.as_released,
+                                  self.bernoulli, self.grow_into_used)
 
         @property
         def gradients(self) -> bool:

@@ -104,7 +104,8 @@ def change(
         grown = grow_bernoulli(layers, left, counts, inactive, key=key, forbidden=forbidden)
     else:
         grown = grow(layers, left, counts, sizes, host.total, criterion=rules.grow, key=key, across=across, dtype=dtype,
-                     priority=_priority(layers, rules, fired, barred), forbidden=forbidden, released=rules.released, device=host.device)
+                     priority=_priority(layers, rules, fired, barred), forbidden=forbidden, released=rules.released,
+                     device=host.device)
     return {x.name: Change((n := left[i] | grown[i]).view(masks[x.name].shape), (n & ~x.active).view(masks[x.name].shape))
             for i, x in enumerate(layers)}
 
