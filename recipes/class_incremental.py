@@ -93,7 +93,8 @@ def run(options: Recipe) -> None:
         "steps": trainer.step, "skipped_steps": trainer.optimizer.skipped_count, "seed": options.trainer.seed,
         "world_size": world.size, "describe": trainer.describe(), "stream": stream.fingerprint(), "versions": versions(),
         "configuration": config.resolved(options)})
-    lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}" for name, value in figures.items()]
+    lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}"
+             for name, value in figures.items()]
     recorder.say("\n".join([*lines, f"{trainer.step} steps in {seconds:.0f} s; see {folder}/result.json, "
                             f"{folder}/figures/accuracy_matrix.png, and tensorboard --logdir {folder}"]))
     recorder.close()

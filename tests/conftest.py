@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
 from processes import Zygote
+
+torch.set_num_threads(1)  # small tensors: more threads only fight, with each other and with the ranks of jobs
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,8 @@ def trainer(host: str, *, folder: Path | None = None, recorder: Recorder | None 
                                "schedule": Schedule(kind="cosine", warmup_epochs=0.5)} | config
     world = World.current() if host != "plain" else World()
     mixins = (REPLAY | (replay or {})) if issubclass(cls, Replay) else {}
-    return cls(model or net(), optimizer, engine(host, options["batch_size"], options.get("accumulation", 1), world.size, **(raw or {})),
+    chosen = engine(host, options["batch_size"], options.get("accumulation", 1), world.size, **(raw or {}))
+    return cls(model or net(), optimizer, chosen,
                config=Trainer.Config(**options), augment=augment, prepare=prepare, folder=folder, recorder=recorder, device="cpu",
                num_tasks=3, **mixins)
 

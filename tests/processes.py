@@ -41,12 +41,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def torchrun(ranks: int, script: Path, *arguments: str, limit: float, restarts: int = 0, env: dict[str, str] | None = None) -> Job:
+def torchrun(ranks: int, script: Path, *arguments: str, limit: float, restarts: int = 0) -> Job:
     """Run a script under torch.distributed.run; everything it started is killed at the limit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
                "--master-addr", "127.0.0.1", "--master-port", str(free_port()), str(script), *arguments]
     begin = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT, **(env or {})}, text=True,
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         out, err = process.communicate(timeout=limit)
@@ -65,13 +65,13 @@ class Zygote:
         self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
-    def start(self, script: Path, *arguments: str, ranks: int = 2, limit: float = 60.0, env: dict[str, str] | None = None,
+    def start(self, script: Path, *arguments: str, ranks: int = 2, limit: float = 60.0,
               rank_arguments: dict[int, Sequence[str]] | None = None) -> Path:
         """Begin a job; returns the folder in which its pids and outputs appear. One job at a time."""
         self.count += 1
         folder = self.folder / f"job-{self.count}"
         folder.mkdir(parents=True)
-        order = {"script": str(script), "arguments": arguments, "ranks": ranks, "limit": limit, "env": env or {}, "folder": str(folder),
+        order = {"script": str(script), "arguments": arguments, "ranks": ranks, "limit": limit, "folder": str(folder),
                  "rank_arguments": {str(rank): list(extra) for rank, extra in (rank_arguments or {}).items()}}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -82,8 +82,9 @@ class Zygote:
         """Wait for the job that was started last."""
         assert self.process.stdout is not None
         answer = json.loads(self.process.stdout.readline())
-        texts = ["".join((folder / f"{rank}.{kind}").read_text() for rank in range(len(answer["codes"]))) for kind in ("out", "err")]
-        job = Job(answer["codes"], *texts, answer["seconds"], answer["killed"])
+        ranks = range(len(answer["codes"]))
+        out, err = ("".join((folder / f"{rank}.{kind}").read_text() for rank in ranks) for kind in ("out", "err"))
+        job = Job(answer["codes"], out, err, answer["seconds"], answer["killed"])
         assert not answer["hung"], f"hung: {job}"
         return job
 
@@ -116,9 +117,10 @@ def _serve() -> None:
             return pid
         for kind, handle in (("out", 1), ("err", 2)):
             os.dup2(os.open(f"{order['folder']}/{rank}.{kind}", os.O_WRONLY | os.O_CREAT), handle)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(order["ranks"]), LOCAL_WORLD_SIZE=str(order["ranks"]),
+        size = str(order["ranks"])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
-                          TORCHELASTIC_RESTART_COUNT="0", **order["env"])
+                          TORCHELASTIC_RESTART_COUNT="0")
         sys.argv = [order["script"], *order["arguments"], *order["rank_arguments"].get(str(rank), [])]
         code = 0
         try:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from golden.check import check_file, main
+from golden.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
 Named = dict[str, Tensor]
@@ -63,6 +64,15 @@ CASES = [
     *(("replay_er_der_derpp.npz", key) for key in (
         "er/step1/loss", "der/step3/theta_after/fc2.weight", "derpp/step4/buffer_logits", "derpp/step2/buffer_examples",
         "hp_alpha", "hp_beta", "hp_lr")),
+    *(("refresh_derpp_injected_fisher.npz", key) for key in (
+        "task0/step1/theta_unlearned/fc2.bias", "task1/step2/grad_ce/fc1.weight", "hp_tau", "hp_delta")),
+    ("refresh_derpp_large_delta.npz", "task0/fisher_after_end_task/fc1.weight"),
+    *(("regularizers_ewc_si_lwf_cpr.npz", key) for key in (
+        "ewc_on/task1/step0/penalty_before", "ewc_on_cpr/task0/step2/loss", "ewc_on/hp_gamma", "ewc_on_cpr/hp_cpr_beta",
+        "si_repo/task2/big_omega/fc1.bias", "si_repo/hp_xi", "lwf/1/temperature", "cpr/mean_entropy")),
+    ("si_path_integral.npz", "task1/step3/theta_after/fc1.weight"), ("si_path_integral.npz", "hp_c"),
+    *(("unified_objective.npz", key) for key in (
+        "0/kl_p_q", "1/vcl_kl", "2/ncl_theta_next", "0/refresh_traj", "1/refresh_Fdiag")),
 ]
 
 
@@ -142,7 +152,7 @@ def test_a_damaged_file_fails_and_hides_no_other(keep: int, tmp_path: Path, caps
 def test_files_of_later_methods_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "lb_future_sgd_f64.npz", x=np.ones(3))
     assert main([str(tmp_path)]) == 2
-    assert "known prefixes: buffers, cl_metrics, lb_sam, replay" in capsys.readouterr().err
+    assert f"known prefixes: {', '.join(FAMILIES)}" in capsys.readouterr().err
     shutil.copy(GOLDEN / "cl_metrics.npz", tmp_path)
     assert main([str(tmp_path)]) == 0
     assert "not yet lb_future_sgd_f64.npz: no family of this prefix" in capsys.readouterr().out

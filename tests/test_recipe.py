@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, Job, Zygote, torchrun
 
 from everbatch import checkpoint
 from everbatch.distributed import World
 from everbatch.logging import read_scalars
+from processes import ROOT, Job, Zygote, torchrun
 
 RECIPE = ROOT / "recipes" / "class_incremental.py"
 SHORT = ("tasks=3", "trainer.epochs=3", "trainer.checkpoint_every=20", "optimizer.lr=0.05", "data.augment=none")
@@ -70,7 +70,8 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, Job]) -> None:
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert {"loss/total", "loss/cross_entropy", "loss/replay_dark", "loss/replay_label", "lr"} <= rows[1].keys()
     for row in rows[1:]:
-        assert row["loss/total"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("loss/") and k != "loss/total"), rel=1e-5)
+        terms = [v for k, v in row.items() if k.startswith("loss/") and k != "loss/total"]
+        assert row["loss/total"] == pytest.approx(sum(terms), rel=1e-5)
     assert rows[-1]["accuracy/task_0"] == matrix[2][0]
 
 
@@ -188,11 +189,8 @@ def test_own_images_and_a_timm_model(zygote: Zygote, tmp_path: Path) -> None:
                      f"output={tmp_path / 'run'}", limit=200)
     assert job.codes == [0, 0], job.err
     kept = result(tmp_path / "run")
-    assert kept["classes"] == [f"class-{c}" for c in kept_order(kept)] and kept["steps"] == 12 and kept["test_samples"] == [24, 24]
-
-
-def kept_order(kept: dict[str, Any]) -> list[int]:
-    return np.random.RandomState(kept["seed"]).permutation(4).tolist()  # type: ignore[no-any-return]
+    order = np.random.RandomState(kept["seed"]).permutation(4)
+    assert kept["classes"] == [f"class-{c}" for c in order] and kept["steps"] == 12 and kept["test_samples"] == [24, 24]
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -264,11 +262,14 @@ def test_bad_input(zygote: Zygote, bad_inputs: Path, finished: tuple[Path, Job],
     (["optimizer.lr=0.1"], ["lr is [0.03] on rank 0 and [0.1]"]),
     (["data.source=npz:{folder}/other.npz"], ["stream is "]),
 ])
-def test_ranks_that_were_given_different_things(zygote: Zygote, bad_inputs: Path, tmp_path: Path, extra: list[str], texts: list[str]) -> None:
+def test_ranks_that_were_given_different_things(
+    zygote: Zygote, bad_inputs: Path, tmp_path: Path, extra: list[str], texts: list[str],
+) -> None:
     rng = np.random.default_rng(1)
     images = rng.random((800, 1, 8, 8), dtype=np.float32)
     np.savez(bad_inputs / "other.npz", x_train=images, y_train=np.arange(800) % 10, x_test=images, y_test=np.arange(800) % 10)
-    job = zygote.run(RECIPE, f"output={tmp_path}", rank_arguments={1: [e.replace("{folder}", str(bad_inputs)) for e in extra]}, limit=120)
+    other = [e.replace("{folder}", str(bad_inputs)) for e in extra]
+    job = zygote.run(RECIPE, f"output={tmp_path}", rank_arguments={1: other}, limit=120)
     one_message(job, *texts, "must be the same on every rank")
     assert job.seconds < 60
 

@@ -34,7 +34,8 @@ def bregman(generator: Callable[[Tensor], Tensor], a: Tensor, b: Tensor) -> Tens
         0-dim, >= 0, and 0 for a = b. Not symmetric; an affine part of G changes nothing.
     """
     slope, value = torch.func.grad_and_value(generator)(b.detach())
-    return generator(a) - value - ((a - b.detach()) * slope).sum()
+    divergence: Tensor = generator(a) - value - ((a - b.detach()) * slope).sum()
+    return divergence
 
 
 def negative_entropy(p: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class Model:
                 raise ImportError("model: timm is not installed; pip install everbatch[vision]") from error
             check(timm.is_model(self.name), "model", f"name={self.name!r}", "be small_conv or a model of timm",
                   nearest(self.name, [*timm.list_models(), "small_conv"]))
-            return timm.create_model(self.name, pretrained=self.pretrained, num_classes=num_classes,  # type: ignore[no-any-return]
+            return timm.create_model(self.name, pretrained=self.pretrained, num_classes=num_classes,
                                      in_chans=sample.shape[0])
 
 

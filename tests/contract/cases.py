@@ -13,6 +13,7 @@ from typing import Any
 
 import hosts
 import torch
+from maps import MAPS, RIGHT
 from task_ends import TaskEnd
 
 from everbatch.compose import compose, sort_parts
@@ -36,6 +37,7 @@ from everbatch.optim import (
     Refresh,
     ShrinkPerturb,
     StaleSAM,
+    SubspaceProjection,
 )
 
 FACTORY = functools.partial(hosts.build)
@@ -102,6 +104,11 @@ CASES = [
     Case("Ignite", (Ignite,), {"rho": 0.5, "rate": 0.1, "budget": 0.01, "multiplier": 0.1}, {"multiplier": 0.0, "rate": 0.0}),
     Case("ClipGradNorm+EMA+StaleSAM", (ClipGradNorm, EMA, StaleSAM), {"rho": 0.3, "max_norm": 0.3, "ema_decay": 0.5},
          {"rho": 0.0, "max_norm": float("inf")}),
+    Case("SubspaceProjection", (SubspaceProjection,), {"projections": MAPS}, {"projections": MAPS, "strength": 0.0}),
+    Case("SubspaceProjection(right)", (SubspaceProjection,), {"projections": RIGHT}, {"projections": RIGHT, "strength": 0.0}),
+    Case("ClipGradNorm+EMA+SubspaceProjection+SAM", (ClipGradNorm, EMA, SubspaceProjection, SAM),
+         {"projections": MAPS, "space": "update", "strength": 0.5, "rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
+         {"projections": MAPS, "space": "update", "strength": 0.0, "rho": 0.0, "max_norm": float("inf")}),
 ]
 CORE = [c.name for c in CASES[:8]]
 """Cases that run on every host by default; the others run on FEW there, and on every host with --wide."""

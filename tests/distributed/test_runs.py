@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from processes import Zygote, torchrun
 
 WORKER = Path(__file__).parent / "worker.py"

@@ -14,7 +14,7 @@ from torch import nn
 
 from everbatch import seeds
 from everbatch.nn import bn_recalibrate
-from everbatch.optim import EMA, OptimizerMixin, ShrinkPerturb
+from everbatch.optim import EMA, DynamicSparsity, OptimizerMixin, ShrinkPerturb
 from everbatch.optim.fresh import fresh_model
 from everbatch.optim.shards import Vector
 
@@ -344,3 +344,23 @@ def test_a_factory_must_build_the_same_model() -> None:
     with pytest.raises(ValueError, match=r"other shapes of \['0.weight', '0.bias', '2.weight'\], must be the same model"):
         wide = lambda: nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))  # noqa: E731
         Warm(small_net(), lr=0.1, factory=wide).shrink_perturb()
+
+
+def test_pruned_weights_stay_zero_and_the_rest_takes_the_rule() -> None:
+    class Sparse(DynamicSparsity, ShrinkPerturb, torch.optim.SGD):
+        pass
+
+    model = small_net()
+    opt = Sparse(model, lr=0.1, density=0.4, factory=small_net)
+    train(model, opt, 0, 2)
+    before = weights(model)
+    opt.shrink_perturb()
+    pruned = 0
+    for new, old, draw in zip(weights(model), before, fresh_model(small_net, 0, "shrink_perturb", 0).parameters(), strict=True):
+        off = (old == 0) if old.dim() > 1 else torch.zeros_like(old, dtype=torch.bool)
+        assert bool((new[off] == 0).all())
+        torch.testing.assert_close(new[~off], (0.4 * old + 0.1 * draw.detach())[~off])
+        pruned += int(off.sum())
+    assert pruned == sum(int((~m).sum()) for m in opt.whole_masks().values()) > 0
+    train(model, opt, 2, 3)
+    assert all(bool((w[~opt.whole_masks()[n]] == 0).all()) for n, w in model.named_parameters() if n in opt.whole_masks())

@@ -99,11 +99,13 @@ def test_high_block() -> None:
 
 
 def test_every_bit_survives_encoding() -> None:
-    p = Projection(left=null_space(basis(4, 2, 1, torch.float32)), right=damped(basis(6, 3), torch.ones(3).double(), 0.1), joint=True)
+    right = damped(basis(6, 3), torch.ones(3).double(), 0.1)
+    p = Projection(left=null_space(basis(4, 2, 1, torch.float32)), right=right, joint=True)
     q = Projection.decode(json.loads(json.dumps(p.encode())))
     for a, b in ((p.left, q.left), (p.right, q.right)):
         assert a is not None and b is not None
-        assert torch.equal(a.basis, b.basis) and torch.equal(a.scale, b.scale) and a.rest == b.rest and a.basis.dtype == b.basis.dtype
+        assert torch.equal(a.basis, b.basis) and torch.equal(a.scale, b.scale)
+        assert (a.rest, a.basis.dtype) == (b.rest, b.basis.dtype)
     assert q.joint
     empty = Projection.decode(Projection(right=null_space(basis(6, 0))).encode())
     assert empty.right is not None and empty.right.basis.shape == (6, 0) and empty.identity
@@ -169,7 +171,7 @@ def test_the_high_block_stays_for_fifty_steps_of_adam() -> None:
 def test_one_step_in_closed_form() -> None:
     model, other = small_net(), small_net()
     damp = damped(basis(5, 3, 2, torch.float32), torch.tensor([1.0, 0.5, 0.1]), 0.2)
-    maps = {"0.weight": Projection(left=damp), **{"2.weight": Projection(left=null_space(basis(3, 1, 4, torch.float32)), right=damp)}}
+    maps = {"0.weight": Projection(left=damp), "2.weight": Projection(left=null_space(basis(3, 1, 4, torch.float32)), right=damp)}
     train(model, Sub(model, lr=0.3, projections=maps, strength=0.25), 0, 1)
     start = weights(other)
     train(other, torch_sgd(other), 0, 1)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import learning
 import pytest
 import torch
-from learning import Abandoned, stream
 from torch import nn
 
+import learning
 from everbatch import checkpoint
 from everbatch.data import Batch, domain_incremental, task_incremental
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.train import Replay, Schedule, StepRecord, Trainer, TrainerMixin
 from everbatch.train.evaluate import allowed_classes
+from learning import Abandoned, stream
 
 
 def test_a_trainer_that_lacks_a_verb_is_refused_by_name() -> None:
@@ -57,7 +57,8 @@ def test_an_unknown_option_names_the_nearest() -> None:
 def test_micro_batches_sum_to_the_batch(rows: int, pieces: int) -> None:
     losses = torch.arange(1, rows + 1, dtype=torch.float64)
     for weight in (None, torch.linspace(0.1, 0.5, rows, dtype=torch.float64)):
-        batch = Batch(losses[:, None], torch.zeros(rows, dtype=torch.int64), torch.arange(rows), torch.arange(rows), weight=weight,
+        index = torch.arange(rows)
+        batch = Batch(losses[:, None], torch.zeros_like(index), index, index, weight=weight,
                       extras={"logits": losses[:, None]})
         parts = batch.split(pieces)
         assert len(parts) == pieces and all(len(p) >= 1 for p in parts)
@@ -101,7 +102,8 @@ def left(folder: Path, after: int, **options: Any) -> None:
 
 @pytest.mark.parametrize(("options", "text"), [
     ({"seed": 4}, "made with trainer.seed=3, this run has 4"), ({"epochs": 3}, "trainer.epochs=2, this run has 3"),
-    ({"schedule": Schedule()}, "trainer.schedule="), ({"replay": {"alpha": 0.5}}, "mixins.Replay="), ({"cls": Trainer}, "classes=[['Replay'],"),
+    ({"schedule": Schedule()}, "trainer.schedule="), ({"replay": {"alpha": 0.5}}, "mixins.Replay="),
+    ({"cls": Trainer}, "classes=[['Replay'],"),
     ({"optimizer": learning.PLAIN}, "optimizer.")])
 def test_a_checkpoint_of_another_configuration(tmp_path: Path, options: dict[str, Any], text: str) -> None:
     left(tmp_path, 5)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import learning
 import pytest
 import torch
-from learning import stream
 from torch.nn import functional
 
+import learning
 from everbatch.data import Batch
 from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
 from everbatch.train.replay import dark_term, label_term
+from learning import stream
 
 
 def test_gradients_of_the_terms() -> None:
@@ -98,7 +98,8 @@ def test_stored_are_the_logits_before_the_update_although_sam_passes_twice() -> 
     slots = store.buffer.filled
     assert t.optimizer.last_passes == 2 and len(slots) == 96
     rows = store.state_dict()["rows"]
-    torch.testing.assert_close(rows["logits"], torch.stack([last[i] for i in store.buffer.ids[slots].tolist()]), rtol=1e-5, atol=1e-6)
+    expected = torch.stack([last[i] for i in store.buffer.ids[slots].tolist()])
+    torch.testing.assert_close(rows["logits"], expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(rows["raw"], stream().fetch(torch.from_numpy(store.buffer.ids[slots])))
 
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import learning
 import pytest
-from learning import PER_TASK, STEPS, Abandoned, stream
 
+import learning
 from everbatch.logging import read_scalars
-from everbatch.train import Schedule
+from everbatch.train import Schedule, Trainer
+from learning import PER_TASK, STEPS, Abandoned, stream
 
 PEAK, WARM = 0.1, 2
 """Half an epoch of four steps of warm-up."""
@@ -29,8 +29,10 @@ CASES: dict[str, tuple[Schedule, Callable[[int], float]]] = {
     "steps": (Schedule(kind="steps", milestones=(0.75, 1.5), factor=0.1), lambda s: PEAK * 0.1 ** ((s >= 3) + (s >= 6))),
     "warm constant": (Schedule(warmup_epochs=0.5), warmed(lambda s, n: 1.0)),
     "warm cosine": (Schedule(kind="cosine", warmup_epochs=0.5), warmed(lambda s, n: (1 + math.cos(math.pi * s / n)) / 2)),
+    "warm by samples": (Schedule(kind="cosine", warmup_samples=13), warmed(lambda s, n: (1 + math.cos(math.pi * s / n)) / 2)),
     "warm polynomial": (Schedule(kind="polynomial", power=1.5, warmup_epochs=0.5), warmed(lambda s, n: (1 - s / n) ** 1.5)),
-    "warm steps": (Schedule(kind="steps", milestones=(0.75, 1.5), warmup_epochs=0.5), warmed(lambda s, n: 0.1 ** ((s >= 1) + (s >= 4)))),
+    "warm steps": (Schedule(kind="steps", milestones=(0.75, 1.5), warmup_epochs=0.5),
+                   warmed(lambda s, n: 0.1 ** ((s >= 1) + (s >= 4)))),
 }
 
 
@@ -38,14 +40,21 @@ CASES: dict[str, tuple[Schedule, Callable[[int], float]]] = {
 def test_rates_of_every_step(tmp_path: Path, name: str) -> None:
     schedule, rate = CASES[name]
     expected = [rate(s) for s in range(PER_TASK)] * 3
-    for after in (STEPS + 1, 13):
+    for after in (STEPS + 1, 15):  # the second run is left after step 15, inside a task, and goes on from step 12
         folder = tmp_path / str(after)
-        try:
-            learning.trainer("plain", schedule=schedule, folder=folder, recorder=learning.recorder(folder, after)).fit(stream())
-        except Abandoned:
-            learning.trainer("plain", schedule=schedule, folder=folder, recorder=(r := learning.recorder(folder))).fit(
-                stream(), resume=True)
-            r.close()
+
+        def run(after: int, resume: bool, folder: Path = folder) -> None:
+            t = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, schedule=schedule, checkpoint_every=12,
+                                 folder=folder, recorder=learning.recorder(folder, after))
+            t.fit(stream(), resume=resume)
+            t.recorder.close()
+
+        if after > STEPS:
+            run(after, False)
+        else:
+            with pytest.raises(Abandoned):
+                run(after, False)
+            run(-1, True)
         rows = read_scalars(folder / "scalars.jsonl")
         assert [row["step"] for row in rows] == list(range(STEPS))
         assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-9, abs=1e-12)
@@ -58,6 +67,7 @@ def test_a_warm_up_longer_than_the_training() -> None:
 
 @pytest.mark.parametrize(("option", "text"), [
     ({"kind": "linear"}, "kind='linear'"), ({"warmup_epochs": -1.0}, "warmup_epochs=-1.0"), ({"power": 0.0}, "power=0.0"),
+    ({"warmup_samples": -1}, "warmup_samples=-1"), ({"warmup_samples": 8, "warmup_epochs": 1.0}, "be one of them"),
     ({"milestones": (2.0, 1.0)}, "ascend"), ({"factor": 1.5}, "factor=1.5")])
 def test_bad_options(option: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -155,7 +155,7 @@ class ShrinkPerturb(OptimizerMixin):
             odd = list(without_initialiser(module))
             check(not odd, who, f"no factory, and modules {odd[:3]} have no reset_parameters()", "have one",
                   "pass factory=lambda: make_model(), fallback_sigma=0.01 for white noise there, or noise='gaussian'")
-        self._chosen()
+        self.__chosen()
 
     @torch.no_grad()
     def shrink_perturb(self) -> None:
@@ -164,33 +164,33 @@ class ShrinkPerturb(OptimizerMixin):
             raise RuntimeError("ShrinkPerturb: called inside a step, must be called between steps; weights would move under a "
                                "gradient that is being accumulated")
         config, state = self.configs[ShrinkPerturb], self.states[ShrinkPerturb]
-        images = self._images(self._chosen())
+        images = self.__images(self.__chosen())
         shards = [s for s in self.host.shards if s.name in images]
         old = [s.data for s in shards]
-        _write(old, self._filtered(shards, old, [images[s.name](s.data) for s in shards]))
+        _write(old, self.__filtered(shards, old, [images[s.name](s.data) for s in shards]))
         average = self.states[EMA].average if EMA in self.states else {}
         kept = [s for s in shards if s.name in average]
         old = [average[s.name] for s in kept]
-        _write(old, self._filtered(kept, old, [images[s.name](average[s.name]) for s in kept]))
+        _write(old, self.__filtered(kept, old, [images[s.name](average[s.name]) for s in kept]))
         if config.buffers == "reset":
             assert self.host.module is not None  # on_attach
             for part in self.host.module.modules():
                 if callable(getattr(part, "reset_running_stats", None)):
                     part.reset_running_stats()  # type: ignore[operator]
-        self._transform_moments()
+        self.__transform_moments()
         state.round += 1
         self.host.touch()
         self.host.publish_if_dirty()
-        if self._together and not self.host.sharded:
+        if self.__together and not self.host.sharded:
             World.current().require_same("ShrinkPerturb: hash of the weights after the call",
                                          digest({s.name: s.data for s in self.host.shards}))
 
     @property
-    def _together(self) -> bool:
+    def __together(self) -> bool:
         """Whether other ranks make this call as well: a plain host may be one rank's own."""
         return self.host.world > 1 and self.host.title != "plain"
 
-    def _chosen(self) -> dict[str, bool]:
+    def __chosen(self) -> dict[str, bool]:
         """Parameters that the call changes: name to whether it is set as new rather than mixed."""
         config: ShrinkPerturb.Config = self.configs[ShrinkPerturb]
         shapes = {n: tuple(shape) for n, (dtype, shape) in self.host.master_layout().items() if dtype.is_floating_point}
@@ -214,11 +214,11 @@ class ShrinkPerturb(OptimizerMixin):
             check(not odd, "ShrinkPerturb", f"norm_params='reset' with {odd[:3]}", "know their fresh values", "pass factory=")
         return {n: n in norms for n in names if config.norm_params != "skip" or n not in norms}
 
-    def _images(self, chosen: dict[str, bool]) -> dict[str, Callable[[Tensor], Tensor]]:
+    def __images(self, chosen: dict[str, bool]) -> dict[str, Callable[[Tensor], Tensor]]:
         """The map of each owned slice, by name. Draws; touches nothing but the hash in the state."""
         config: ShrinkPerturb.Config = self.configs[ShrinkPerturb]
         scales = dict.fromkeys(chosen, config.scale)
-        fresh = self._draw() if any(chosen.values()) or (config.noise == "fresh_init" and config.scale) else {}
+        fresh = self.__draw() if any(chosen.values()) or (config.noise == "fresh_init" and config.scale) else {}
         if config.noise == "fresh_init" and config.factory is None and self.host.module is not None:
             bare = [n for names in without_initialiser(self.host.module).values() for n in names]
             scales |= {n: config.fallback_sigma or 0.0 for n in bare if n in chosen}
@@ -240,7 +240,7 @@ class ShrinkPerturb(OptimizerMixin):
             result[name] = lambda old, v=values, s=scales[name]: mix(old, v, config.shrink, s)  # type: ignore[misc]
         return result
 
-    def _draw(self) -> dict[str, Tensor]:
+    def __draw(self) -> dict[str, Tensor]:
         """A fresh initialisation, whole, by name; proved to be the same on every rank."""
         config, state = self.configs[ShrinkPerturb], self.states[ShrinkPerturb]
         key, layout = (self.seed, "shrink_perturb", state.round), self.host.master_layout()
@@ -256,7 +256,7 @@ class ShrinkPerturb(OptimizerMixin):
         else:
             return {}
         drawn = digest(draws)
-        if self._together:
+        if self.__together:
             World.current().require_same("ShrinkPerturb: hash of the fresh initialisation", drawn)
         if drawn == state.drawn and self.host.rank == 0:
             warnings.warn("ShrinkPerturb: the factory gave the same weights as in the round before, so the noise repeats; let "
@@ -264,7 +264,7 @@ class ShrinkPerturb(OptimizerMixin):
         state.drawn = drawn
         return draws
 
-    def _filtered(self, shards: list[Shard], old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    def __filtered(self, shards: list[Shard], old: list[Tensor], new: list[Tensor]) -> list[Tensor]:
         """New values after `displacement` has seen the change: masked and frozen entries stay as they are."""
         if not any("displacement" in vars(part) for part in parts_of(type(self))):
             return new
@@ -272,7 +272,7 @@ class ShrinkPerturb(OptimizerMixin):
         allowed = self.displacement(Vector(self.host, shards, [c.clone() for c in change]))
         return [torch.where(a == c, n, o + a) for a, c, n, o in zip(allowed.tensors, change, new, old, strict=True)]
 
-    def _transform_moments(self) -> None:
+    def __transform_moments(self) -> None:
         config: ShrinkPerturb.Config = self.configs[ShrinkPerturb]
         if config.moments == "reset":
             self.host.reset_moments()

@@ -75,8 +75,8 @@ class SubspaceProjection(OptimizerMixin):
         if config.space == "update" and "EMA" in names[names.index("SubspaceProjection") :]:
             raise CompositionError(f"{type(self).__name__}: EMA must stand to the left of SubspaceProjection, or it averages "
                                    "updates before they are projected")
-        self._known: tuple[dict[str, Any], dict[str, Projection], list[str]] | None = None
-        self._before: dict[str, Tensor] | None = None
+        self.__known: tuple[dict[str, Any], dict[str, Projection], list[str]] | None = None
+        self.__before: dict[str, Tensor] | None = None
         if config.projections:
             self.set_projections(config.projections)
 
@@ -84,10 +84,10 @@ class SubspaceProjection(OptimizerMixin):
     def projections(self) -> dict[str, Projection]:
         """The projections in force, by parameter name, on the host's device."""
         factors = self.states[SubspaceProjection].factors
-        if self._known is None or self._known[0] is not factors:  # a state was loaded
+        if self.__known is None or self.__known[0] is not factors:  # a state was loaded
             found = {n: Projection.decode(p, self.host.device) for n, p in factors["by_name"].items()}
-            self._known = factors, found, [n for n, p in found.items() if not p.identity]
-        return self._known[1]
+            self.__known = factors, found, [n for n, p in found.items() if not p.identity]
+        return self.__known[1]
 
     @torch.no_grad()
     def set_projections(self, projections: Mapping[str, Projection], *, project_moments: bool = False) -> None:
@@ -113,49 +113,49 @@ class SubspaceProjection(OptimizerMixin):
         self.states[SubspaceProjection].factors = {"by_name": plain}
         if project_moments:
             for key in ("momentum_buffer", "exp_avg"):
-                self._project({s.name: (s, s.moments[key]) for s in self.host.shards if key in s.moments})
+                self.__project({s.name: (s, s.moments[key]) for s in self.host.shards if key in s.moments})
 
     def edit_gradient(self) -> None:
         """Map the gradients of the named matrices."""
         super().edit_gradient()
-        self._before = None
+        self.__before = None
         if self.configs[SubspaceProjection].space == "grad":
-            self._project({s.name: (s, g) for s in self.host.shards if (g := s.grad) is not None})
+            self.__project({s.name: (s, g) for s in self.host.shards if (g := s.grad) is not None})
 
     def update(self) -> None:
         """Keep the named matrices as they were before the update."""
         config: SubspaceProjection.Config = self.configs[SubspaceProjection]
-        if config.space == "update" and self._active():
-            self._before = {s.name: s.data.clone() for s in self.host.shards if s.name in self.projections}
+        if config.space == "update" and self.__active():
+            self.__before = {s.name: s.data.clone() for s in self.host.shards if s.name in self.projections}
         super().update()
 
     def edit_parameters(self) -> None:
         """Map what the update has done to the named matrices."""
         super().edit_parameters()
-        before, self._before = self._before, None
+        before, self.__before = self.__before, None
         if before is None:  # gradient space, or the update was replaced
             return
         shards = [s for s in self.host.shards if s.name in before]
         change = [s.data - before[s.name] for s in shards]
         mapped = [c.clone() for c in change]
-        self._project({s.name: (s, m) for s, m in zip(shards, mapped, strict=True)})
+        self.__project({s.name: (s, m) for s, m in zip(shards, mapped, strict=True)})
         for s, c, m in zip(shards, change, mapped, strict=True):
             s.data.copy_(torch.where(m == c, s.data, before[s.name] + m))  # an untouched entry keeps its bits
         self.host.touch()
 
-    def _active(self) -> list[str]:
+    def __active(self) -> list[str]:
         """Names to project, in the same order on every rank."""
         if not self.configs[SubspaceProjection].strength:
             return []
         if not self.projections:
             return []
-        assert self._known is not None
+        assert self.__known is not None
         layout = self.host.master_layout()  # a matrix may have been frozen since
-        return [n for n in self._known[2] if n in layout]
+        return [n for n in self.__known[2] if n in layout]
 
-    def _project(self, mine: dict[str, tuple[Shard, Tensor]]) -> None:
+    def __project(self, mine: dict[str, tuple[Shard, Tensor]]) -> None:
         """Map each named tensor of which `mine` holds this rank's slice, in place. Collective where matrices are gathered."""
-        names, known = self._active(), self.projections
+        names, known = self.__active(), self.projections
         strength: float = self.configs[SubspaceProjection].strength
         by_rows = isinstance(self.host, LocalHost) and all(known[n].left is None for n in names)
         if not self.host.sharded or by_rows:
@@ -166,13 +166,13 @@ class SubspaceProjection(OptimizerMixin):
                     t.copy_(_blend(matrix, known[name].apply(matrix, shard.start // matrix.shape[1]), strength).view(t.shape))
             return
         for bucket in _buckets(names, self.host.master_layout()):
-            for name, whole in self._gathered(bucket, mine).items():
+            for name, whole in self.__gathered(bucket, mine).items():
                 if name in mine:
                     shard, t = mine[name]
                     new = _blend(whole, known[name].apply(whole), strength).reshape(-1)
                     t.copy_(new[shard.start : shard.start + t.numel()].view(t.shape))
 
-    def _gathered(self, names: list[str], mine: dict[str, tuple[Shard, Tensor]]) -> dict[str, Tensor]:
+    def __gathered(self, names: list[str], mine: dict[str, tuple[Shard, Tensor]]) -> dict[str, Tensor]:
         """Whole matrices (o, d) from slices, by one all-reduce of zeros and what each rank holds; float32 at least."""
         layout = self.host.master_layout()
         wide = torch.float64 if any(layout[n][0] == torch.float64 for n in names) else torch.float32

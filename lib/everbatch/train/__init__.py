@@ -5,5 +5,6 @@ from everbatch.train.record import StepRecord
 from everbatch.train.replay import Replay
 from everbatch.train.schedule import Schedule
 from everbatch.train.trainer import Trainer
+from everbatch.train.warm_start import WarmStart
 
-__all__ = ["Replay", "Schedule", "StepRecord", "Trainer", "TrainerMixin"]
+__all__ = ["Replay", "Schedule", "StepRecord", "Trainer", "TrainerMixin", "WarmStart"]

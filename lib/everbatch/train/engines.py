@@ -43,13 +43,14 @@ def launch(
         engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration.
         decay_vectors: False puts parameters of fewer than two dimensions into a group with weight_decay 0.
     """
-    cls, options = optimizer.func, dict(optimizer.keywords)
+    cls: Any = optimizer.func
+    options = dict(optimizer.keywords)
     check(isinstance(cls, type) and issubclass(cls, OptimizerMixin) and not optimizer.args, "Trainer",
           f"optimizer={optimizer!r}", "be functools.partial(Cls, option=value, ...) of a composed optimizer class")
     if isinstance(engine, Mapping):
         return _deepspeed(model, cls, options, engine, device, decay_vectors, seed)
-    check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}", "be plain, ddp, fsdp2 or a DeepSpeed configuration",
-          nearest(str(engine), ("plain", "ddp", "fsdp2")))
+    check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}",
+          "be plain, ddp, fsdp2 or a DeepSpeed configuration", nearest(str(engine), ("plain", "ddp", "fsdp2")))
     check(engine != "plain" or world.size == 1, "Trainer", f"engine='plain' on {world.size} ranks", "run on one rank",
           "use engine='ddp', 'fsdp2' or a DeepSpeed configuration")
     model.to(device)

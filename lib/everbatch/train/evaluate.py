@@ -41,7 +41,7 @@ def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task]) -
                 counts[i, 0] += ((guess == ready.targets) * ready.weight).sum()
                 counts[i, 1] += ready.weight.sum()
     right, total = trainer.world.sum(counts).cpu().unbind(1)
-    return (right / total).tolist()  # type: ignore[no-any-return]
+    return (right / total).tolist()
 
 
 def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
@@ -57,7 +57,7 @@ def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
 def evaluating(module: nn.Module, world: World) -> Iterator[None]:
     """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards."""
     flags = [(m, m.training) for m in module.modules()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with mean_buffers(module, world), torch.random.fork_rng(devices=devices):
         module.eval()
         try:

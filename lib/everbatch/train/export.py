@@ -49,4 +49,4 @@ def _frozen(p: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([p]):
             return p.data.clone()
     full = getattr(p, "full_tensor", None)
-    return full() if full is not None else p.data.clone()  # type: ignore[no-any-return]
+    return full() if full is not None else p.data.clone()

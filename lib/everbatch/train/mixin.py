@@ -46,7 +46,9 @@ class TrainerMixin(Contract):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         base = base_of(cls)
-        for part in parts_of(cls) if base is not None else ():
+        if base is None:
+            return
+        for part in parts_of(cls):
             lacking = [v for v in cls.verbs if v in vars(part) and not hasattr(base, v)]
             if lacking:
                 raise CompositionError(f"{cls.__name__}: {part.__name__} extends {lacking[0]}(), which {base.__name__} "

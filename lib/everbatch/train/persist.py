@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from everbatch import checkpoint
+from everbatch import checkpoint, seeds
 from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.compose import base_of, parts_of
 from everbatch.distributed import World
@@ -22,7 +22,7 @@ from everbatch.optim import state as optimizer_state
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
 
-__all__ = ["agree", "identity", "load", "options_of", "save", "set_aside"]
+__all__ = ["agree", "identity", "layout", "load", "options_of", "save", "set_aside"]
 
 
 def save(trainer: Trainer) -> None:
@@ -89,11 +89,16 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     optimizer = {part.__name__: repr(c) for part, c in trainer.optimizer.configs.items()}
     base = base_of(type(trainer.optimizer))
     assert trainer.stream is not None and base is not None
-    classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in parts_of(type(trainer.optimizer))] + [base.__name__]]
+    classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(type(trainer.optimizer)), base)]]
     values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
               "lr": trainer._base_lr, "stream": trainer.stream.fingerprint()}
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
+
+
+def layout(model: nn.Module) -> str:
+    """A short text of names and shapes of all parameters."""
+    return f"layout {seeds.derive(*(f'{n} {tuple(p.shape)}' for n, p in model.named_parameters())):x}"
 
 
 def options_of(optimizer: Any) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Schedule:
     """Shape after the warm-up."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up, in epochs of the task; >= 0."""
+    warmup_samples: int = 0
+    """Length of the linear warm-up, in samples of the stream, in place of epochs; >= 0."""
     power: float = 2.0
     """Exponent of the polynomial decay; > 0. 2 for LARS recipes, 1 for LAMB."""
     milestones: tuple[float, ...] = ()
@@ -45,19 +47,25 @@ class Schedule:
         check(self.kind in ("constant", "cosine", "polynomial", "steps"), "Schedule", f"kind={self.kind!r}",
               "be constant, cosine, polynomial or steps")
         check_real("Schedule", "warmup_epochs", self.warmup_epochs, 0.0)
+        check(isinstance(self.warmup_samples, int) and self.warmup_samples >= 0, "Schedule",
+              f"warmup_samples={self.warmup_samples!r}", "be an integer >= 0")
+        check(not (self.warmup_samples and self.warmup_epochs), "Schedule",
+              f"warmup_samples={self.warmup_samples} and warmup_epochs={self.warmup_epochs}", "be one of them")
         check_real("Schedule", "power", self.power, 0.0, open_low=True)
         check_real("Schedule", "factor", self.factor, 0.0, 1.0, open_low=True)
         rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         check(rising, "Schedule", f"milestones={self.milestones}", "ascend")
 
-    def build(self, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int) -> LRScheduler:
+    def build(self, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int, batch_size: int = 1) -> LRScheduler:
         """A scheduler to be stepped once after every training step.
 
         Raises:
             ValueError: a warm-up as long as the training or longer.
         """
-        total, warm = epochs * steps_per_epoch, round(self.warmup_epochs * steps_per_epoch)
-        check(warm < total, "Schedule", f"warmup_epochs={self.warmup_epochs}", f"be shorter than the {epochs} epochs of the task")
+        total = epochs * steps_per_epoch
+        warm = -(-self.warmup_samples // batch_size) if self.warmup_samples else round(self.warmup_epochs * steps_per_epoch)
+        given = f"warmup_samples={self.warmup_samples}" if self.warmup_samples else f"warmup_epochs={self.warmup_epochs}"
+        check(warm < total, "Schedule", given, f"be shorter than the {epochs} epochs of the task")
         rest = total - warm
         main: LRScheduler
         if self.kind == "cosine":

@@ -110,7 +110,7 @@ class Trainer:
         model = self.configure_model(model)
         persist.agree(self.world, {
             **{f"trainer.{k}": v for k, v in vars(self.config).items()}, "engine": engine, "recorder": recorder is not None,
-            "checkpoints": folder is not None, "model": seeds.derive(*(f"{n} {tuple(p.shape)}" for n, p in model.named_parameters()))})
+            "checkpoints": folder is not None, "model": persist.layout(model)})
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
                              decay_vectors=self.config.decay_vectors)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
@@ -274,7 +274,7 @@ class Trainer:
         for task in stream.tasks:
             loader = Loader(stream, task, self.config.batch_size, self.config.epochs, self.seed, self.world)
             self.config.schedule.build(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), epochs=self.config.epochs,
-                                       steps_per_epoch=loader.steps_per_epoch)
+                                       steps_per_epoch=loader.steps_per_epoch, batch_size=self.config.batch_size)
 
     def _run_task(self, stream: Stream, task: Task) -> None:
         config = self.config
@@ -316,7 +316,9 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = lr
             group.pop("initial_lr", None)
-        schedule = self.config.schedule.build(self.optimizer, epochs=self.config.epochs, steps_per_epoch=steps_per_epoch)  # type: ignore[arg-type]
+        schedule = self.config.schedule.build(
+            self.optimizer, epochs=self.config.epochs, steps_per_epoch=steps_per_epoch,  # type: ignore[arg-type]
+            batch_size=self.config.batch_size)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a resumed run steps the schedule before the optimizer
         for _ in range(self.task_step):
             schedule.step()
@@ -325,9 +327,9 @@ class Trainer:
     def _account(self, record: StepRecord) -> None:
         self.bad_steps = 0 if record.applied else self.bad_steps + 1
         if self.bad_steps >= self.config.max_bad_steps:
-            raise RuntimeError(f"Trainer: {self.bad_steps} consecutive steps up to step {record.step} gave a gradient that is not "
-                               "finite, and were skipped on every rank; lower the learning rate or look at the data, or raise "
-                               "max_bad_steps")
+            raise RuntimeError(f"Trainer: {self.bad_steps} consecutive steps up to step {record.step} gave a gradient that is "
+                               "not finite, and were skipped on every rank; lower the learning rate or look at the data, or "
+                               "raise max_bad_steps")
         if self.recorder is not None:
             terms = {"loss/total": record.loss, **{f"loss/{name}": term for name, term in record.terms.items()}}
             shares = self.world.sum(torch.stack([term.float() for term in terms.values()])) / self.world.size
@@ -362,7 +364,7 @@ class Trainer:
 
 
 class _StopOnSignal:
-    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps, and an end after it; a second signal ends the process at once."""
+    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps and an end after it; a second one ends the process at once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.before = trainer, {}  # type: ignore[var-annotated]

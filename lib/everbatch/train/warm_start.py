@@ -52,7 +52,7 @@ class WarmStart(TrainerMixin):
     def on_task_start(self, task: Task) -> None:
         """Shrink and perturb, before anything to the left looks at the weights."""
         super().on_task_start(task)  # type: ignore[misc]
-        self._require_method()
+        self.__require_method()
         if task.id >= 1 or self.configs[WarmStart].first:
             self.optimizer.shrink_perturb()
 
@@ -63,7 +63,7 @@ class WarmStart(TrainerMixin):
         if every and record.applied and self.optimizer.step_count % every == 0:
             self.optimizer.shrink_perturb()
 
-    def _require_method(self) -> None:
+    def __require_method(self) -> None:
         from everbatch.optim import ShrinkPerturb
 
         kind = type(self.optimizer).__name__
@@ -71,5 +71,5 @@ class WarmStart(TrainerMixin):
               "be composed with ShrinkPerturb", f"class {kind}(ShrinkPerturb, torch.optim....)")
         moments = self.optimizer.configs[ShrinkPerturb].moments
         drops = getattr(getattr(self, "config", None), "reset_optimizer", False)
-        check(moments == "reset" or not drops, "WarmStart", f"moments={moments!r} in ShrinkPerturb and reset_optimizer=True in the "
-              "trainer", "agree", "set reset_optimizer=False")
+        check(moments == "reset" or not drops, "WarmStart",
+              f"moments={moments!r} in ShrinkPerturb and reset_optimizer=True in the trainer", "agree", "set reset_optimizer=False")

@@ -72,7 +72,7 @@ def _trajectory(v: dict[str, Tensor]) -> Array:
         return loss
 
     opt.step(closure)
-    return torch.stack(seen[1:]).numpy()  # type: ignore[no-any-return]
+    return torch.stack(seen[1:]).numpy()
 
 
 class _Recorded(Refresh, torch.optim.SGD):

@@ -336,4 +336,4 @@ def _pack(value: Tensor) -> list[Any]:
 
 def _unpack(kept: list[Any]) -> Tensor:
     raw = np.frombuffer(base64.b64decode(kept[2]), dtype=np.uint8).copy()
-    return torch.from_numpy(raw).view(getattr(torch, kept[0])).view(*kept[1])
+    return torch.from_numpy(raw).view(getattr(torch, kept[0])).view(kept[1])

@@ -1,0 +1,55 @@
+"""ShrinkPerturb and SubspaceProjection on every host: the weights of one process, at the documented cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from processes import torchrun
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+ZERO = ("zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload", "zero3-offload")
+FP32 = ("ddp", "fsdp2", "hsdp", "zero0", *ZERO)
+MIXES = ("factory", "modules", "weights, kept", "gaussian, scaled", "right", "all", "accumulated", "update right", "update all")
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
+"""Largest difference after any step; see the contract suite. bf16: gradients err by some 1 %, and Adam takes whole steps."""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one launch on two ranks measured."""
+    out = tmp_path_factory.mktemp("warm") / "out.json"
+    job = torchrun(2, Path(__file__).parent / "warm_worker.py", str(out), limit=800.0)
+    assert job.codes == [0], job.err[-3000:]
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@pytest.mark.parametrize("host", [*FP32, "zero2-bf16"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_parity(found: dict[str, Any], mix: str, host: str) -> None:
+    value = found[f"{mix}/{host}"]
+    assert isinstance(value, float) and value <= TOLERANCE["bf16" if "bf16" in host else "fp32"], value
+
+
+@pytest.mark.parametrize("host", FP32)
+def test_named_matrices_cost_one_collective_where_they_are_cut(found: dict[str, Any], host: str) -> None:
+    """FSDP2 cuts between rows, so maps on the right alone cost nothing there; ZeRO cuts anywhere."""
+    one = {"allreduce": 1}
+    assert found[f"collectives/all/{host}"] == (one if host in (*ZERO, "fsdp2", "hsdp") else {})
+    assert found[f"collectives/right/{host}"] == (one if host in ZERO else {})
+
+
+def test_ranks_agree(found: dict[str, Any]) -> None:
+    assert found["second moment/False"] < 1e-12 and found["second moment/True"] < 1e-12
+    assert found["rank 0's projections"] is True
+    assert "hash of the fresh initialisation" in found["differing fresh"] and "same on every rank" in found["differing fresh"]
+    assert "hash of the weights after the call" in found["differing weights"]
+    assert found["recalibrated"] < 1e-7
