@@ -30,13 +30,10 @@ def report(capsys: pytest.CaptureFixture[str], folder: Path) -> tuple[int, dict[
 def test_the_library_reproduces_the_golden_vectors(capsys: pytest.CaptureFixture[str]) -> None:
     code, files = report(capsys, GOLDEN)
     assert code == 0
-    assert {name for name, entry in files.items() if entry["status"] == "unknown"} == {"lb_sam_ddp2_local_f64.npz"}
-    assert "scope 'local'" in files["lb_sam_ddp2_local_f64.npz"]["message"]
-    known = [entry for entry in files.values() if entry["status"] != "unknown"]
-    assert len(known) == len(files) - 1
-    for entry in known:
+    for name, entry in files.items():
         assert entry["status"] == "pass" and entry["error"] <= 1 and entry["arrays"] > 0, entry
-        assert all(key.endswith(("num_batches_tracked", "numpy_seed")) for key in entry["unchecked"]), entry
+        partly = name == "grip_analytic.npz"  # its projections are in the library, its unlearning is not
+        assert partly or all(key.endswith(("num_batches_tracked", "numpy_seed")) for key in entry["unchecked"]), entry
 
 
 # ------------------------------------------------------------------------------------------------- altered vectors
