@@ -26,6 +26,7 @@ from everbatch.data import Source, Stream, TensorSource, growing
 from everbatch.distributed import World, init
 from everbatch.errors import check
 from everbatch.logging import Recorder, versions
+from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.plots import compare_curves
 from everbatch.recipe import Data, Engine, Model, Optimizer, guard
@@ -59,6 +60,8 @@ class Recipe:
     pixel_noise: float = 0.0
     """Standard deviation of noise put on each image once and for all, as a share of the pixel range: makes a small data set
     easy to memorise and hard to generalise from; >= 0. Loads the data set into memory."""
+    width: int = 32
+    """Channels of small_conv's first convolution; >= 1."""
     output: str = "runs/growing_data"
     """Folder of this run: result.json, config.yaml, the figure."""
     dry_run: bool = False
@@ -69,6 +72,7 @@ class Recipe:
         check(0 < self.first < 1, "growing_data", f"first={self.first}", "be in (0, 1)")
         check(self.seeds >= 1, "growing_data", f"seeds={self.seeds}", "be >= 1")
         check(self.pixel_noise >= 0, "growing_data", f"pixel_noise={self.pixel_noise}", "be >= 0")
+        check(self.width >= 1, "growing_data", f"width={self.width}", "be >= 1")
         check(bool(self.arms), "growing_data", "arms=()", "name at least one")
 
 
@@ -151,9 +155,16 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World) 
     """Test accuracy after each round, and epochs to fit it, of one arm under one seed."""
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
 
+    def model(number: int) -> nn.Module:
+        if options.model.name != "small_conv":
+            return options.model.build(sample, stream.num_classes, number)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(number, "model"))
+            return SmallConv(sample.shape[0], stream.num_classes, sample.shape[-1], options.width)
+
     def factory() -> nn.Module:
-        # The builder seeds itself; a number drawn from the ambient stream makes it follow that stream.
-        return options.model.build(sample, stream.num_classes, int(torch.randint(2**31, ())))
+        # `model` seeds itself; a number drawn from the ambient stream makes it follow that stream.
+        return model(int(torch.randint(2**31, ())))
 
     optimizer = options.optimizer.build()
     if arm != "warm":
@@ -166,9 +177,8 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World) 
     learner = type("Learner", ((WarmStart,) if arm != "warm" else ()) + (Fitted, Trainer), {})
     alone = options.engine.kind == "ddp" and world.size == 1
     engine = "plain" if alone else options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size)
-    trainer = learner(options.model.build(sample, stream.num_classes, seed), optimizer, engine,
-                      config=replace(options.trainer, seed=seed), augment=options.data.augmentation(sample.shape[-1]),
-                      prepare=options.data.prepare, num_tasks=len(stream))
+    trainer = learner(model(seed), optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
+                      augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
     matrix = trainer.fit(stream)
     return [matrix[k][k] for k in range(len(stream))], list(trainer.states[Fitted].epochs)
 

@@ -218,7 +218,7 @@ def plan(world: int, *, wide: bool) -> Plan:
     ring = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]  # four apart: another engine and, mostly, another stage
     moves = [(s, h, c.name, c.bases[0]) for s, h in ring for c in CASES if wide or ("+" in c.name and c.name in CORE)]
     moves += [(s, h, c.name, c.bases[0]) for s, h in (("zero3", "fsdp2"), ("ddp", "zero2")) for c in CASES
-              if not wide and c.name not in CORE]
+              if c.name not in CORE and not (wide and (s, h) in ring)]
     if wide:  # each pair on two hosts, in turn, so that every host meets every mixin
         hosts_in_turn = itertools.cycle(FP32[1:])
         lives += [(next(hosts_in_turn), p.name, p.bases[0]) for p in PAIRS.values() if isinstance(p, Case) for _ in range(2)]

@@ -26,7 +26,8 @@ LAUNCHES: dict[str, tuple[int, list[str]]] = {
     "two": (2, [f"resume:{h}" for h in SHARDED] + [f"invariance:{h}" for h in ROUNDED]
             + ["leave:ddp", "leave:zero2", "leave:zero3", "enter:1-ddp/ddp", "enter:1-plain/zero2", "enter:2-zero3/zero1"]
             + [f"evaluation:{h}" for h in ("ddp", "fsdp2", "zero3")] + [f"bad_numbers:{h}" for h in SHARDED]
-            + [f"accumulation:{h}" for h in ROUNDED] + [f"half:{h}" for h in ("ddp", "fsdp2", "zero2-bf16")] + ["disagreement"]),
+            + [f"accumulation:{h}" for h in ROUNDED] + [f"half:{h}" for h in ("ddp", "fsdp2", "zero2-bf16")]
+            + ["disagreement", "refused"]),
     "one again": (1, ["enter:2-zero2/plain", "enter:2-ddp/ddp"]),
     "three": (3, ["enter:2-zero2/zero3", "enter:2-ddp/fsdp2"]),
 }
@@ -101,6 +102,11 @@ def test_numbers_that_are_not_finite(launch: Callable[[str], Results], name: str
 @pytest.mark.parametrize("host", ["ddp", "fsdp2", "zero2-bf16"])
 def test_half_precision(launch: Callable[[str], Results], host: str) -> None:
     passes(launch("two"), f"half/{host}")
+
+
+@pytest.mark.distributed
+def test_batch_norm_in_bf16_under_deepspeed(launch: Callable[[str], Results]) -> None:
+    passes(launch("two"), "refused/batch norm")
 
 
 @pytest.mark.distributed

@@ -1,0 +1,69 @@
+"""The growing-data recipe runs as documented, and says no more than its numbers do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from processes import ENVIRONMENT, ROOT, torchrun
+
+RECIPE = ROOT / "recipes" / "growing_data.py"
+SHORT = ("trainer.epochs=1", "trainer.batch_size=32", "optimizer.lr=0.01", "width=4", "seeds=2", "rounds=3")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("growing_data", RECIPE)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["growing_data"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_short_run_alone(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    ended = subprocess.run([sys.executable, "-W", "error", str(RECIPE), *SHORT, f"output={tmp_path}"], text=True, timeout=200,
+                           capture_output=True, env={**os.environ, **ENVIRONMENT})
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["sizes"] == [674, 337, 336] and (tmp_path / "figures" / "accuracy_by_round.png").exists()
+    rows = result["accuracy"]
+    assert {arm: [len(r) for r in found] for arm, found in rows.items()} == dict.fromkeys(
+        ("fresh", "warm", "shrink_perturb"), [3, 3])
+    assert all(rows["warm"][s][0] == rows["shrink_perturb"][s][0] == rows["fresh"][s][0] for s in range(2))  # a common round
+    assert rows["warm"][0][1:] != rows["shrink_perturb"][0][1:] != rows["fresh"][0][1:]
+    assert ended.stdout.count("standard error") == 3 and "start over minus warm start" in ended.stdout
+
+
+@pytest.mark.distributed
+def test_a_short_run_on_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    job = torchrun(2, RECIPE, *SHORT, f"output={tmp_path}", limit=200.0)
+    assert job.codes == [0], job.err[-3000:]
+    assert json.loads((tmp_path / "result.json").read_text())["world_size"] == 2
+
+
+def test_a_difference_within_its_error_is_called_none(recipe: ModuleType) -> None:
+    same = recipe.gap([0.70, 0.72, 0.69], [0.71, 0.70, 0.70])
+    assert same["mean"] == pytest.approx(0.0) and same["error"] == pytest.approx(0.01)
+    assert recipe.verdict("fresh_minus_warm", same, 3).endswith("no difference beyond 2 standard errors")
+    clear = recipe.gap([0.75, 0.76, 0.77], [0.70, 0.70, 0.70])
+    assert recipe.verdict("fresh_minus_warm", clear, 3).endswith("differs from zero")
+    assert "no statement" in recipe.verdict("fresh_minus_warm", recipe.gap([0.7], [0.6]), 1)
+
+
+def test_sizes_and_bad_options(recipe: ModuleType) -> None:
+    assert recipe.round_sizes(10, 3, 0.5) == [5, 3, 2]
+    with pytest.raises(ValueError, match="growing_data: 3 samples in 9 rounds, must be at least one new sample in each"):
+        recipe.round_sizes(3, 9, 0.5)
+    for name, value in (("rounds", 1), ("first", 1.0), ("seeds", 0), ("pixel_noise", -0.1), ("width", 0), ("arms", ())):
+        with pytest.raises(ValueError, match=f"growing_data: {name}="):
+            recipe.Recipe(**{name: value})
