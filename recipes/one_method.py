@@ -20,13 +20,13 @@ from everbatch import compose, optim
 from everbatch.data import load
 from everbatch.nn import SmallConv
 
-
 DEFAULTS = {torch.optim.SGD: {"lr": 0.1, "momentum": 0.9}}
 
 
 def main(*words: str) -> float:
     """Train two epochs; returns the test accuracy."""
-    options = {k: ast.literal_eval(v) if v[:1] in "0123456789-'\"TFN" else v for k, v in (w.split("=") for w in words if "=" in w)}
+    given = dict(w.split("=") for w in words if "=" in w)
+    options = {k: ast.literal_eval(v) if v[:1] in "0123456789-'\"TFN" else v for k, v in given.items()}
     base = getattr(torch.optim, options.pop("base", "SGD"))
     torch.manual_seed(0)
     digits, test, model = load("digits", train=True), load("digits", train=False), SmallConv(1, 10, 8)

@@ -64,6 +64,7 @@ class Zygote:
         self.folder, self.count = folder, 0
         self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def start(self, script: Path, *arguments: str, ranks: int = 2, limit: float = 60.0,
               rank_arguments: dict[int, Sequence[str]] | None = None) -> Path:
@@ -101,15 +102,21 @@ def _serve() -> None:
     """The zygote's own loop: one order per line of stdin, one answer per line of stdout."""
     import runpy
 
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print on the way is not an answer
     import deepspeed  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import timm  # noqa: F401
     import torch
     import torch.distributed as dist
+    from deepspeed.comm.torch import build_shm_op
     from torch.utils import tensorboard  # noqa: F401
 
     import everbatch.train  # noqa: F401
+
+    build_shm_op()  # compiled on the first use on a machine, a minute or more that no case shall be charged with
+    answers.write("ready\n")
 
     def begin(order: dict[str, Any], rank: int, port: int) -> int:
         pid = os.fork()
@@ -171,14 +178,14 @@ def _serve() -> None:
                 for pid in pids:
                     os.kill(pid, signal.SIGTERM)
             if now - start > order["limit"] or (ended and now - failed > 13.0):
-                hung = bool(pids)
+                hung = hung or bool(pids)
                 for pid in pids:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
         seconds = time.monotonic() - start
         os.kill(store, signal.SIGKILL)
         os.waitpid(store, 0)
-        print(json.dumps({"codes": codes, "seconds": seconds, "killed": ended, "hung": hung}), flush=True)
+        answers.write(json.dumps({"codes": codes, "seconds": seconds, "killed": ended, "hung": hung}) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
-    """One uninterrupted run under the real torchrun."""
+def finished(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
+    """One uninterrupted run under the real torchrun; after the zygote, which has DeepSpeed compile what it wants to."""
     folder = tmp_path_factory.mktemp("recipe") / "run"
     job = torchrun(2, RECIPE, *SHORT, f"output={folder}", limit=300)
     assert job.codes == [0], job.err[-5000:]

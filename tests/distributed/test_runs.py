@@ -119,7 +119,7 @@ def test_ranks_that_disagree(launch: Callable[[str], Results]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("hosts", [("ddp", "zero1"), pytest.param(("fsdp2", "zero0", "zero2", "zero3"), marks=pytest.mark.slow)])
-def test_kill_9_and_restart(tmp_path: Path, hosts: tuple[str, ...]) -> None:
+def test_kill_9_and_restart(zygote: Zygote, tmp_path: Path, hosts: tuple[str, ...]) -> None:
     """Rank 0 or 1 is killed in the middle of one run after the other; torchrun starts all ranks again, and each run ends as one
     that was never interrupted."""
     out = tmp_path / "out.json"

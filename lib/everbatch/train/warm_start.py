@@ -72,4 +72,5 @@ class WarmStart(TrainerMixin):
         moments = self.optimizer.configs[ShrinkPerturb].moments
         drops = getattr(getattr(self, "config", None), "reset_optimizer", False)
         check(moments == "reset" or not drops, "WarmStart",
-              f"moments={moments!r} in ShrinkPerturb and reset_optimizer=True in the trainer", "agree", "set reset_optimizer=False")
+              f"moments={moments!r} in ShrinkPerturb and reset_optimizer=True in the trainer", "agree",
+              "set reset_optimizer=False")
