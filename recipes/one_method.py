@@ -24,14 +24,14 @@ DEFAULTS = {torch.optim.SGD: {"lr": 0.1, "momentum": 0.9}}
 
 
 def main(*words: str) -> float:
-    """Train two epochs; returns the test accuracy."""
+    """Train four epochs; returns the test accuracy."""
     given = dict(w.split("=") for w in words if "=" in w)
     options = {k: ast.literal_eval(v) if v[:1] in "0123456789-'\"TFN" else v for k, v in given.items()}
     base = getattr(torch.optim, options.pop("base", "SGD"))
     torch.manual_seed(0)
     digits, test, model = load("digits", train=True), load("digits", train=False), SmallConv(1, 10, 8)
     opt = compose(*(getattr(optim, w) for w in words if "=" not in w), base=base)(model, **{**DEFAULTS.get(base, {}), **options})
-    for rows in [r for _ in range(2) for r in torch.randperm(len(digits)).split(64)]:
+    for rows in [r for _ in range(4) for r in torch.randperm(len(digits)).split(64)]:
         x, y = digits.fetch(rows).float() / 16, digits.targets[rows]
 
         def losses(rows: torch.Tensor | None = None, x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:

@@ -22,7 +22,7 @@ def recipe() -> Any:
 
 @pytest.mark.parametrize("words", [
     "SAM rho=0.05", "ASAM rho=0.2", "GSAM rho=0.05", "GradientNorm", "WSAM rho=0.02", "LookSAM rho=0.05", "StaleSAM rho=0.02",
-    "ESAM rho=0.05", "Ignite rho=0.01", "ClipGradNorm EMA", "LARS weight_decay=1e-4 trust_coeff=0.1",
+    "ESAM rho=0.02", "Ignite rho=0.01", "ClipGradNorm EMA", "LARS weight_decay=1e-4 trust_coeff=0.1",
     "LAMB base=AdamW lr=0.01 weight_decay=0.01", "DynamicSparsity density=0.5 update_every=10", "EWC", "SI", "MAS",
     "Refresh gamma=0.0001", "ClipGradNorm DynamicSparsity StaleSAM density=0.5 rho=0.02"])
 def test_a_method_learns_digits_in_a_plain_loop(recipe: Any, words: str) -> None:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from processes import torchrun
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 ZERO = ("zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload", "zero3-offload")
 FP32 = ("ddp", "fsdp2", "hsdp", "zero0", *ZERO)
 MIXES = ("factory", "modules", "weights, kept", "gaussian, scaled", "right", "all", "accumulated", "update right", "update all")
