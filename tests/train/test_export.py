@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import learning
 import torch
-from learning import stream
 from safetensors.torch import load_file
 
+import learning
 from everbatch.train import Trainer
+from learning import stream
 
 
 def test_the_file_loads_into_the_bare_model(tmp_path: Path) -> None:
