@@ -1,17 +1,23 @@
-"""Running statistics of normalisation layers, estimated anew."""
+"""Running statistics of normalisation layers: estimated anew, or kept from moving."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.distributed import World
 from everbatch.errors import check
 
-__all__ = ["bn_recalibrate"]
+__all__ = ["bn_recalibrate", "frozen_statistics"]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @torch.no_grad()
@@ -23,7 +29,8 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
 
     Needed wherever weights were edited and statistics kept: after shrink and perturb with buffers="keep", after averaging
     weights. Only the normalisation layers are put into training mode (dropout stays off, and draws nothing); modes and
-    momenta are put back, also when a forward raises; the old statistics are, then. Weights are not touched.
+    momenta are put back, also when a forward raises; the old statistics are, then. Weights are not touched. A layer that no
+    forward reached keeps its statistics: of split layers, all branches but the one in use (see `split_branch`).
 
     Args:
         model: holds the layers.
@@ -32,17 +39,17 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
         average: mean over the ranks as well, so that all end with the same statistics; one all-reduce.
 
     Returns:
-        The number of layers; 0 when there is none, and then no forward is run.
+        The number of layers, split ones counted once per branch; 0 when there is none, and then no forward is run.
 
     Raises:
         ValueError: no batches.
     """
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not layers:
         return 0
     modes = [(m, m.training) for m in model.modules()]
     momenta = [(m, m.momentum) for m in layers]
-    before = [(b, b.clone()) for m in layers for b in m.buffers(recurse=False)]
+    before = [(m, b, b.clone()) for m in layers for b in m.buffers(recurse=False)]
     count = 0
     try:
         model.eval()
@@ -54,8 +61,12 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
             (forward or model)(inputs)
             count += 1
         check(count > 0, "bn_recalibrate", "no batches", "get at least one")
+        idle = {layer for layer in layers if layer.num_batches_tracked == 0}
+        for layer, buffer, value in before:
+            if layer in idle:
+                buffer.copy_(value)
     except BaseException:
-        for buffer, value in before:
+        for _, buffer, value in before:
             buffer.copy_(value)
         raise
     finally:
@@ -70,3 +81,50 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
         for buffer, mean in zip(kept, torch.split(flat, [b.numel() for b in kept]), strict=True):
             buffer.copy_(mean.view(buffer.shape))
     return len(layers)
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Forwards inside the block give what they would give, and leave every buffer of `model` as it was, bit for bit.
+
+    Batch norm in training mode goes on using the batch's statistics and moves none of its own; other buffers are copied, and
+    written back in place at the end, also where a forward put another tensor under the name; DDP broadcasts none. Flags and
+    buffers are put back when the block raises as well. Parameters, modes and random numbers are not touched; buffers born
+    inside the block stay.
+
+    Run backwards inside the block: writing a buffer back makes autograd refuse graphs that saved it.
+
+    Cost: a walk over the modules, and memory for the copies: none for batch norm in training mode.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        for module in model.modules():
+            undo += hold_statistics(module)
+        yield
+    finally:
+        for action in reversed(undo):
+            action()
+
+
+def hold_statistics(module: nn.Module) -> list[Callable[[], None]]:
+    """Keep one module's own buffers (not its children's) from moving; returns what to call, last first, to let go."""
+    undo: list[Callable[[], None]] = []
+    # Batch norm without the flag uses the batch as before and moves nothing; momentum = 0 would still count the batch. Instance
+    # norm has the flag and moves its statistics without it.
+    still: tuple[str, ...] = ()
+    if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+        module.track_running_stats, still = False, STATISTICS
+        undo.append(functools.partial(setattr, module, "track_running_stats", True))
+    if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
+        module.broadcast_buffers = False  # else a forward brings the first rank's
+        undo.append(functools.partial(setattr, module, "broadcast_buffers", True))
+    for name, tensor in module._buffers.items():
+        if tensor is not None and name not in still:
+            undo.append(functools.partial(put_back, module, name, tensor, tensor.clone()))
+    return undo
+
+
+def put_back(module: nn.Module, name: str, tensor: Tensor, kept: Tensor) -> None:
+    """Make buffer `name` the tensor it was, with the values it had."""
+    tensor.copy_(kept)
+    module._buffers[name] = tensor

@@ -123,6 +123,7 @@ class StaleSAM(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    moves_first = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

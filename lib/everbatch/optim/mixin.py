@@ -38,6 +38,8 @@ class OptimizerMixin(Contract):
                                         "edit_gradient", "update", "edit_parameters")
     needs: ClassVar[tuple[str, ...]] = ()
     """Auxiliary objectives that `step` must be given: "output", "data", "per_sample"."""
+    moves_first: ClassVar[bool] = False
+    """Whether the recorded pass runs at weights that this part has moved; what reads weights in that pass must know."""
     final: ClassVar[tuple[str, ...]] = ("step", "backward", "zero_grad", "state_dict", "load_state_dict")
     host: Host
     metrics: dict[str, Tensor]
@@ -93,6 +95,7 @@ class OptimizerMixin(Contract):
         self._on_apply: list[Callable[[], None]] = []
         self._on_skip: list[Callable[[], None]] = []
         self._replaced, self._warned = "", False
+        self._held: frozenset[str] = frozenset()
         self._objective: Objective | None = None
         self.last_applied, self.last_passes = True, 0
         return self._configure(options)
@@ -163,8 +166,9 @@ class OptimizerMixin(Contract):
                 for commit in self._on_apply:
                     commit()
                 if not self._replaced:
-                    self.update()
-                    self.host.dirty = False
+                    with self._holding():
+                        self.update()
+                        self.host.dirty = False
                 self.step_count += 1
                 self.edit_parameters()
             else:
@@ -288,6 +292,24 @@ class OptimizerMixin(Contract):
     def on_skip(self, undo: Callable[[], None]) -> None:
         """Run `undo` if this step is skipped: how a part that moved weights before the gradient puts them back."""
         self._on_skip.append(undo)
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Leave these parameters and their moments as they are in the next step's update: no term of its loss reaches them, and
+        neither decay nor momentum shall move them. Adam's count of steps goes on."""
+        self._held = frozenset(names)
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        held = [s for s in self.host.shards if s.name in self._held] if self._held else []
+        self._held = frozenset()
+        kept = [(s, s.data.clone(), {k: v.clone() for k, v in s.moments.items()}) for s in held]
+        yield
+        for shard, data, moments in kept:
+            shard.data.copy_(data)
+            for name, value in shard.moments.items():
+                value.copy_(moments[name]) if name in moments else value.zero_()
+        if kept:
+            self.host.touch()
 
     def replace_update(self, reason: str) -> None:
         """Apply the step without the base optimizer's update (a topology change, say)."""

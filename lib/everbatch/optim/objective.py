@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from everbatch import seeds
+from everbatch.nn.statistics import hold_statistics, put_back
 
 if TYPE_CHECKING:
     from everbatch.optim.hosts.base import Host
@@ -93,7 +92,7 @@ class Objective:
     def rollback(self) -> None:
         """Put every buffer the recorded pass may have moved back to where it was before the step."""
         for entry in self._buffers:
-            _put_back(*entry)
+            put_back(*entry)
 
     def _keep_buffers(self, root: nn.Module) -> None:
         for module, name, tensor in _buffers_of(root):
@@ -128,27 +127,7 @@ class _Watch:
             self.objective._keep_buffers(module)
             return
         for part in module.modules():
-            if isinstance(part, DistributedDataParallel) and part.broadcast_buffers:
-                self._switch(part, "broadcast_buffers")
-            elif part.training and getattr(part, "track_running_stats", False):
-                # Batch statistics are used as before, nothing is moved; momentum = 0 would still count the batch.
-                self._switch(part, "track_running_stats")
-            else:
-                self._hold_buffers(part)
-
-    def _switch(self, module: nn.Module, flag: str) -> None:
-        setattr(module, flag, False)
-        self.undo.append(lambda: setattr(module, flag, True))
-
-    def _hold_buffers(self, module: nn.Module) -> None:
-        for name, tensor in module._buffers.items():
-            if tensor is not None:
-                self.undo.append(functools.partial(_put_back, module, name, tensor, tensor.clone()))
-
-
-def _put_back(module: nn.Module, name: str, tensor: Tensor, kept: Tensor) -> None:
-    tensor.copy_(kept)
-    module._buffers[name] = tensor
+            self.undo += hold_statistics(part)
 
 
 def _buffers_of(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

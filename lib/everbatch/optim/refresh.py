@@ -89,6 +89,7 @@ class Refresh(OptimizerMixin):
     0.24 sqrt(P) for every weight, more than most weights are large, and with P = 1 a small net on digits stays at chance.
     """
 
+    moves_first = True
     left_of = ("SAM", "ASAM", "GSAM", "GradientNorm", "WSAM", "LookSAM", "ESAM", "Ignite", "StaleSAM")
 
     @dataclass(frozen=True, kw_only=True)
