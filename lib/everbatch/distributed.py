@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from everbatch.errors import check
 
-__all__ = ["World", "init"]
+__all__ = ["World", "attempt_store", "init"]
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,35 @@ class World:
         return result
 
 
-def init(device: str | None = None, timeout_s: float = 600.0) -> World:
+def attempt_store(timeout_s: float = 600.0) -> tuple[Store, int, int]:
+    """A connection to the store of this launch, and this process's rank and number of ranks in torchrun's world."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    launch = (attempt, *(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    if launch not in _stores:
+        store, rank, size = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
+        # torchrun's static rendezvous keeps one store over restarts, with the addresses of the dead ranks in it.
+        _stores[launch] = PrefixStore(f"attempt-{attempt}", store), rank, size
+    return _stores[launch]
+
+
+_stores: dict[tuple[str, ...], tuple[Store, int, int]] = {}
+_groups = itertools.count()
+
+
+def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0) -> World:
     """Join the process group that `torchrun` describes in the environment, once; one rank without it.
 
     Args:
         device: "cuda" or "cpu"; by default CUDA where there is one. Decides the backend: nccl with gloo for CPU tensors, or gloo.
         timeout_s: seconds until a collective that some rank never joined raises instead of hanging.
+        spare: ranks of torchrun's world, the last ones, that stay outside of the group.
     """
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        limit = datetime.timedelta(seconds=timeout_s)
-        store, rank, size = next(rendezvous("env://", timeout=limit))
-        # torchrun's static rendezvous keeps one store over restarts, with the addresses of the dead ranks in it.
-        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        store, rank, size = attempt_store(timeout_s)
+        store = PrefixStore(f"group-{next(_groups)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size - spare,
+                                timeout=datetime.timedelta(seconds=timeout_s))
     return World.current()

@@ -29,6 +29,8 @@ class Engine:
     """The bare module; with DeepSpeed's and FSDP2's hooks on it."""
     call: Callable[[Tensor], Any]
     """Runs a forward so that gradients of its result are reduced."""
+    bare: Callable[[Tensor], Any]
+    """Runs a forward of the bare module, for gradients of inputs: reduces nothing, whatever is differentiated."""
 
 
 def launch(
@@ -63,7 +65,7 @@ def launch(
     elif engine == "fsdp2":
         shard_blocks(model)
     target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
-    return Engine(cls(target, seed=seed, **options), model, call)
+    return Engine(cls(target, seed=seed, **options), model, call, model)
 
 
 def shard_blocks(model: nn.Module) -> nn.Module:
@@ -111,4 +113,4 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
     def call(inputs: Tensor) -> Any:
         return engine.module(inputs.bfloat16() if half and inputs.is_floating_point() else inputs)
 
-    return Engine(cls.on(engine, seed=seed, **flat), engine.module, call)
+    return Engine(cls.on(engine, seed=seed, **flat), engine.module, call, call)

@@ -9,6 +9,7 @@ import torch
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
+    LambdaLR,
     LinearLR,
     LRScheduler,
     MultiStepLR,
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from everbatch.errors import check, check_real
+from everbatch.optim.rules import lr_at
 
 __all__ = ["Schedule"]
 
@@ -28,6 +30,11 @@ class Schedule:
     Warm-up:  lr(s) = peak * (s + 1) / (w + 1)  for s < w steps, so that the first update is not a no-op.
     Then, over the remaining S steps:  constant;  cosine to 0;  polynomial peak * (1 - s/S)^power;  or steps: times `factor`
     at each milestone.
+
+    first="zero" is the TPU recipes' polynomial instead, `everbatch.optim.rules.lr_at`: over all s of S steps,
+        lr(s) = peak * epoch / warmup_epochs, from lr(0) = 0;   after it (peak - end) * (1 - d / D)^power + end,
+        epoch = s / (steps per epoch),  d = max(1, s - w),  D = S - w + 1,  w whole steps of warm-up.
+    An epoch is what the trainer trains on, without the incomplete last batch.
     """
 
     kind: Literal["constant", "cosine", "polynomial", "steps"] = "constant"
@@ -42,6 +49,10 @@ class Schedule:
     """kind="steps": epochs of the task at which the rate drops, ascending."""
     factor: float = 0.1
     """kind="steps": factor at each milestone; in (0, 1]."""
+    first: Literal["peak_share", "zero"] = "peak_share"
+    """Rate of the first update of a warm-up: peak / (w + 1), or 0 as in TPU recipes (with kind="polynomial")."""
+    end_lr: float = 0.0
+    """first="zero": rate at the end; in [0, 1], at most the peak."""
 
     def __post_init__(self) -> None:
         check(self.kind in ("constant", "cosine", "polynomial", "steps"), "Schedule", f"kind={self.kind!r}",
@@ -55,6 +66,11 @@ class Schedule:
         check_real("Schedule", "factor", self.factor, 0.0, 1.0, open_low=True)
         rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         check(rising, "Schedule", f"milestones={self.milestones}", "ascend")
+        check(self.first in ("peak_share", "zero"), "Schedule", f"first={self.first!r}", "be peak_share or zero")
+        check(self.first == "peak_share" or self.kind == "polynomial", "Schedule", f"first='zero' with kind={self.kind!r}",
+              "go with kind='polynomial'")
+        check_real("Schedule", "end_lr", self.end_lr, 0.0, 1.0)
+        check(self.end_lr == 0 or self.first == "zero", "Schedule", f"end_lr={self.end_lr}", "be 0 without first='zero'")
 
     def build(self, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int, batch_size: int = 1) -> LRScheduler:
         """A scheduler to be stepped once after every training step.
@@ -66,6 +82,12 @@ class Schedule:
         warm = -(-self.warmup_samples // batch_size) if self.warmup_samples else round(self.warmup_epochs * steps_per_epoch)
         given = f"warmup_samples={self.warmup_samples}" if self.warmup_samples else f"warmup_epochs={self.warmup_epochs}"
         check(warm < total, "Schedule", given, f"be shorter than the {epochs} epochs of the task")
+        if self.first == "zero":
+            warm_epochs = self.warmup_samples / batch_size / steps_per_epoch if self.warmup_samples else self.warmup_epochs
+            peak = optimizer.param_groups[0]["lr"]
+            return LambdaLR(optimizer, lambda step: lr_at(
+                step, peak=1.0, batch=1, samples=steps_per_epoch, warmup_epochs=warm_epochs, train_steps=total,
+                power=self.power, end=self.end_lr / peak))
         rest = total - warm
         main: LRScheduler
         if self.kind == "cosine":

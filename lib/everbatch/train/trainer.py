@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import signal
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from everbatch.train.engines import launch
 from everbatch.train.evaluate import accuracies
 from everbatch.train.export import export
 from everbatch.train.mixin import TrainerMixin
+from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
 
@@ -46,9 +48,12 @@ class Trainer:
         recorder: where scalars go, given on every rank or on none (ranks but 0 write nothing); None for none.
         device: "cuda" or "cpu"; by default this rank's GPU where there is one.
         num_tasks: tasks of the stream, for mixins that divide something among them; `fit` knows it itself.
+        output_fn: maps the stream's logits (n, classes) and batch to a 0-dim tensor, a mean over the rows: the output whose
+            gradient `Ignite` bounds. Only for optimizers that ask for it.
 
     Raises:
-        ValueError: on every rank, when the ranks were given different configurations, engines or models.
+        ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
+            an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM).
 
     Seeds: torch's global generator is reseeded for every step from (seed, step, rank), and everything else is stateless, so a
     resumed run repeats an uninterrupted one bit for bit without any saved random state.
@@ -84,6 +89,8 @@ class Trainer:
         """Consecutive steps with a gradient that is not finite before the run stops; >= 1."""
         workers: int = 0
         """Processes per rank that fetch batches ahead; 0 fetches in the trainer's."""
+        label_smoothing: float = 0.0
+        """Share of each target spread evenly over all classes, in the stream's cross-entropy; in [0, 1)."""
 
         def __post_init__(self) -> None:
             for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation", 1), ("eval_batch", 1), ("keep_last", 1),
@@ -91,21 +98,23 @@ class Trainer:
                 value = getattr(self, name)
                 check(isinstance(value, int) and value >= least, "Trainer", f"{name}={value!r}", f"be an integer >= {least}")
             check(self.precision in ("fp32", "bf16"), "Trainer", f"precision={self.precision!r}", "be fp32 or bf16")
+            check(0 <= self.label_smoothing < 1, "Trainer", f"label_smoothing={self.label_smoothing!r}", "be in [0, 1)")
 
     def __init__(
         self, model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any] = "plain", *,
         config: Config | None = None, augment: Callable[[Tensor], Tensor] | None = None,
         prepare: Callable[[Tensor], Tensor] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
-        device: str | None = None, num_tasks: int | None = None,
+        device: str | None = None, num_tasks: int | None = None, output_fn: OutputFn | None = None,
     ) -> None:
         self.config = config or self.Config()
         self.world, self.seed, self.num_tasks = init(device), self.config.seed, num_tasks
         share = self.world.size * self.config.accumulation
         check(self.config.batch_size % share == 0, "Trainer", f"batch_size={self.config.batch_size}",
               f"be divisible by {self.world.size} ranks * {self.config.accumulation} micro-batches")
+        check_objectives(type(self), optimizer, output_fn, self.config.accumulation)
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        self.augment, self.prepare, self.recorder = augment, prepare, recorder
+        self.augment, self.prepare, self.recorder, self.output_fn = augment, prepare, recorder, output_fn
         self.folder = None if folder is None else Path(folder)
         model = self.configure_model(model)
         persist.agree(self.world, {
@@ -123,6 +132,9 @@ class Trainer:
         self._outputs: dict[str, list[Tensor]] = {}
         self._terms: dict[str, Tensor] = {}
         self._stop_asked = self.stopped = False
+        self._source: Iterator[Batch] = iter(())
+        self._ahead: deque[Batch] = deque()
+        self._prepared: dict[int, Batch] = {}
 
     @property
     def title(self) -> str:
@@ -136,6 +148,7 @@ class Trainer:
                  f"{self.config.batch_size} in {self.config.accumulation} micro-batch(es)"]
         lines += [f"  {part.__name__:<18} {c!r}".replace(f"{part.__name__}.Config", "")
                   for part, c in getattr(self, "configs", {}).items()]
+        lines += [f"  {part.__name__:<18} {part.notes(self)}" for part in parts_of(type(self)) if "notes" in vars(part)]  # type: ignore[attr-defined]
         return "\n".join([*lines, self.optimizer.describe()])
 
     # ---------------------------------------------------------------------------------------------- verbs, innermost
@@ -156,15 +169,14 @@ class Trainer:
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of one part, (n, classes) float32."""
-        half = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return self.engine.call(batch.inputs).float()  # type: ignore[no-any-return]
+        return self._logits(self.engine.call, batch.inputs)
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Named scalars of one part; cross-entropy for the stream."""
         if batch.part != "stream":
             return {}
-        return {"cross_entropy": batch.mean(functional.cross_entropy(outputs, batch.targets, reduction="none"))}
+        rows = functional.cross_entropy(outputs, batch.targets, reduction="none", label_smoothing=self.config.label_smoothing)
+        return {"cross_entropy": batch.mean(rows)}
 
     def after_step(self, record: StepRecord) -> None:
         """After every step, applied or skipped."""
@@ -191,7 +203,7 @@ class Trainer:
                 self._outputs, self._terms = {}, {}
             return torch.stack([self._micro(micro) for micro in self.optimizer.micro_batches(micros)]).sum()
 
-        loss = self.optimizer.step(closure)
+        loss = self.optimizer.step(closure, **auxiliary(self, parts, micros))
         outputs = {part: torch.cat(rows) for part, rows in self._outputs.items()}
         sizes = {part.part: len(part) for part in parts}
         record = StepRecord(self.step, self.optimizer.last_applied, loss, self._terms, parts,
@@ -216,9 +228,20 @@ class Trainer:
                 self._terms[name] = self._terms[name] + term.detach() if name in self._terms else term.detach()
         return loss.detach()
 
-    def _ready(self, part: Batch) -> Batch:
+    def bare(self, inputs: Tensor) -> Tensor:
+        """Logits of the bare module, (n, classes) float32, for gradients of inputs: no parameter gradient is reduced."""
+        return self._logits(self.engine.bare, inputs)
+
+    def _logits(self, call: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return call(inputs).float()  # type: ignore[no-any-return]
+
+    def _ready(self, part: Batch, step: int | None = None) -> Batch:
+        step = self.step if step is None else step
+        if step in self._prepared and self._prepared[step].extras["raw"] is part.inputs:
+            return self._prepared.pop(step)
         raw = part.inputs
-        inputs = self._augmented(part) if self.augment is not None else raw
+        inputs = self._augmented(part, step) if self.augment is not None else raw
         extras = {**part.extras, "raw": raw} if part.part == "stream" else part.extras
         part = replace(part, inputs=inputs, extras=extras).to(self.device)
         return replace(part, inputs=self.inputs_of(part.inputs))
@@ -227,12 +250,12 @@ class Trainer:
         """Model inputs of samples as the source gives them, without augmentation."""
         return self.prepare(raw) if self.prepare is not None else raw.float()
 
-    def _augmented(self, part: Batch) -> Tensor:
+    def _augmented(self, part: Batch, step: int) -> Tensor:
         rows = []
         assert self.augment is not None
         with torch.random.fork_rng(devices=[]):
             for row, key in zip(part.inputs, part.ids.tolist(), strict=True):
-                torch.manual_seed(seeds.derive(self.seed, "augment", part.part, self.step, key))
+                torch.manual_seed(seeds.derive(self.seed, "augment", part.part, step, key))
                 rows.append(self.augment(row))
         return torch.stack(rows)
 
@@ -278,17 +301,19 @@ class Trainer:
 
     def _run_task(self, stream: Stream, task: Task) -> None:
         config = self.config
+        position = sum(len(t.train_ids) // config.batch_size for t in stream.tasks[: self.task_index]) * config.epochs
+        self.loader = Loader(stream, task, config.batch_size, config.epochs, self.seed, self.world, start=self.task_step,
+                             workers=config.workers, position0=position * config.batch_size)
+        self._source, self._ahead, self._prepared = iter(self.loader), deque(), {}
         if self.task_step == 0:
             if self.task_index and config.reset_optimizer:
                 self.optimizer.host.reset_moments()
             self.on_task_start(task)
-        position = sum(len(t.train_ids) // config.batch_size for t in stream.tasks[: self.task_index]) * config.epochs
-        self.loader = Loader(stream, task, config.batch_size, config.epochs, self.seed, self.world, start=self.task_step,
-                             workers=config.workers, position0=position * config.batch_size)
         schedule = self._schedule(self.loader.steps_per_epoch)
         if self.recorder is not None:
             self.recorder.bar(len(self.loader), f"task {task.id + 1}/{len(stream)}", done=self.task_step, show=("loss/total",))
-        for batch in self.loader:
+        while self._fetched(1):
+            batch = self._ahead.popleft()
             self.module.train()
             record = self.training_step(batch)
             self.task_step += 1
@@ -311,6 +336,28 @@ class Trainer:
             shown = " ".join(f"{100 * a:5.1f}" for a in row)
             self.recorder.say(f"after task {task.id + 1}/{len(stream)} ({task.name}): accuracy by task, %: {shown}")
         self._save()
+
+    def _fetched(self, count: int) -> bool:
+        """Whether so many batches of the task are left; they are fetched then."""
+        while len(self._ahead) < count and (batch := next(self._source, None)) is not None:
+            self._ahead.append(batch)
+        return len(self._ahead) >= count
+
+    def peek(self, ahead: int) -> Batch | None:
+        """Inside a step: the stream part of the step `ahead` steps from now, as that step will train on it; None past the end
+        of the task. Memory: the batches in between wait on the device."""
+        if not self._fetched(ahead):
+            return None
+        batch, step = self._ahead[ahead - 1], self.step + ahead
+        if step not in self._prepared:
+            self._prepared[step] = self._ready(batch, step)
+        return self._prepared[step]
+
+    @property
+    def steps_left(self) -> int:
+        """Steps of the present task that are not begun."""
+        assert self.loader is not None
+        return len(self.loader) - self.task_step
 
     def _schedule(self, steps_per_epoch: int) -> torch.optim.lr_scheduler.LRScheduler:
         for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):

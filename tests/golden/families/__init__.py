@@ -7,6 +7,7 @@ from collections.abc import Callable
 from golden.comparison import Comparison, Vectors
 from golden.families import (
     buffers,
+    conadv,
     ignite,
     large_batch,
     metrics,
@@ -33,6 +34,7 @@ FAMILIES: dict[str, Family] = {
     "itop_mask_updates": sparsity.check_updates,
     "grip_analytic": subspace.check_grip,
     "lb_asam": large_batch.check,
+    "lb_eq_conadv": conadv.check,
     "lb_eq_gnp": large_batch.check,
     "lb_eq_looksam": large_batch.check,
     "lb_esam": large_batch.check,

@@ -1,0 +1,89 @@
+"""What every placement of an adversary offers, and how the weights of any engine are read whole."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["AdversaryLost", "Crafted", "Job", "Nobody", "Placement", "whole_weights"]
+
+
+class AdversaryLost(RuntimeError):
+    """An adversary that died, or gave no answer in time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch to craft for."""
+
+    step: int
+    """At which it will be trained on."""
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Crafted:
+    """What came of a job."""
+
+    payload: Tensor
+    """For `Attack.finish`, on the trainer's device."""
+    version: int
+    """The step before whose update the weights were read."""
+
+
+class Placement(abc.ABC):
+    """Crafts batches ahead."""
+
+    sent: int = 0
+    """Bytes that have left this rank for its adversary, and come back, so far."""
+
+    @abc.abstractmethod
+    def submit(self, version: int, jobs: list[Job], weights: dict[str, Tensor]) -> None:
+        """Order crafting with `weights` (from `whole_weights`; empty where crafting uses the live module). May raise
+        `AdversaryLost`."""
+
+    @abc.abstractmethod
+    def collect(self, step: int) -> Crafted:
+        """The batch for `step`, which was ordered. Raises `AdversaryLost`."""
+
+    def close(self) -> None:  # noqa: B027
+        """End whatever was started."""
+
+
+class Nobody(Placement):
+    """After an adversary was lost, with on_failure="clean"."""
+
+    def submit(self, version: int, jobs: list[Job], weights: dict[str, Tensor]) -> None:
+        pass
+
+    def collect(self, step: int) -> Crafted:
+        raise AdversaryLost("nobody crafts any more")
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Parameters and buffers by name, whole and in the precision the model computes with, on every rank.
+
+    Views where each rank holds them whole. Cost: nothing there; FSDP2 one all-gather per parameter, ZeRO stage 3 one gather of
+    all, with the whole model in memory inside the block. Collective there.
+    """
+    params: dict[str, Any] = dict(module.named_parameters())
+    buffers = {name: b for name, b in module.named_buffers()}
+    if any(hasattr(p, "ds_id") for p in params.values()):
+        import deepspeed
+
+        # Persistent parameters are there already, and gathering them twice is an error of the engine's.
+        absent = [p for p in params.values() if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(absent):
+            yield {**{n: p.data for n, p in params.items()}, **buffers}
+        return
+    with torch.no_grad():
+        yield {**{n: p.full_tensor() if isinstance(p, DTensor) else p.data for n, p in params.items()}, **buffers}

@@ -1,0 +1,172 @@
+"""An adversary process beside each trainer process: weights and batches in shared memory, messages over a pipe.
+
+It needs no place in a process group, so every engine will do. The shared memory has no name once both sides hold it, and the
+pipe tells each side of the other's end, so a crash leaves neither memory nor processes behind.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+
+from everbatch.errors import check
+from everbatch.train.adversary.attack import Attack
+from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
+
+__all__ = ["BesideProcess"]
+
+
+class BesideProcess(Placement):
+    """Crafts in a process of its own, on `device`.
+
+    Two copies of the weights alternate: version v is written while the adversary may still read v - 1, and only after it has
+    finished with v - 2. `depth` batches at most are under way. Each answer names the version it was crafted with.
+
+    Args:
+        module: a copy of the bare model, on the CPU, as the trainer's was before an engine took it.
+        live: the trainer's bare module, whose weights are sent.
+        depth: batches that may be under way, tau + 1.
+        patience_s: seconds without an answer until the adversary counts as lost; the first answer, before which the process
+            starts, may take ten times as long.
+        threads: of the adversary on a CPU.
+
+    Cost per step: P bytes of weights and buffers copied, b * |x| of inputs, 8 b of labels, and what comes back: b * |x| bytes as
+    int8 signs, or b * |x| in full. Memory: 2 P, depth batches; P once more in the adversary's own space on another device.
+    """
+
+    def __init__(self, attack: Attack, module: nn.Module, live: nn.Module, *, rank: int, depth: int, device: torch.device,
+                 patience_s: float, threads: int) -> None:
+        self.attack, self.module, self.live, self.rank, self.depth = attack, module, live, rank, depth
+        self.device, self.patience_s, self.threads = device, patience_s, threads
+        self._process: Any = None
+        self._pipe: Any = None
+        self._weights: list[dict[str, Tensor]] = []
+        self._inputs: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._results: list[Tensor] = []
+        self._versions: dict[int, int] = {}
+        """Version by step of every batch under way."""
+        self._done: dict[int, Crafted] = {}
+        self._answered = False
+
+    # ---------------------------------------------------------------------------------------------------- the trainer
+    def submit(self, version: int, jobs: list[Job], weights: dict[str, Tensor]) -> None:
+        if self._process is None:
+            self._start(weights, jobs[0])
+        # The slot held version - 2, or an older one; nobody may still read it.
+        self._await(lambda: all(v > version - 2 for v in self._versions.values()))
+        slot = self._weights[version % 2]
+        torch._foreach_copy_(list(slot.values()), [weights[n].detach() for n in slot])
+        for job in jobs:
+            self._await(lambda: len(self._versions) < self.depth)
+            at = job.step % self.depth
+            check(job.inputs.shape == self._inputs[at].shape, "ConAdv", f"a batch of {tuple(job.inputs.shape)} after one of "
+                  f"{tuple(self._inputs[at].shape)}", "be as large", "leave incomplete batches out")
+            self._inputs[at].copy_(job.inputs)
+            self._targets[at].copy_(job.targets)
+            self._versions[job.step] = version
+            if job.inputs.is_cuda:
+                torch.cuda.current_stream().synchronize()  # the other process knows nothing of this one's stream
+            self._send((job.step, version, at))
+            self.sent += self._bytes(at)
+        self.sent += sum(w.numel() * w.element_size() for w in slot.values())
+
+    def collect(self, step: int) -> Crafted:
+        self._await(lambda: step in self._done)
+        return self._done.pop(step)
+
+    def _bytes(self, at: int) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._inputs[at], self._targets[at], self._results[at]))
+
+    def _start(self, weights: dict[str, Tensor], job: Job) -> None:
+        def shared(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            made = torch.empty(like.shape, dtype=dtype or like.dtype, device=self.device)
+            return made if made.is_cuda else made.share_memory_()  # type: ignore[no-untyped-call]
+
+        result = torch.int8 if self.attack.signs else job.inputs.dtype if self.attack.embedding is None else torch.float32
+        payload = job.inputs
+        if self.attack.embedding is not None:
+            width = self.module.get_submodule(self.attack.embedding).embedding_dim
+            payload = payload.new_empty(()).expand(*payload.shape, int(width))  # type: ignore[arg-type]
+        self._weights = [{n: shared(w) for n, w in weights.items()} for _ in range(2)]
+        self._inputs = [shared(job.inputs) for _ in range(self.depth)]
+        self._targets = [shared(job.targets) for _ in range(self.depth)]
+        self._results = [shared(payload, result) for _ in range(self.depth)]
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(name="everbatch adversary", daemon=True, target=_adversary, args=(
+            theirs, self.attack, self.module, self._weights, self._inputs, self._targets, self._results, self.rank, self.threads))
+        self._process.start()
+        theirs.close()
+
+    def _send(self, message: tuple[int, int, int]) -> None:
+        try:
+            self._pipe.send(message)
+        except (BrokenPipeError, OSError) as error:
+            raise AdversaryLost(self._epitaph()) from error
+
+    def _await(self, ready: Callable[[], bool]) -> None:
+        """Take answers until `ready()`."""
+        limit = time.monotonic() + self.patience_s * (1 if self._answered else 10)
+        while not ready():
+            if not self._pipe.poll(max(0.0, limit - time.monotonic())):
+                raise AdversaryLost(f"no answer for {self.patience_s:g} s (process {self._process.pid})")
+            try:
+                answer = self._pipe.recv()
+            except (EOFError, OSError) as error:
+                raise AdversaryLost(self._epitaph()) from error
+            if isinstance(answer, str):
+                raise AdversaryLost(f"it failed:\n{answer}")
+            self._answered = True
+            step, version, at = answer
+            wanted = self._versions.pop(step)
+            if version != wanted:
+                raise AdversaryLost(f"it crafted step {step} with the weights of step {version}, must be {wanted}")
+            self._done[step] = Crafted(self._results[at].to(next(self.live.parameters()).device, copy=True), version)
+
+    def _epitaph(self) -> str:
+        self._process.join(1.0)
+        return f"process {self._process.pid} ended with exit code {self._process.exitcode}"
+
+    def close(self) -> None:
+        if self._process is None:
+            return
+        self._pipe.close()  # the adversary reads the end of the pipe, and ends
+        self._process.join(5.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+        self._process = None
+
+
+# ---------------------------------------------------------------------------------------------------------- the adversary
+def _adversary(pipe: Any, attack: Attack, module: nn.Module, weights: list[dict[str, Tensor]], inputs: list[Tensor],
+               targets: list[Tensor], results: list[Tensor], rank: int, threads: int) -> None:
+    """The process: craft what is ordered until the trainer's end of the pipe closes, however that comes about."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides; a Ctrl-C reaches the whole group
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(threads)
+    module.train()
+    try:
+        while True:
+            step, version, at = pipe.recv()
+            current = weights[version % 2]
+            for name, value in [*module.named_parameters(), *module.named_buffers()]:
+                value.data = current[name]
+            results[at].copy_(attack.run(module, inputs[at], targets[at], step=step, rank=rank))
+            if results[at].is_cuda:
+                torch.cuda.current_stream().synchronize()
+            pipe.send((step, version, at))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except BaseException:
+        pipe.send(traceback.format_exc())

@@ -1,0 +1,163 @@
+"""Adversaries on ranks of their own: the last ranks that torchrun starts craft, the others train in a group without them.
+
+    W = T + A ranks of torchrun:   ranks 0 .. T-1 form the default process group;   rank T + a crafts for trainers j = a mod A
+
+A rank that crafts is two processes: the one torchrun knows only waits, and starts the one that computes. If that one dies,
+torchrun sees nothing, and the trainers do what `on_failure` says.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from everbatch.distributed import attempt_store, init
+from everbatch.errors import check
+from everbatch.train.adversary.attack import Attack
+from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
+from everbatch.train.adversary.wire import BACK, TO_ADVERSARY, layout, link, pack, size_of
+
+__all__ = ["RemoteRank", "Role", "current_role", "split_ranks"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What this process does in a launch with adversaries."""
+
+    rank: int
+    """In torchrun's world."""
+    trainers: int
+    adversaries: int
+
+    @property
+    def adversary(self) -> bool:
+        return self.rank >= self.trainers
+
+    @property
+    def serves(self) -> list[int]:
+        """Trainers this adversary crafts for."""
+        return list(range(self.rank - self.trainers, self.trainers, self.adversaries))
+
+
+_role: Role | None = None
+
+
+def current_role() -> Role | None:
+    """What `split_ranks` decided in this process."""
+    return _role
+
+
+def split_ranks(adversaries: int, device: str | None = None, timeout_s: float = 600.0) -> Role:
+    """Divide torchrun's ranks, before anything else joins a process group. Collective over all of them.
+
+    Args:
+        adversaries: ranks that craft, the last ones; 1 <= A <= T.
+        device, timeout_s: as in `everbatch.distributed.init`.
+
+    Raises:
+        ValueError: fewer than A + 1 ranks, or more adversaries than trainers.
+        RuntimeError: a process group is there already.
+    """
+    global _role
+    if dist.is_initialized():
+        raise RuntimeError("split_ranks: a process group is there already; call it before anything that joins one")
+    store, rank, size = attempt_store(timeout_s)
+    check(1 <= adversaries and 2 * adversaries <= size, "split_ranks", f"adversaries={adversaries} of {size} ranks",
+          "be at least one, and at most half of the ranks", "start more ranks, about one adversary to three trainers")
+    _role = Role(rank, size - adversaries, adversaries)
+    if not _role.adversary:
+        init(device, timeout_s, spare=adversaries)
+    return _role
+
+
+class RemoteRank(Placement):
+    """The trainer's end: sends weights (the adversary's first trainer only) and batches, takes crafted batches.
+
+    Cost per step: b |x| + 8 b + 32 bytes out, b |x| / (bytes of an element) as int8 signs or b |x| in full + 16 back; to each
+    adversary P bytes of weights and buffers from its first trainer. Messages leave in the background, from two staging copies
+    in turn; CUDA tensors are staged on the CPU.
+    """
+
+    def __init__(self, attack: Attack, live: nn.Module, role: Role, *, split: bool, patience_s: float) -> None:
+        self.attack, self.live, self.role, self.split, self.patience_s = attack, live, role, split, patience_s
+        self.store, _, _ = attempt_store(self.patience_s)
+        self._group: Any = None
+        self._first = role.rank < role.adversaries
+        self._staged: list[Tensor | None] = [None, None]
+        self._sending: list[list[tuple[Any, Tensor]]] = [[], []]
+        self._coming: dict[int, tuple[Any, Tensor, Any, Tensor, int]] = {}
+
+    def submit(self, version: int, jobs: list[Job], weights: dict[str, Tensor]) -> None:
+        if self._group is None:
+            self._greet(weights, jobs[0])
+        turn = version % 2
+        for work, _ in self._sending[turn]:  # what left from this staging copy two versions ago
+            self._wait(work)
+        self._sending[turn] = []
+        if self._first:
+            self._staged[turn] = pack(weights, self._staged[turn])
+        staged = self._staged[turn]
+        self._send(torch.tensor([len(jobs), version, int(self._first), jobs[0].step]), turn)
+        if staged is not None:
+            self._send(staged, turn)
+        for job in jobs:
+            self._send(job.inputs.detach().cpu().contiguous().clone(), turn)
+            self._send(job.targets.cpu().contiguous().clone(), turn)
+            head, payload = torch.empty(2, dtype=torch.int64), torch.empty(self._result[0], dtype=self._result[1])
+            first, second = self._group.recv([head], 1, BACK), self._group.recv([payload], 1, BACK)
+            self._coming[job.step] = (first, head, second, payload, version)
+
+    def collect(self, step: int) -> Crafted:
+        first, head, second, payload, wanted = self._coming.pop(step)
+        self._wait(first)
+        self._wait(second)
+        if head.tolist() != [step, wanted]:
+            raise AdversaryLost(f"it sent step {head[0]} crafted with the weights of step {head[1]}, must be step {step} with "
+                                f"those of {wanted}")
+        self.sent += size_of(head) + size_of(payload)
+        return Crafted(payload.to(next(self.live.parameters()).device), wanted)
+
+    def _greet(self, weights: dict[str, Tensor], job: Job) -> None:
+        shape, kind = list(job.inputs.shape), job.inputs.dtype
+        if self.attack.embedding is not None:
+            shape.append(int(self.live.get_submodule(self.attack.embedding).embedding_dim))  # type: ignore[arg-type]
+            kind = torch.float32
+        self._result = (shape, torch.int8 if self.attack.signs else kind)
+        hello = {"attack": asdict(self.attack), "split": self.split, "weights": layout(weights), "inputs": list(job.inputs.shape),
+                 "dtype": str(job.inputs.dtype).removeprefix("torch."), "result": shape,
+                 "result_dtype": str(self._result[1]).removeprefix("torch."), "targets": list(job.targets.shape)}
+        self.store.set(f"conadv/hello/{self.role.rank}", json.dumps(hello))
+        self._group = link(self.store, self.role.rank, 0)
+
+    def _send(self, value: Tensor, turn: int) -> None:
+        try:
+            self._sending[turn].append((self._group.send([value], 1, TO_ADVERSARY), value))
+        except RuntimeError as error:
+            raise AdversaryLost(str(error)) from error
+        self.sent += size_of(value)
+
+    def _wait(self, work: Any) -> None:
+        try:
+            done = work.wait(datetime.timedelta(seconds=self.patience_s))
+        except RuntimeError as error:  # what gloo raises for a closed connection and for a timeout
+            raise AdversaryLost(str(error).splitlines()[0]) from error
+        if not done:
+            raise AdversaryLost(f"no answer for {self.patience_s:g} s")
+
+    def close(self) -> None:
+        """Tell the adversary to end; it may be gone already."""
+        if self._group is not None:
+            try:
+                self._group.send([torch.zeros(4, dtype=torch.int64)], 1, TO_ADVERSARY).wait(datetime.timedelta(seconds=5))
+            except RuntimeError as error:
+                print(f"ConAdv: adversary of trainer {self.role.rank} was gone at the end: {str(error).splitlines()[0]}",
+                      file=sys.stderr)
+            self._group = None
+        self.store.set(f"conadv/end/{self.role.rank}", "1")

@@ -1,0 +1,102 @@
+"""The adversary's end of a launch with adversary ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+
+from everbatch.distributed import attempt_store
+from everbatch.errors import check
+from everbatch.nn import convert_split_bn
+from everbatch.train.adversary.attack import BRANCH, Attack
+from everbatch.train.adversary.ranks import Role
+from everbatch.train.adversary.wire import BACK, TO_ADVERSARY, layout, link, size_of, unpack
+
+__all__ = ["serve"]
+
+
+def serve(role: Role, model: nn.Module, *, device: str | None = None) -> None:
+    """Craft for the trainers until they end. Call it on ranks where `role.adversary` holds, in place of training.
+
+    Args:
+        model: built as the trainers build theirs, before a trainer changes it.
+        device: of the crafting; by default CUDA where there is one.
+
+    The computing process is a child of this one; when it dies, this one says so and stays until the trainers have ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    child = context.Process(name="everbatch adversary", daemon=True, target=_adversary, args=(role, model, device))
+    child.start()
+    store, _, _ = attempt_store(600.0)
+    keys = [f"conadv/end/{j}" for j in role.serves]
+    told = False
+    while not store.check(keys):
+        child.join(0.2)
+        if child.exitcode not in (None, 0) and not told:
+            print(f"ConAdv: the adversary on rank {role.rank} ended with exit code {child.exitcode}", file=sys.stderr, flush=True)
+            told = True
+    child.join(10.0)
+    if child.is_alive():
+        child.kill()
+
+
+def _adversary(role: Role, model: nn.Module, device: str | None) -> None:
+    try:
+        _serve_all(role, model, device)
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
+    store, _, _ = attempt_store(600.0)
+    hellos = {j: json.loads(_read(store, f"conadv/hello/{j}")) for j in role.serves}
+    links = {j: link(store, j, 1) for j in role.serves}
+    told = hellos[role.serves[0]]
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["attack"].items()}
+    attack = Attack(**fields)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if told["split"]:
+        convert_split_bn(model, (BRANCH,))
+    model.to(target).train()
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    check(layout(named) == told["weights"] or [e[:2] for e in layout(named)] == [e[:2] for e in told["weights"]],
+          "ConAdv", "the adversary's model", "have the trainers' parameters and buffers", "build both alike")
+    for name, _, dtype in told["weights"]:
+        named[name].data = named[name].data.to(getattr(torch, dtype))
+    flat = torch.empty(sum(size_of(w) for w in named.values()), dtype=torch.uint8)
+    head = torch.empty(4, dtype=torch.int64)
+    open_links = dict(links)
+    while open_links:
+        for j in list(open_links):
+            link, shapes = open_links[j], hellos[j]
+            link.recv([head], 0, TO_ADVERSARY).wait()
+            count, version, carries, first = head.tolist()
+            if count == 0:
+                del open_links[j]
+                continue
+            if carries:
+                link.recv([flat], 0, TO_ADVERSARY).wait()
+                unpack(flat.to(target), model)
+            for step in range(first, first + count):
+                inputs = torch.empty(shapes["inputs"], dtype=getattr(torch, shapes["dtype"]))
+                targets = torch.empty(shapes["targets"], dtype=torch.int64)
+                link.recv([inputs], 0, TO_ADVERSARY).wait()
+                link.recv([targets], 0, TO_ADVERSARY).wait()
+                payload = attack.run(model, inputs.to(target), targets.to(target), step=step, rank=j).cpu().contiguous()
+                link.send([torch.tensor([step, version])], 0, BACK).wait()
+                link.send([payload], 0, BACK).wait()
+
+
+def _read(store: Any, key: str) -> str:
+    """Wait for a key as long as it takes: models load slowly."""
+    while not store.check([key]):
+        time.sleep(0.1)
+    return str(store.get(key).decode())

@@ -1,0 +1,54 @@
+"""What goes over the wire between a trainer and an adversary on another rank."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+
+__all__ = ["BACK", "TO_ADVERSARY", "layout", "link", "pack", "size_of", "unpack"]
+
+TO_ADVERSARY, BACK = 1, 2
+"""Message tags; messages of one tag arrive in order."""
+FOREVER = datetime.timedelta(days=30)
+"""An adversary waits as long as its trainer lives: an evaluation may take hours. A closed connection ends the wait at once."""
+
+
+def link(store: Any, trainer: int, end: int) -> Any:
+    """A two-process group of one trainer (0) and its adversary (1), outside every other group: one that breaks breaks alone."""
+    return dist.ProcessGroupGloo(PrefixStore(f"conadv/link/{trainer}", store), end, 2, FOREVER)
+
+
+def pack(weights: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
+    """All tensors' bytes one after the other, widest elements first so that views stay aligned: (P,) uint8 on the CPU."""
+    ordered = sorted(weights.values(), key=lambda w: -w.element_size())
+    if out is None:
+        out = torch.empty(sum(w.numel() * w.element_size() for w in ordered), dtype=torch.uint8)
+    at = 0
+    for w in ordered:
+        size = w.numel() * w.element_size()
+        out[at : at + size].view(w.dtype).view(w.shape).copy_(w.detach())
+        at += size
+    return out
+
+
+def unpack(flat: Tensor, module: nn.Module) -> None:
+    """Let the module compute with the packed bytes, in the dtypes `layout` told."""
+    named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    at = 0
+    for w in sorted(named.values(), key=lambda w: -w.element_size()):
+        size = w.numel() * w.element_size()
+        w.data = flat[at : at + size].view(w.dtype).view(w.shape)
+        at += size
+
+
+def layout(weights: dict[str, Tensor]) -> list[list[Any]]:
+    return [[n, list(w.shape), str(w.dtype).removeprefix("torch.")] for n, w in weights.items()]
+
+
+def size_of(value: Tensor) -> int:
+    return value.numel() * value.element_size()

@@ -1,0 +1,161 @@
+"""Ranks of a launch that runs ConAdv: OUT.json STORE HOST [HOST ...]; see test_conadv_hosts.py.
+
+With host "plain", on one rank, it leaves in STORE what the runs of all other hosts are compared with.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+
+from record import Record
+
+import learning
+from everbatch import compose
+from everbatch.distributed import World, init
+from everbatch.optim import LARS, SAM, ClipGradNorm, DynamicSparsity, StaleSAM
+from everbatch.train import ConAdv, Replay, Trainer
+from learning import Abandoned, everything, stream, whole
+
+SGD = functools.partial(compose(base=torch.optim.SGD), lr=0.1, momentum=0.9, weight_decay=1e-3)
+MIXES: dict[str, tuple[tuple[type, ...], dict[str, Any]]] = {
+    "LARS": ((LARS,), {"trust_coeff": 0.2}),
+    "SAM": ((SAM,), {"rho": 0.05}),
+    "StaleSAM": ((StaleSAM,), {"rho": 0.05}),
+    "DynamicSparsity": ((DynamicSparsity,), {"density": 0.5, "update_every": 2}),
+    "ClipGradNorm+SAM": ((ClipGradNorm, SAM), {"rho": 0.05, "max_norm": 0.5}),
+}
+
+
+TOLERANCE = 3e-6
+"""Largest difference of any weight after 24 steps in fp32: sums over ranks in another order, at weights of about 0.5."""
+
+
+class Adversarial(ConAdv, Trainer):
+    """ConAdv alone."""
+
+
+class Both(ConAdv, Replay, Trainer):
+    """ConAdv beside rehearsal."""
+
+
+def smooth() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 15), nn.Tanh(), nn.Linear(15, 6))
+
+
+def build(host: str, *, cls: type = Adversarial, model: nn.Module | None = None, optimizer: Any = SGD, folder: Path | None = None,
+          after: int = -1, raw: dict[str, Any] | None = None, config: dict[str, Any] | None = None, **conadv: Any) -> Any:
+    options: dict[str, Any] = {"batch_size": 8, "epochs": 2, "seed": 3, "checkpoint_every": 2} | (config or {})
+    world = World.current() if host != "plain" else World()
+    chosen = learning.engine(host, options["batch_size"], options.get("accumulation", 1), world.size, **(raw or {}))
+    mixins = learning.REPLAY if issubclass(cls, Replay) else {}
+    return cls(model or learning.net(), optimizer, chosen, config=Trainer.Config(**options), augment=learning.jitter,
+               prepare=learning.scale, folder=None if folder is None else folder / "checkpoints", device="cpu", num_tasks=3,
+               recorder=None if folder is None else learning.recorder(folder, after),
+               **{"radius": 16.0, "tau": 1} | conadv, **mixins)
+
+
+def run(host: str, **options: Any) -> Any:
+    t = build(host, **options)
+    t.fit(stream())
+    t.close()
+    if t.recorder is not None:
+        t.recorder.close()
+    return t
+
+
+def fifo(t: Any) -> dict[str, Tensor]:
+    queue = t.states[ConAdv].fifo
+    queue.drain()
+    return {f"fifo/{s}": w.payload for s, w in queue.waiting.items()}
+
+
+def compared() -> dict[str, dict[str, Any]]:
+    """Runs that must take the same steps on every host: without batch norm and dropout, which know their own rows only."""
+    runs: dict[str, dict[str, Any]] = {
+        "tau 1": {}, "tau 0": {"tau": 0}, "two steps": {"steps": 2}, "clean": {"first": "clean", "tau": 2},
+        "accumulation": {"config": {"accumulation": 2}}, "Replay": {"cls": Both}}
+    for name, (parts, settings) in MIXES.items():
+        opt = functools.partial(compose(*parts, base=torch.optim.SGD), lr=0.1, momentum=0.9, weight_decay=1e-3, **settings)
+        runs[name] = {"optimizer": opt}
+    return {name: {"model": smooth(), **options} for name, options in runs.items()}
+
+
+def host_checks(record: Record, store: Path, host: str) -> None:
+    """What holds on every host."""
+    with record.check(f"placements/{host}") as found:  # dropout, running statistics, tau beyond one
+        for tau in (1, 3):
+            inline = everything(run(host, tau=tau))
+            for placement in ("process", "stream"):
+                other = run(host, tau=tau, placement=placement)
+                found.same_bits(everything(other), inline, f"{placement}, tau {tau}")
+                found.require(placement == "stream" or other.adversary_costs()["bytes_sent"] > 0, "nothing was sent")
+    for name, options in compared().items():
+        with record.check(f"parity {name}/{host}", TOLERANCE) as found:
+            mine = whole(run(host, **options))
+            if host == "plain":
+                torch.save(mine, store / f"{name}.pt")
+            one = torch.load(store / f"{name}.pt", weights_only=True)
+            found.measure(max((mine[n] - one[n]).abs().max().item() for n in one if n.startswith("master")))
+    with record.check(f"off/{host}") as found:
+        off = everything(run(host, weight_adversarial=0.0))
+        plain = build_plain(host)
+        found.same_bits(off, plain, "weight_adversarial 0")
+    opt = functools.partial(compose(SAM, base=torch.optim.SGD), lr=0.1, momentum=0.9, rho=0.05)
+    for placement in ("inline", "process") if host in ("ddp", "zero3") else ("inline",):
+        with record.check(f"resume {placement}/{host}") as found:
+            options = {"cls": Both, "optimizer": opt, "tau": 2, "placement": placement, "random_start": 0.5}
+            folder = store / f"{placement}-{host}-{World.current().size}"
+            expected = run(host, folder=folder / "whole", **options)
+            for after in (5, 11):
+                t = build(host, folder=folder / str(after), after=after, **options)
+                try:
+                    t.fit(stream())
+                except Abandoned:
+                    t.close()
+                again = build(host, folder=folder / str(after), model=learning.net(99), **options)
+                again.fit(stream(), resume=True)
+                found.require(again.step == expected.step, f"{again.step} steps")
+                found.same_bits(everything(again), everything(expected), f"after {after}")
+                again.close()
+                again.recorder.close()
+
+
+def build_plain(host: str) -> dict[str, Tensor]:
+    """The same run without the mixin."""
+    options = {"batch_size": 8, "epochs": 2, "seed": 3}
+    chosen = learning.engine(host, 8, 1, World.current().size if host != "plain" else 1)
+    t = Trainer(learning.net(), SGD, chosen, config=Trainer.Config(**options), augment=learning.jitter, prepare=learning.scale,
+                device="cpu", num_tasks=3)
+    t.fit(stream())
+    return everything(t)
+
+
+def main() -> None:
+    out, store, hosts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    store.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    init("cpu", timeout_s=60)
+    record = Record()
+    for host in hosts:
+        host_checks(record, store, host)
+        if dist.get_rank() == 0:
+            out.write_text(json.dumps(record.results, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
