@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from everbatch import config
 from everbatch.data import class_incremental, task_incremental
@@ -20,9 +20,9 @@ from everbatch.distributed import init
 from everbatch.logging import Recorder, versions
 from everbatch.metrics import summary
 from everbatch.plots import accuracy_heatmap
-from everbatch.recipe import Data, Engine, Model, Optimizer, guard
+from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
 from everbatch.strict_yaml import dump_text
-from everbatch.train import Replay, Trainer
+from everbatch.train import Consolidate, Replay, Trainer, WarmStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class Recipe:
     trainer: Trainer.Config = field(default_factory=Trainer.Config)
     replay: Replay.Config | None = field(default_factory=Replay.Config)
     """Rehearsal; null for plain fine-tuning."""
+    consolidate: Consolidate.Config = field(default_factory=Consolidate.Config)
+    """What happens at a task's end to ewc, si, mas and refresh of the optimizer, and to isolated tasks of dynamic_sparsity;
+    without any of them, nothing."""
+    warm_start: WarmStart.Config = field(default_factory=WarmStart.Config)
+    """When optimizer.shrink_perturb is called; without it, never."""
     tasks: int = 5
     """Tasks into which the classes are divided; >= 1."""
     scenario: Literal["class", "task"] = "class"
@@ -63,14 +68,20 @@ def run(options: Recipe) -> None:
     split = {"class": class_incremental, "task": task_incremental}[options.scenario]
     stream = split(train, test, tasks=options.tasks, seed=options.trainer.seed)
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
-    learner = type("Learner", ((Replay,) if options.replay else ()) + (Trainer,), {})
+    mixins: dict[type, Any] = {Replay: options.replay} if options.replay else {}
+    if options.optimizer.remembers or options.consolidate.isolate:
+        mixins[Consolidate] = options.consolidate
+    if options.optimizer.shrink_perturb is not None:
+        mixins[WarmStart] = options.warm_start
+    learner = type("Learner", (*mixins, Trainer), {})
     recorder = None if options.dry_run else Recorder(folder, world.rank)
     trainer = learner(
-        options.model.build(sample, stream.num_classes, options.trainer.seed), options.optimizer.build(),
+        options.model.build(sample, stream.num_classes, options.trainer.seed),
+        options.optimizer.build(Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)),
         options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
         config=options.trainer, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
         folder=None if options.dry_run else folder / "checkpoints", recorder=recorder, num_tasks=len(stream),
-        **(vars(options.replay) if options.replay else {}))
+        **{f"{part.__name__.lower()}_{k}": v for part, chosen in mixins.items() for k, v in vars(chosen).items()})
     if options.dry_run:
         if world.rank == 0:
             print(dump_text(config.resolved(options)) + trainer.describe())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import collections.abc
 import functools
+import inspect
+import operator
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,10 +24,31 @@ from everbatch.compose import compose
 from everbatch.data import Source, load
 from everbatch.errors import CheckpointMismatch, CompositionError, UnsupportedHost, check, nearest
 from everbatch.nn import SmallConv
-from everbatch.optim import EMA, SAM, ClipGradNorm
+from everbatch.optim import (
+    ASAM,
+    EMA,
+    ESAM,
+    EWC,
+    GSAM,
+    LAMB,
+    LARS,
+    MAS,
+    SAM,
+    SI,
+    WSAM,
+    ClipGradNorm,
+    DynamicSparsity,
+    GradientNorm,
+    Ignite,
+    LookSAM,
+    OptimizerMixin,
+    Refresh,
+    ShrinkPerturb,
+    StaleSAM,
+)
 from everbatch.zero_config import deepspeed_config
 
-__all__ = ["Data", "Engine", "Model", "Optimizer", "guard"]
+__all__ = ["MIXINS", "Data", "Engine", "Factory", "Model", "Optimizer", "guard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +61,33 @@ class Data:
     """Side of the images in pixels; by default the size the data has."""
     download: bool = False
     """Let torchvision download."""
-    augment: Literal["none", "crop", "crop_flip"] = "none"
-    """Random crop from an image padded by an eighth, and random horizontal flip."""
-    mean: float = 0.5
-    """Subtracted from pixels scaled to [0, 1]."""
-    std: float = 0.5
-    """Divides pixels after that; > 0."""
+    augment: Literal["none", "crop", "crop_flip", "auto", "rand"] = "none"
+    """Random crop from an image padded by an eighth; and random horizontal flip; and after both a policy of timm, AutoAugment
+    (auto) or RandAugment (rand)."""
+    policy: str | None = None
+    """augment=auto or rand: the policy as timm writes it; null: original, rand-m9-mstd0.5."""
+    mean: float | tuple[float, ...] = 0.5
+    """Subtracted from pixels scaled to [0, 1]; one number, or one for each channel."""
+    std: float | tuple[float, ...] = 0.5
+    """Divides pixels after that; > 0; one number, or one for each channel."""
 
     def __post_init__(self) -> None:
-        check(self.std > 0, "data", f"std={self.std}", "be > 0")
+        check(bool(self.means) and bool(self.stds) and all(s > 0 for s in self.stds), "data", f"std={self.std}", "be > 0")
+        check(1 in (len(self.means), len(self.stds)) or len(self.means) == len(self.stds), "data",
+              f"mean={self.mean} and std={self.std}", "have as many channels")
+        start = {"auto": ("original", "v0", "3a"), "rand": ("rand",)}.get(self.augment, ())
+        check(self.policy is None or self.policy.startswith(start or "\n"), "data",
+              f"policy={self.policy!r} with augment={self.augment}", f"begin with {' or '.join(start)}" if start else "be null")
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """`mean` as a tuple."""
+        return self.mean if isinstance(self.mean, tuple) else (self.mean,)
+
+    @property
+    def stds(self) -> tuple[float, ...]:
+        """`std` as a tuple."""
+        return self.std if isinstance(self.std, tuple) else (self.std,)
 
     def open(self) -> tuple[Source, Source]:
         """Training and test source."""
@@ -54,7 +97,9 @@ class Data:
     def prepare(self, inputs: Tensor) -> Tensor:
         """Samples to model inputs: scaled to [0, 1] if they are bytes, then normalised."""
         top = 16.0 if self.source == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
-        return (inputs.float() / top - self.mean) / self.std
+        mean, std = (v if isinstance(v, float | int) else torch.tensor(v, device=inputs.device).view(-1, 1, 1)
+                     for v in (self.mean, self.std))
+        return (inputs.float() / top - mean) / std
 
     def augmentation(self, image_size: int) -> Callable[[Tensor], Tensor] | None:
         """The training augmentation of one image, or None."""
@@ -63,7 +108,16 @@ class Data:
         from torchvision.transforms import v2
 
         crop = v2.RandomCrop(image_size, padding=max(1, image_size // 8))
-        return v2.Compose([crop, v2.RandomHorizontalFlip()]) if self.augment == "crop_flip" else crop  # type: ignore[no-any-return]
+        if self.augment == "crop":
+            return crop  # type: ignore[no-any-return]
+        flipped = v2.Compose([crop, v2.RandomHorizontalFlip()])
+        if self.augment == "crop_flip":
+            return flipped  # type: ignore[no-any-return]
+        from everbatch.data.policies import Policy
+
+        name = self.policy or ("original" if self.augment == "auto" else "rand-m9-mstd0.5")
+        policy = Policy(name, image_size, self.means, top=16 if self.source == "digits" else 255)
+        return lambda row: policy(flipped(row))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +146,54 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """The base optimizer and the mixins over it; a mixin that is null is not composed."""
+class Factory:
+    """Builds the recipe's model anew, following torch's global random stream: what some optimizer mixins ask for.
 
+    A value, not a closure: its text is the same on every rank and in a resumed run, as an option's must be.
+    """
+
+    model: Model
+    shape: tuple[int, ...]
+    """(C, H, W) of a sample."""
+    num_classes: int
+
+    def __call__(self) -> nn.Module:
+        """A new model on the CPU. `Model.build` seeds itself; a seed drawn from the ambient stream makes it follow that."""
+        model = replace(self.model, pretrained=False)
+        return model.build(torch.empty(self.shape), self.num_classes, int(torch.randint(2**31, ())))
+
+
+MIXINS: dict[str, type[OptimizerMixin]] = {
+    "clip": ClipGradNorm, "ema": EMA, "dynamic_sparsity": DynamicSparsity, "refresh": Refresh, "ewc": EWC, "si": SI, "mas": MAS,
+    "shrink_perturb": ShrinkPerturb, "sam": SAM, "asam": ASAM, "gsam": GSAM, "gradient_norm": GradientNorm, "wsam": WSAM,
+    "look_sam": LookSAM, "esam": ESAM, "ignite": Ignite, "stale_sam": StaleSAM, "lars": LARS, "lamb": LAMB}
+"""Key of each optimizer mixin, leftmost first: LARS and LAMB complete the base's update, so they stand next to it."""
+MEMORY = ("ewc", "si", "mas", "refresh")
+"""Those that want `everbatch.train.Consolidate` in the trainer."""
+
+
+def _without_code(config: type) -> type:
+    """A mixin's `Config` without what would take a function: no file and no command line may name code."""
+    changed: list[Any] = []
+    for name, hint in typing.get_type_hints(config).items():
+        members = typing.get_args(hint) if not _is_code(hint) else (hint,)
+        if any(_is_code(member) for member in members):
+            rest = [member for member in members if not _is_code(member) and member is not type(None)]
+            default = next(f.default for f in fields(config) if f.name == name)
+            changed.append((name, functools.reduce(operator.or_, rest) if rest else Any, field(default=default, init=bool(rest))))
+    return make_dataclass("Config", changed, bases=(config,), frozen=True, kw_only=True) if changed else config
+
+
+def _is_code(hint: Any) -> bool:
+    return typing.get_origin(hint) is collections.abc.Callable
+
+
+def _summary(part: type) -> str:
+    return (inspect.getdoc(part) or "").split("\n\n")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
     base: Literal["sgd", "adamw"] = "sgd"
     """torch.optim.SGD or torch.optim.AdamW."""
     lr: float = 0.03
@@ -103,24 +202,41 @@ class Optimizer:
     """Of SGD; in [0, 1)."""
     weight_decay: float = 0.0
     """>= 0."""
-    sam: SAM.Config | None = None
-    """Sharpness-aware minimisation."""
-    clip: ClipGradNorm.Config | None = None
-    """Clipping by the global norm."""
-    ema: EMA.Config | None = None
-    """Moving average of the weights."""
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "optimizer", f"lr={self.lr}", "be > 0")
         check(0 <= self.momentum < 1, "optimizer", f"momentum={self.momentum}", "be in [0, 1)")
         check(self.weight_decay >= 0, "optimizer", f"weight_decay={self.weight_decay}", "be >= 0")
 
-    def build(self) -> functools.partial[Any]:
-        """The composed class with its options, for `Trainer`."""
-        mixins = {ClipGradNorm: self.clip, EMA: self.ema, SAM: self.sam}
+
+_Options: Any = make_dataclass(
+    "_Options", [(key, _without_code(part.Config) | None, field(default=None, metadata={"help": _summary(part)}))  # type: ignore[attr-defined]
+                 for key, part in MIXINS.items()], bases=(_Base,), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(_Options):  # type: ignore[misc]
+    """The base optimizer and the mixins over it; a mixin that is null is not composed."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a part wants to be called at a task's end, as `everbatch.train.Consolidate` does."""
+        return any(getattr(self, key) is not None for key in MEMORY)
+
+    def build(self, factory: Callable[[], nn.Module] | None = None) -> functools.partial[Any]:
+        """The composed class with its options, for `Trainer`.
+
+        Args:
+            factory: builds the bare model on the CPU, for the mixins that take one (`Factory`).
+        """
         base = torch.optim.SGD if self.base == "sgd" else torch.optim.AdamW
-        used = {part: config for part, config in mixins.items() if config is not None}
-        options = {f"{part.__name__.lower()}_{k}": v for part, config in used.items() for k, v in vars(config).items()}
+        used = {part: config for key, part in MIXINS.items() if (config := getattr(self, key)) is not None}
+        options: dict[str, Any] = {}
+        for part, config in used.items():
+            values = {f.name: getattr(config, f.name) for f in fields(config)}
+            if values.get("factory", ...) is None:
+                values["factory"] = factory
+            options |= {f"{part.__name__.lower()}_{name}": value for name, value in values.items()}
         if self.base == "sgd":
             options["momentum"] = self.momentum
         return functools.partial(compose(*used, base=base), lr=self.lr, weight_decay=self.weight_decay, **options)

@@ -21,6 +21,7 @@ from everbatch.errors import CompositionError
 from everbatch.optim import (
     ASAM,
     EMA,
+    ESAM,
     EWC,
     GSAM,
     LAMB,
@@ -102,6 +103,9 @@ CASES = [
     Case("LookSAM(tensor)", (LookSAM,), {"rho": 0.3, "every": 3, "norms": "tensor"}, {"rho": 0.0}),
     Case("StaleSAM", (StaleSAM,), {"rho": 0.3, "tau": 2}, {"rho": 0.0}),
     Case("Ignite", (Ignite,), {"rho": 0.5, "rate": 0.1, "budget": 0.01, "multiplier": 0.1}, {"multiplier": 0.0, "rate": 0.0}),
+    # Each rank selects among its own rows, one process among all: equal only where all are selected (gamma 1, ties included),
+    # which still runs both passes through per_sample, and perturbs the tensors that a seeded coin picks.
+    Case("ESAM", (ESAM,), {"rho": 0.5, "gamma": 1.0, "strict": False, "beta": 0.6}, {"rho": 0.0}),
     Case("ClipGradNorm+EMA+StaleSAM", (ClipGradNorm, EMA, StaleSAM), {"rho": 0.3, "max_norm": 0.3, "ema_decay": 0.5},
          {"rho": 0.0, "max_norm": float("inf")}),
     Case("SubspaceProjection", (SubspaceProjection,), {"projections": MAPS}, {"projections": MAPS, "strength": 0.0}),

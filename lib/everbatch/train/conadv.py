@@ -157,8 +157,8 @@ class ConAdv(TrainerMixin):
               "look ahead", "define peek(k), or set tau=0")
         self.__role = current_role()
         check((config.placement == "ranks") == (self.__role is not None), "ConAdv", f"placement={config.placement!r} "
-              f"{'without' if self.__role is None else 'after'} split_ranks", "go with it",
-              "call everbatch.train.adversary.split_ranks(adversaries) first, and set placement='ranks'")
+              f"{'without' if self.__role is None else 'after'} split_ranks", "be 'ranks' just where ranks were split",
+              "call everbatch.train.adversary.split_ranks(adversaries) before the trainer is built, and set placement='ranks'")
         if config.embedding is not None:
             modules = dict(model.named_modules())
             check(config.embedding in modules, "ConAdv", f"embedding={config.embedding!r}", "name a module of the model",
@@ -239,7 +239,7 @@ class ConAdv(TrainerMixin):
     def adversary_costs(self) -> dict[str, float]:
         """Figures of the run so far: bytes sent to this rank's adversary and back, batches lost with one."""
         pipeline = self.__pipeline
-        return {"bytes_sent": float(pipeline.place.sent) if pipeline else 0.0, "lost": float(pipeline.lost) if pipeline else 0.0}
+        return {"bytes_sent": float(pipeline.sent) if pipeline else 0.0, "lost": float(pipeline.lost) if pipeline else 0.0}
 
     def close(self) -> None:
         """End the adversary, where one was started. Also happens when the process ends."""

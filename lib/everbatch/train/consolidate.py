@@ -80,14 +80,14 @@ class Consolidate(TrainerMixin):
     def consolidate(self, task: Task) -> None:
         """Take importance, then freeze an isolated task. Collective."""
         super().consolidate(task)  # type: ignore[misc]
-        opt, rows = self.optimizer, lambda: self.__rows(task)
+        opt = self.optimizer
         with mean_buffers(self.module, self.world):  # or importance would depend on which rank holds which sample
             if self.__active(EWC):
-                opt.consolidate_ewc(rows())
+                opt.consolidate_ewc(self.__rows(task))
             if self.__active(MAS):
-                opt.consolidate_mas(rows())
+                opt.consolidate_mas(self.__rows(task))
             if self.__active(Refresh):
-                opt.update_fisher(rows())
+                opt.update_fisher(self.__rows(task))
         if self.__active(SI):
             opt.consolidate_si()
         if self.configs[Consolidate].isolate:
@@ -110,15 +110,17 @@ class Consolidate(TrainerMixin):
         assert self.stream is not None
         order = torch.randperm(len(task.train_ids), generator=seeds.generator(self.seed, "consolidate", task.id))
         chosen = task.train_ids[order[: config.samples or None]]
-        for ids in chosen[self.world.rank :: self.world.size].contiguous().split(config.rows):
+        mine = chosen[self.world.rank :: self.world.size].contiguous()
+        for ids in torch.split(mine, config.rows) if len(mine) else ():
             raw = self.stream.fetch(ids).to(self.optimizer.host.device)
             yield self.inputs_of(raw), self.stream.targets(ids), ids  # type: ignore[attr-defined]
 
     def __check(self) -> None:
         config: Consolidate.Config = self.configs[Consolidate]
         kind, configs = type(self.optimizer).__name__, self.optimizer.configs
-        check(any(part in configs for part in MEMORY) or config.isolate, "Consolidate", f"optimizer {kind} has nothing to call at "
-              "a task's end", "be composed with EWC, SI, MAS or Refresh", "or set isolate=True with DynamicSparsity")
+        check(any(part in configs for part in MEMORY) or config.isolate, "Consolidate",
+              f"optimizer {kind} has nothing to call at a task's end", "be composed with EWC, SI, MAS or Refresh",
+              "or set isolate=True with DynamicSparsity")
         for part in (EWC, Refresh):
             check(not self.__active(part) or configs[part].estimator != "given", "Consolidate",
                   f"estimator='given' of {part.__name__}", "be one that is estimated here", "or hand importance in yourself, "

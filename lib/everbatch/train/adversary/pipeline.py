@@ -36,6 +36,7 @@ class Pipeline:
         self.rank = fifo.world.rank
         self.lost = 0
         """Batches that had no crafted copy because an adversary was lost."""
+        self._sent = 0
         self._ids: dict[int, Tensor] = {}
         """Of batches under way, by step."""
         self.remote = placement in ("process", "ranks")
@@ -92,6 +93,11 @@ class Pipeline:
         self.drain()
         self.fifo.waiting.clear()
 
+    @property
+    def sent(self) -> int:
+        """Bytes that have left this rank for its adversary, and come back, so far."""
+        return self._sent + self.place.sent
+
     def close(self) -> None:
         """End the adversary."""
         self.place.close()
@@ -114,6 +120,7 @@ class Pipeline:
                                "training would go on") from error
         how = "clean batches" if self.on_failure == "clean" else "crafting in the trainer"
         warnings.warn(f"ConAdv: the adversary of rank {self.rank} is lost, going on with {how}: {error}", stacklevel=2)
+        self._sent += self.place.sent
         self.place.close()
         if self.on_failure == "clean":
             self.place = Nobody()

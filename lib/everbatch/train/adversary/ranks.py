@@ -8,9 +8,11 @@ torchrun sees nothing, and the trainers do what `on_failure` says.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import json
-import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ from everbatch.distributed import attempt_store, init
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
 from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
-from everbatch.train.adversary.wire import BACK, TO_ADVERSARY, layout, link, pack, size_of
+from everbatch.train.adversary.wire import BACK, TO_ADVERSARY, dead_key, end_key, layout, link, pack, ready_key, size_of
 
 __all__ = ["RemoteRank", "Role", "current_role", "split_ranks"]
 
@@ -74,6 +76,7 @@ def split_ranks(adversaries: int, device: str | None = None, timeout_s: float = 
     _role = Role(rank, size - adversaries, adversaries)
     if not _role.adversary:
         init(device, timeout_s, spare=adversaries)
+        atexit.register(store.set, end_key(rank), "1")  # or the adversaries would wait for a trainer that never spoke
     return _role
 
 
@@ -134,30 +137,37 @@ class RemoteRank(Placement):
                  "dtype": str(job.inputs.dtype).removeprefix("torch."), "result": shape,
                  "result_dtype": str(self._result[1]).removeprefix("torch."), "targets": list(job.targets.shape)}
         self.store.set(f"conadv/hello/{self.role.rank}", json.dumps(hello))
-        self._group = link(self.store, self.role.rank, 0)
+        limit, adversary = time.monotonic() + 10 * self.patience_s, self.role.trainers + self.role.rank % self.role.adversaries
+        while not self.store.check([ready_key(adversary)]):
+            if self.store.check([dead_key(adversary)]) or time.monotonic() > limit:
+                raise AdversaryLost(f"rank {adversary} never came")
+            time.sleep(0.05)
+        self._group = link(self.store, self.role.rank, 0, datetime.timedelta(seconds=10 * self.patience_s))
 
     def _send(self, value: Tensor, turn: int) -> None:
         try:
             self._sending[turn].append((self._group.send([value], 1, TO_ADVERSARY), value))
         except RuntimeError as error:
-            raise AdversaryLost(str(error)) from error
+            raise self._lost(error) from error
         self.sent += size_of(value)
+
+    def _lost(self, error: RuntimeError) -> AdversaryLost:
+        """gloo's text names its source file and guesses; what it means is one of two things."""
+        late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        return AdversaryLost(f"no answer for {self.patience_s:g} s" if late else "the connection to it broke")
 
     def _wait(self, work: Any) -> None:
         try:
             done = work.wait(datetime.timedelta(seconds=self.patience_s))
         except RuntimeError as error:  # what gloo raises for a closed connection and for a timeout
-            raise AdversaryLost(str(error).splitlines()[0]) from error
+            raise self._lost(error) from error
         if not done:
             raise AdversaryLost(f"no answer for {self.patience_s:g} s")
 
     def close(self) -> None:
-        """Tell the adversary to end; it may be gone already."""
+        """Tell the adversary to end."""
         if self._group is not None:
-            try:
+            with contextlib.suppress(RuntimeError):  # it has ended already, and whoever waited for it has been told
                 self._group.send([torch.zeros(4, dtype=torch.int64)], 1, TO_ADVERSARY).wait(datetime.timedelta(seconds=5))
-            except RuntimeError as error:
-                print(f"ConAdv: adversary of trainer {self.role.rank} was gone at the end: {str(error).splitlines()[0]}",
-                      file=sys.stderr)
             self._group = None
-        self.store.set(f"conadv/end/{self.role.rank}", "1")
+        self.store.set(end_key(self.role.rank), "1")

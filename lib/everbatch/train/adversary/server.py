@@ -17,7 +17,18 @@ from everbatch.errors import check
 from everbatch.nn import convert_split_bn
 from everbatch.train.adversary.attack import BRANCH, Attack
 from everbatch.train.adversary.ranks import Role
-from everbatch.train.adversary.wire import BACK, TO_ADVERSARY, layout, link, size_of, unpack
+from everbatch.train.adversary.wire import (
+    BACK,
+    FOREVER,
+    TO_ADVERSARY,
+    dead_key,
+    end_key,
+    layout,
+    link,
+    ready_key,
+    size_of,
+    unpack,
+)
 
 __all__ = ["serve"]
 
@@ -35,16 +46,25 @@ def serve(role: Role, model: nn.Module, *, device: str | None = None) -> None:
     child = context.Process(name="everbatch adversary", daemon=True, target=_adversary, args=(role, model, device))
     child.start()
     store, _, _ = attempt_store(600.0)
-    keys = [f"conadv/end/{j}" for j in role.serves]
+    keys = [end_key(j) for j in role.serves]
     told = False
-    while not store.check(keys):
+    while not _ended(store, keys):
         child.join(0.2)
         if child.exitcode not in (None, 0) and not told:
             print(f"ConAdv: the adversary on rank {role.rank} ended with exit code {child.exitcode}", file=sys.stderr, flush=True)
+            store.set(dead_key(role.rank), str(child.exitcode))
             told = True
     child.join(10.0)
     if child.is_alive():
         child.kill()
+
+
+def _ended(store: Any, keys: list[str]) -> bool:
+    """Whether the trainers have ended, or the process that holds the store, with which they end."""
+    try:
+        return bool(store.check(keys))
+    except RuntimeError:
+        return True
 
 
 def _adversary(role: Role, model: nn.Module, device: str | None) -> None:
@@ -58,7 +78,6 @@ def _adversary(role: Role, model: nn.Module, device: str | None) -> None:
 def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
     store, _, _ = attempt_store(600.0)
     hellos = {j: json.loads(_read(store, f"conadv/hello/{j}")) for j in role.serves}
-    links = {j: link(store, j, 1) for j in role.serves}
     told = hellos[role.serves[0]]
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["attack"].items()}
     attack = Attack(**fields)
@@ -73,26 +92,27 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
         named[name].data = named[name].data.to(getattr(torch, dtype))
     flat = torch.empty(sum(size_of(w) for w in named.values()), dtype=torch.uint8)
     head = torch.empty(4, dtype=torch.int64)
-    open_links = dict(links)
-    while open_links:
-        for j in list(open_links):
-            link, shapes = open_links[j], hellos[j]
-            link.recv([head], 0, TO_ADVERSARY).wait()
+    store.set(ready_key(role.rank), "1")
+    links = {j: link(store, j, 1, FOREVER) for j in role.serves}
+    while links:
+        for j in list(links):
+            theirs, shapes = links[j], hellos[j]
+            theirs.recv([head], 0, TO_ADVERSARY).wait()
             count, version, carries, first = head.tolist()
             if count == 0:
-                del open_links[j]
+                del links[j]
                 continue
             if carries:
-                link.recv([flat], 0, TO_ADVERSARY).wait()
+                theirs.recv([flat], 0, TO_ADVERSARY).wait()
                 unpack(flat.to(target), model)
             for step in range(first, first + count):
                 inputs = torch.empty(shapes["inputs"], dtype=getattr(torch, shapes["dtype"]))
                 targets = torch.empty(shapes["targets"], dtype=torch.int64)
-                link.recv([inputs], 0, TO_ADVERSARY).wait()
-                link.recv([targets], 0, TO_ADVERSARY).wait()
+                theirs.recv([inputs], 0, TO_ADVERSARY).wait()
+                theirs.recv([targets], 0, TO_ADVERSARY).wait()
                 payload = attack.run(model, inputs.to(target), targets.to(target), step=step, rank=j).cpu().contiguous()
-                link.send([torch.tensor([step, version])], 0, BACK).wait()
-                link.send([payload], 0, BACK).wait()
+                theirs.send([torch.tensor([step, version])], 0, BACK).wait()
+                theirs.send([payload], 0, BACK).wait()
 
 
 def _read(store: Any, key: str) -> str:

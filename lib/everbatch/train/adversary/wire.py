@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
-__all__ = ["BACK", "TO_ADVERSARY", "layout", "link", "pack", "size_of", "unpack"]
+__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "dead_key", "end_key", "layout", "link", "pack", "ready_key", "size_of", "unpack"]
 
 TO_ADVERSARY, BACK = 1, 2
 """Message tags; messages of one tag arrive in order."""
@@ -18,9 +18,24 @@ FOREVER = datetime.timedelta(days=30)
 """An adversary waits as long as its trainer lives: an evaluation may take hours. A closed connection ends the wait at once."""
 
 
-def link(store: Any, trainer: int, end: int) -> Any:
+def end_key(trainer: int) -> str:
+    """Set in the store when a trainer needs its adversary no more."""
+    return f"conadv/end/{trainer}"
+
+
+def ready_key(rank: int) -> str:
+    """Set in the store when the adversary on this rank has its model."""
+    return f"conadv/ready/{rank}"
+
+
+def dead_key(rank: int) -> str:
+    """Set in the store when the adversary on this rank has died."""
+    return f"conadv/dead/{rank}"
+
+
+def link(store: Any, trainer: int, end: int, timeout: datetime.timedelta) -> Any:
     """A two-process group of one trainer (0) and its adversary (1), outside every other group: one that breaks breaks alone."""
-    return dist.ProcessGroupGloo(PrefixStore(f"conadv/link/{trainer}", store), end, 2, FOREVER)
+    return dist.ProcessGroupGloo(PrefixStore(f"conadv/link/{trainer}", store), end, 2, timeout)
 
 
 def pack(weights: dict[str, Tensor], out: Tensor | None = None) -> Tensor:

@@ -1,0 +1,121 @@
+"""Every optimizer mixin is an option of the recipes: it parses, builds, explains itself and takes steps."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import everbatch.optim
+from everbatch import config
+from everbatch.compose import parts_of
+from everbatch.data import TensorSource, class_incremental
+from everbatch.errors import CompositionError
+from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
+from everbatch.recipe import MIXINS, Factory, Model, Optimizer
+from everbatch.strict_yaml import load_text
+from everbatch.train import Trainer
+
+FACTORY = Factory(model=Model(), shape=(1, 8, 8), num_classes=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """For these tests."""
+
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def options(*words: str) -> Optimizer:
+    return config.parse(Recipe, list(words)).optimizer
+
+
+def trainer(chosen: Optimizer, **given: Any) -> Any:
+    model = FACTORY.model.build(torch.empty(FACTORY.shape), FACTORY.num_classes, 0)
+    return Trainer(model, chosen.build(FACTORY), device="cpu", config=Trainer.Config(batch_size=16), **given)
+
+
+def stream() -> Any:
+    g = torch.Generator().manual_seed(0)
+    sources = [TensorSource(torch.randn(n, 1, 8, 8, generator=g), torch.arange(n) % 4, name=str(n)) for n in (32, 8)]
+    return class_incremental(*sources, tasks=1)
+
+
+def test_no_mixin_is_left_out() -> None:
+    every = {c for c in vars(everbatch.optim).values() if isinstance(c, type) and issubclass(c, OptimizerMixin)}
+    # A projection needs matrices, which no option can name.
+    assert set(MIXINS.values()) == every - {OptimizerMixin, SubspaceProjection}
+
+
+@pytest.mark.parametrize("key", MIXINS)
+def test_each_takes_two_steps(key: str) -> None:
+    base = ["optimizer.base=adamw"] if key == "lamb" else []
+    chosen = options(f"optimizer.{key}={{}}", "optimizer.weight_decay=0.01", "optimizer.momentum=0.9", *base)
+    made = trainer(chosen, output_fn=(lambda logits, batch: logits.logsumexp(1).mean()) if key == "ignite" else None)
+    made.fit(stream())
+    assert parts_of(type(made.optimizer)) == (MIXINS[key],) and made.step == 2 and made.optimizer.step_count == 2
+
+
+def test_many_together_stand_in_a_legal_order() -> None:
+    made = trainer(options("optimizer.lars.trust_coeff=0.1", "optimizer.si={}", "optimizer.refresh.gamma=0.01",
+                           "optimizer.clip={}", "optimizer.dynamic_sparsity.density=0.5", "optimizer.look_sam={}",
+                           "optimizer.ema={}", "optimizer.weight_decay=0.01"))
+    made.fit(stream())
+    names = [p.__name__ for p in parts_of(type(made.optimizer))]
+    assert names == ["ClipGradNorm", "EMA", "DynamicSparsity", "Refresh", "SI", "LookSAM", "LARS"] and made.step == 2
+
+
+def test_options_reach_the_mixins() -> None:
+    made = trainer(options("optimizer.ewc.strength=3", "optimizer.refresh.chunk=2", "optimizer.shrink_perturb.tensors=weights"))
+    given = {part.__name__: c for part, c in made.optimizer.configs.items()}
+    assert given["EWC"].strength == 3.0 and given["Refresh"].chunk == 2 and given["ShrinkPerturb"].tensors == "weights"
+    assert all(given[name].factory is FACTORY for name in ("EWC", "Refresh", "ShrinkPerturb"))
+    own = functools.partial(FACTORY)
+    assert Optimizer(ewc=EWC.Config(factory=own)).build(FACTORY).keywords["ewc_factory"] is own
+
+
+def test_a_factory_follows_the_ambient_stream_and_has_a_lasting_text() -> None:
+    torch.manual_seed(1)
+    first, second = FACTORY(), FACTORY()
+    torch.manual_seed(1)
+    again = FACTORY()
+    weights = [next(m.parameters()) for m in (first, second, again)]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert repr(FACTORY) == repr(Factory(model=Model(), shape=(1, 8, 8), num_classes=4)) and " at 0x" not in repr(FACTORY)
+
+
+def test_what_cannot_work_says_why() -> None:
+    for words, error, text in (
+            (["optimizer.lars={}", "optimizer.base=adamw"], CompositionError, "LARS stands on AdamW, must stand on torch"),
+            (["optimizer.lamb={}"], CompositionError, "LAMB stands on SGD, must stand on torch.optim.AdamW"),
+            (["optimizer.ignite={}"], ValueError, "output_fn=None, must be given .* options cannot name a function"),
+            (["optimizer.sam={}", "optimizer.esam={}"], CompositionError, "both own the perturbation")):
+        with pytest.raises(error, match=text):
+            trainer(options(*words))
+
+
+@pytest.mark.parametrize("word", ["optimizer.ewc.factory=os.getcwd", "optimizer.look_sam.rhoo=1", "optimizer.ewc.strength=-1"])
+def test_no_option_names_code_and_values_are_checked(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options(word)
+    assert word.split("=")[0] in capsys.readouterr().err
+
+
+def test_the_written_configuration_repeats_itself(tmp_path: Path) -> None:
+    words = [f"optimizer.{key}={{}}" for key in ("ewc", "shrink_perturb", "dynamic_sparsity", "lamb")]
+    chosen = config.build(Recipe, *[load_text(f"optimizer: {{{w.split('.')[1].split('=')[0]}: {{}}}}") for w in words])
+    config.dump(chosen, tmp_path / "config.yaml")
+    assert config.resolved(config.parse(Recipe, ["--config", str(tmp_path / "config.yaml")])) == config.resolved(chosen)
+
+
+def test_help_lists_every_option() -> None:
+    text = config.help_text(Recipe)
+    for key, part in MIXINS.items():
+        assert f"optimizer.{key}:" in text
+        for item in fields(part.Config):  # type: ignore[attr-defined]
+            assert (f"--optimizer.{key}.{item.name}" in text) == (item.name != "factory"), (key, item.name)
+    assert text.count("--optimizer.") > 100

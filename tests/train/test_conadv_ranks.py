@@ -1,0 +1,61 @@
+"""Adversaries on ranks of their own: the bits of crafting in the step, and what becomes of a run when one is killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import Job, torchrun
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+WORKER = Path(__file__).parent / "conadv_ranks_worker.py"
+
+
+def launch(folder: Path, mode: str, host: str = "ddp", *, ranks: int = 3, adversaries: int = 1) -> tuple[Job, list[Any]]:
+    job = torchrun(ranks, WORKER, mode, str(folder / "out.json"), host, str(adversaries), limit=150.0)
+    return job, [json.loads(path.read_text()) for path in sorted(folder.glob("out.[0-9]"))]
+
+
+def leftovers() -> str:
+    """Processes of a worker that outlived its launch."""
+    return subprocess.run(["pgrep", "-af", "conadv_ranks_worker|everbatch adversary"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(("host", "ranks", "adversaries"), [
+    ("ddp", 3, 1), pytest.param("fsdp2", 3, 1, marks=pytest.mark.slow), pytest.param("ddp", 4, 2, marks=pytest.mark.slow)])
+def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, adversaries: int) -> None:
+    job, found = launch(tmp_path, "same", host, ranks=ranks, adversaries=adversaries)
+    assert job.codes == [0], job.err[-3000:]
+    trainers = ranks - adversaries
+    assert [f["world"] for f in found] == [trainers] * trainers and all(f["odd"] == [] and f["steps"] == 24 for f in found)
+    # 24 steps, all but the last tau = 2 of each of 3 tasks order a batch, the first of each orders 2 more; see RemoteRank.
+    share, pixels = 8 // trainers, 64
+    batches, messages = 3 * (8 - 2) + 3 * 2, 3 * (8 - 2) + 3
+    weights = 4 * (64 * 15 + 15 + 4 * 15 + 15 * 6 + 6) + 4 * 4 * 15 + 2 * 8
+    want = batches * share * (4 * pixels + 8 + pixels) + batches * 16 + messages * 32
+    for rank, f in enumerate(found):
+        assert f["bytes_sent"] == want + (messages * weights if rank < adversaries else 0), (rank, f["bytes_sent"] - want)
+    assert leftovers() == ""
+
+
+@pytest.mark.parametrize("mode", ["clean", pytest.param("inline", marks=pytest.mark.slow)])
+def test_trainers_go_on_when_their_adversary_is_killed(tmp_path: Path, mode: str) -> None:
+    job, found = launch(tmp_path, mode)
+    assert job.codes == [0], job.err[-3000:]
+    assert [f["steps"] for f in found] == [24, 24]
+    for rank, f in enumerate(found):
+        assert len(f["warned"]) == 1 and f"adversary of rank {rank} is lost" in f["warned"][0]
+        # Killed after step 4: everything after it, or what was under way.
+        assert f["lost"] >= 17 if mode == "clean" else 0 < f["lost"] <= 3, f
+    assert "ended with exit code -9" in job.err and leftovers() == ""
+
+
+@pytest.mark.slow
+def test_a_run_may_end_with_its_adversary(tmp_path: Path) -> None:
+    job, _ = launch(tmp_path, "stop")
+    assert job.codes != [0] and job.seconds < 90
+    assert job.err.count("is lost") >= 1 and "on_failure='clean' or 'inline'" in job.err and leftovers() == ""
