@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import learning
 from everbatch.logging import read_scalars
+from everbatch.optim.rules import IMAGENET, Peak, conadv_peak
 from everbatch.train import Schedule, Trainer
 from learning import PER_TASK, STEPS, Abandoned, stream
 
@@ -31,6 +33,8 @@ CASES: dict[str, tuple[Schedule, Callable[[int], float]]] = {
     "warm cosine": (Schedule(kind="cosine", warmup_epochs=0.5), warmed(lambda s, n: (1 + math.cos(math.pi * s / n)) / 2)),
     "warm by samples": (Schedule(kind="cosine", warmup_samples=13), warmed(lambda s, n: (1 + math.cos(math.pi * s / n)) / 2)),
     "warm polynomial": (Schedule(kind="polynomial", power=1.5, warmup_epochs=0.5), warmed(lambda s, n: (1 - s / n) ** 1.5)),
+    "warm from zero": (Schedule(kind="polynomial", first="zero", warmup_epochs=0.5, power=2.0, end_lr=0.01), lambda s:
+                       PEAK * s / WARM if s <= WARM else 0.09 * (1 - (s - WARM) / (PER_TASK - WARM + 1)) ** 2 + 0.01),
     "warm steps": (Schedule(kind="steps", milestones=(0.75, 1.5), warmup_epochs=0.5),
                    warmed(lambda s, n: 0.1 ** ((s >= 1) + (s >= 4)))),
 }
@@ -65,10 +69,31 @@ def test_a_warm_up_longer_than_the_training() -> None:
         learning.trainer("plain", schedule=Schedule(warmup_epochs=2.0)).fit(stream())
 
 
+@pytest.mark.parametrize(("batch", "peak", "warm", "epochs"), [
+    (16384, 25.0, 5, 91), (32768, 31.2, 25, 91), (98304, 43.0, 41, 100)])
+def test_the_schedule_of_the_tpu_recipes(batch: int, peak: float, warm: int, epochs: int) -> None:
+    assert conadv_peak(batch) == Peak(lr=peak, warmup_epochs=warm)
+    per_epoch = IMAGENET // batch
+    schedule = Schedule(kind="polynomial", first="zero", warmup_epochs=warm, power=1.6, end_lr=1e-4)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    scheduler = schedule.build(optimizer, epochs=epochs, steps_per_epoch=per_epoch, batch_size=batch)
+    w, total = warm * per_epoch, epochs * per_epoch
+    left, rates = total - w + 1, []
+    for step in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+        expected = peak * step / w if step <= w else (peak - 1e-4) * (1 - min(step - w, left) / left) ** 1.6 + 1e-4
+        assert rates[-1] == pytest.approx(expected, rel=1e-9), step
+    assert rates[0] == 0 and max(rates) == peak and rates[-1] < 1e-3 * peak
+
+
 @pytest.mark.parametrize(("option", "text"), [
     ({"kind": "linear"}, "kind='linear'"), ({"warmup_epochs": -1.0}, "warmup_epochs=-1.0"), ({"power": 0.0}, "power=0.0"),
     ({"warmup_samples": -1}, "warmup_samples=-1"), ({"warmup_samples": 8, "warmup_epochs": 1.0}, "be one of them"),
-    ({"milestones": (2.0, 1.0)}, "ascend"), ({"factor": 1.5}, "factor=1.5")])
+    ({"milestones": (2.0, 1.0)}, "ascend"), ({"factor": 1.5}, "factor=1.5"), ({"first": "one"}, "first='one'"),
+    ({"first": "zero"}, "go with kind='polynomial'"), ({"end_lr": 1e-4}, "be 0 without first='zero'"),
+    ({"first": "zero", "kind": "polynomial", "end_lr": -1.0}, "end_lr=-1.0")])
 def test_bad_options(option: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Schedule(**option)  # type: ignore[arg-type]

@@ -75,14 +75,17 @@ class LookSAM(OptimizerMixin):
     def _look_split(self, h: Vector, g: Vector) -> Vector:
         """h minus its part along g."""
         tiny = torch.finfo(torch.float64).tiny
+        # What rounding leaves of h where it is parallel to g is no direction; normalised, it would act as one.
+        noise = 4 * torch.finfo(h.tensors[0].dtype if h.tensors else torch.float32).eps
         if self.configs[LookSAM].norms == "model":
             hg, gg, hh = inner(self.host, (h, g), (g, g), (h, h)).unbind()
             h.add_(g, -(hg / gg.clamp_min(tiny)))
-            # What rounding leaves of h where it is parallel to g is no direction; normalised, it would act as one.
-            noise = 4 * torch.finfo(h.tensors[0].dtype if h.tensors else torch.float32).eps
             return h.mul_((h.norm() > noise * hh.sqrt()).double())
-        products, squares = _by_tensor(self, (h, g), (g, g))
-        return h.map_(lambda s, t: t.sub_(_find(g, s.name) * (products[s.name] / squares[s.name].clamp_min(tiny)).to(t)))
+        products, squares, whole = _by_tensor(self, (h, g), (g, g), (h, h))
+        of = {s.name: t for s, t in g}
+        h.map_(lambda s, t: t.sub_(of[s.name] * (products[s.name] / squares[s.name].clamp_min(tiny)).to(t)))
+        (rest,) = _by_tensor(self, (h, h))  # above all in a tensor of one element, where h is always parallel to g
+        return h.map_(lambda s, t: t.mul_(rest[s.name].sqrt() > noise * whole[s.name].sqrt()))
 
     def _look_reuse(self, alpha: float) -> None:
         kept, gradient = self.states[LookSAM].direction, self.host.gradient()
@@ -165,10 +168,6 @@ class StaleSAM(OptimizerMixin):
         config = self.configs[StaleSAM]
         note = "the one pass runs at displaced weights: one more publication where working weights are copies"
         return Cost(state_bytes=4 * config.tau, transient_bytes=12, scalar_reductions=1, note=note) if config.rho else Cost()
-
-
-def _find(vector: Vector, name: str) -> torch.Tensor:
-    return next(t for s, t in vector if s.name == name)
 
 
 def _by_tensor(opt: OptimizerMixin, *pairs: tuple[Vector, Vector]) -> list[dict[str, torch.Tensor]]:

@@ -196,12 +196,14 @@ class SI(OptimizerMixin):
     began. The references clip gradients by value 1 before the update: compose with such a clip for their numbers.
 
     Cost: three copies of the owned masters, kept; two more inside a step (path_integral); no pass, no collective.
-    Order: any; it reads the data gradient before it or any other mixin adds a penalty.
+    Order: left of LARS and LAMB, whose update it measures; it reads the data gradient before any mixin adds a penalty.
     Limits: a parameter to which a pass gave no gradient is not pulled either. Importance may be negative, as in the references.
 
     Source: Zenke et al. 2017, arXiv 1703.04200; rules of aimagelab/mammoth (path_integral) and of
     joey-wang123/CL-refresh-learning (grad_square).
     """
+
+    left_of = ("LARS", "LAMB")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

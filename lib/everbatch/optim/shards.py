@@ -103,8 +103,13 @@ class Vector:
 
     def mul_(self, scale: float | Tensor) -> Vector:
         """self *= scale."""
-        for t in self.tensors:
-            t.mul_(scale if isinstance(scale, float) else _like(scale, t))
+        if isinstance(scale, float) and self.tensors:
+            torch._foreach_mul_(self.tensors, scale)
+        elif len({(t.device, t.dtype) for t in self.tensors}) == 1:
+            torch._foreach_mul_(self.tensors, _like(scale, self.tensors[0]))  # type: ignore[arg-type]
+        else:
+            for t in self.tensors:
+                t.mul_(_like(scale, t))  # type: ignore[arg-type]
         return self
 
     def map_(self, function: Callable[[Shard, Tensor], Tensor]) -> Vector:

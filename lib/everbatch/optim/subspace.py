@@ -43,12 +43,14 @@ class SubspaceProjection(OptimizerMixin):
     Cost: 4 o d k multiply-adds per side on each rank. On ZeRO 1-3 one all-reduce of the named matrices (for each 2^26
     elements) per step; on FSDP2 none where only right maps are set, because its shards are whole rows. Update space: a
     copy of the owned slices of the named matrices inside the step, and one more publication.
-    Order: right of ClipGradNorm and DynamicSparsity, which act on what it leaves.
+    Order: right of ClipGradNorm and DynamicSparsity, which act on what it leaves; left of LARS and LAMB, whose update it cuts.
     Limits: in gradient space only plain SGD keeps what it promises: Adam rescales each element, decay and stale momentum move
     protected directions.
     Source: the surgery papers' common form; SAME (null, soft, curvature), GRIP (rows with bases of their own; Zhu et al. 2026,
     arXiv 2601.16905), OSFT (joint; Nayak et al. 2025, arXiv 2504.07097).
     """
+
+    left_of = ("LARS", "LAMB")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -159,8 +159,10 @@ class Host(abc.ABC):
         grads = [g for s in self.shards if (g := s.grad) is not None and g.numel()]
         bad = torch.zeros((), dtype=torch.float64, device=self.device)
         if grads:  # a rank may own nothing of a small model
-            # The largest absolute value is finite iff every element is; unlike a sum or a norm it cannot overflow.
-            peaks = torch._foreach_norm(grads, float("inf"))
+            # Extremes are finite iff every element is; unlike a sum or a norm they cannot overflow. On CPUs a fused norm takes
+            # ten times as long as aminmax, on GPUs one kernel for all beats one for each.
+            peaks = list(torch._foreach_norm(grads, float("inf"))) if self.device.type != "cpu" \
+                else [extreme for g in grads for extreme in torch.aminmax(g)]
             bad += (~torch.isfinite(torch.stack([p.float() for p in peaks]))).sum().to(bad)
         return self.total(bad) == 0
 
