@@ -231,7 +231,7 @@ def verdict(name: str, found: dict[str, float | None], count: int) -> str:
     head = f"{ARMS[a]} minus {ARMS[b]}: {mean:+.2f} points"
     if error is None:
         return f"{head} with one seed: no statement about spread"
-    said = "differs from zero" if abs(mean) > 200 * error else "no difference beyond 2 standard errors"
+    said = "more than 2 standard errors from zero" if abs(mean) > 200 * error else "no difference beyond 2 standard errors"
     return f"{head}, standard error {100 * error:.2f} over {count} seeds: {said}"
 
 

@@ -102,7 +102,7 @@ CASES = [
     Case("GradientNorm", (GradientNorm,), {"radius": 0.3}, {"mix": 0.0}),
     Case("WSAM", (WSAM,), {"rho": 0.3, "gamma": 0.6}, {"gamma": 0.0}),
     Case("LookSAM", (LookSAM,), {"rho": 0.3, "every": 3}, {"rho": 0.0}),
-    # h - g is some percent of g, and is normalised by tensor: bf16 errors of g grow as much. All bf16 hosts agree with each other.
+    # h - g is some percent of g and is normalised by tensor: bf16 errors of g grow as much; bf16 hosts agree with each other.
     Case("LookSAM(tensor)", (LookSAM,), {"rho": 0.3, "every": 3, "norms": "tensor"}, {"rho": 0.0}, amplifies=2.0),
     Case("StaleSAM", (StaleSAM,), {"rho": 0.3, "tau": 2}, {"rho": 0.0}),
     Case("Ignite", (Ignite,), {"rho": 0.5, "rate": 0.1, "budget": 0.01, "multiplier": 0.1}, {"multiplier": 0.0, "rate": 0.0}),

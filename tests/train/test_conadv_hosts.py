@@ -1,4 +1,4 @@
-"""ConAdv on every host, with real ranks: the same bits wherever crafting runs, the same steps on every engine, resumed bitwise."""
+"""ConAdv on every host, with real ranks: same bits wherever crafting runs, same steps on every engine, resumed bitwise."""
 
 from __future__ import annotations
 
