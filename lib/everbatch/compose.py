@@ -44,6 +44,8 @@ class Contract:
     final: ClassVar[tuple[str, ...]] = ()
     left_of: ClassVar[tuple[str, ...]] = ()
     owns: ClassVar[tuple[str, ...]] = ()
+    free: ClassVar[tuple[str, ...]] = ()
+    """Options that change where or how safely a part works, and no bit of what it gives: a resumed run may change them."""
 
     configs: dict[type, Any]
     states: dict[type, Any]

@@ -48,7 +48,8 @@ class ConAdv(TrainerMixin):
 
     Cost: crafting 2/3 of a pass per attack step, the adversarial part one pass: 8/3 of the arithmetic of plain training with
     one attack step, whatever the placement. Memory: tau prepared batches, and tau crafted ones as int8 signs (one step from
-    the clean input) or in full. Collectives: none of its own; "process" and "ranks" gather the weights on FSDP2 and ZeRO stage 3.
+    the clean input) or in full. Collectives: none of its own where ranks hold whole weights; on FSDP2 and ZeRO stage 3 the
+    parameter gathers of its passes, or with "process" and "ranks" one gather of all weights.
     Order: left of Replay, so that only the stream is attacked.
 
     A trainer of your own offers the verbs below, `peek(k)` (the stream part, ready, that will be trained on k steps from now;
@@ -59,6 +60,8 @@ class ConAdv(TrainerMixin):
     crafting pass as well; here the weights are 1 and 1 (`normalize` averages), radius and range are converted per channel, and
     crafting leaves no trace.
     """
+
+    free = ("placement", "adversary_device", "adversaries", "on_failure", "patience_s", "adversary_threads")
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -255,10 +258,11 @@ class ConAdv(TrainerMixin):
             return "off"
         where = {"inline": "in the step", "stream": "on a side stream", "process": "in a process beside each trainer",
                  "ranks": f"on {c.adversaries} rank(s) of their own"}[c.placement]
+        kept = "int8 signs" if c.steps == 1 and c.random_start == 0 else "full tensors"
+        gathers = "its passes" if c.placement in ("inline", "stream") else "one copy of the weights"
         return (f"batch t+{c.tau} crafted {where} with the weights of step t; forward and backward of both copies 6f, crafting "
                 f"{2 * c.steps}f, plain training 3f: {(6 + 2 * c.steps) / 3:.2f}x the arithmetic; {c.tau} batch(es) ahead, as "
-                f"{'int8 signs' if c.steps == 1 and c.random_start == 0 else 'full tensors'}; no collective of its own"
-                + ("" if c.placement in ("inline", "stream") else ", but whole weights are gathered on FSDP2 and ZeRO stage 3"))
+                f"{kept}; on FSDP2 and ZeRO stage 3 the parameter gathers of {gathers}, elsewhere no collective of its own")
 
     @property
     def __active(self) -> bool:

@@ -85,7 +85,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     """What must be equal for a run to be the continuation of another: configuration, stream, classes and their options."""
     free = {"keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation"}
     config = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in free}
-    mixins = {part.__name__: repr(c) for part, c in getattr(trainer, "configs", {}).items()}
+    mixins = {part.__name__: _binding(part, c) for part, c in getattr(trainer, "configs", {}).items()}
     optimizer = {part.__name__: repr(c) for part, c in trainer.optimizer.configs.items()}
     base = base_of(type(trainer.optimizer))
     assert trainer.stream is not None and base is not None
@@ -94,6 +94,12 @@ def identity(trainer: Trainer) -> dict[str, Any]:
               "lr": trainer._base_lr, "stream": trainer.stream.fingerprint()}
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
+
+
+def _binding(part: type, config: Any) -> str:
+    """The options of a mixin that decide what a run gives: all but those it calls free."""
+    unbound = getattr(part, "free", ())
+    return repr({k: v for k, v in vars(config).items() if k not in unbound}) if unbound else repr(config)
 
 
 def layout(model: nn.Module) -> str:

@@ -96,6 +96,7 @@ class Attack:
 
     def finish(self, payload: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inputs of the adversarial part, and what to add to the embedding (None without one), from what `run` gave."""
+        payload = payload.to(clean.device)  # a checkpoint's are on the CPU
         if self.embedding is not None:
             step = self.radius if self.step_size is None else self.step_size
             return clean, (step * payload).clamp(-self.radius, self.radius) if self.signs else payload

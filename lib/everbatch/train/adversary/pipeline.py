@@ -99,8 +99,9 @@ class Pipeline:
         return self._sent + self.place.sent
 
     def close(self) -> None:
-        """End the adversary."""
+        """End the adversary. What is under way is forgotten."""
         self.place.close()
+        self._ids.clear()
 
     def _bring(self, step: int) -> None:
         ids = self._ids.pop(step)

@@ -6,9 +6,10 @@ pipe tells each side of the other's end, so a crash leaves neither memory nor pr
 
 from __future__ import annotations
 
+import io
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
 from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
+from everbatch.train.adversary.wire import layout, room, views
 
 __all__ = ["BesideProcess"]
 
@@ -85,25 +87,40 @@ class BesideProcess(Placement):
         return sum(t.numel() * t.element_size() for t in (self._inputs[at], self._targets[at], self._results[at]))
 
     def _start(self, weights: dict[str, Tensor], job: Job) -> None:
-        def shared(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-            made = torch.empty(like.shape, dtype=dtype or like.dtype, device=self.device)
+        def shared(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            made = torch.empty(shape, dtype=dtype, device=self.device)
             return made if made.is_cuda else made.share_memory_()  # type: ignore[no-untyped-call]
 
         result = torch.int8 if self.attack.signs else job.inputs.dtype if self.attack.embedding is None else torch.float32
-        payload = job.inputs
+        shape = list(job.inputs.shape)
         if self.attack.embedding is not None:
-            width = self.module.get_submodule(self.attack.embedding).embedding_dim
-            payload = payload.new_empty(()).expand(*payload.shape, int(width))  # type: ignore[arg-type]
-        self._weights = [{n: shared(w) for n, w in weights.items()} for _ in range(2)]
-        self._inputs = [shared(job.inputs) for _ in range(self.depth)]
-        self._targets = [shared(job.targets) for _ in range(self.depth)]
-        self._results = [shared(payload, result) for _ in range(self.depth)]
+            shape.append(int(self.module.get_submodule(self.attack.embedding).embedding_dim))  # type: ignore[arg-type]
+        # One piece of memory for all weights: each shared tensor holds a file open in either process.
+        told = layout(weights)
+        flat = [shared([room(told)], torch.uint8) for _ in range(2)]
+        self._weights = [views(f, told) for f in flat]
+        self._inputs = [shared(job.inputs.shape, job.inputs.dtype) for _ in range(self.depth)]
+        self._targets = [shared(job.targets.shape, job.targets.dtype) for _ in range(self.depth)]
+        self._results = [shared(shape, result) for _ in range(self.depth)]
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(name="everbatch adversary", daemon=True, target=_adversary, args=(
-            theirs, self.attack, self.module, self._weights, self._inputs, self._targets, self._results, self.rank, self.threads))
+            theirs, self.attack, self._bones(), flat, told, self._inputs, self._targets, self._results, self.rank, self.threads))
         self._process.start()
         theirs.close()
+
+    def _bones(self) -> bytes:
+        """The module without its weights, which the adversary takes from the shared memory."""
+        named: list[Tensor] = [*self.module.parameters(), *self.module.buffers()]
+        kept, file = [value.data for value in named], io.BytesIO()
+        try:
+            for value in named:
+                value.data = value.data.new_empty(0)
+            torch.save(self.module, file)
+        finally:
+            for value, data in zip(named, kept, strict=True):
+                value.data = data
+        return file.getvalue()
 
     def _send(self, message: tuple[int, int, int]) -> None:
         try:
@@ -144,10 +161,13 @@ class BesideProcess(Placement):
             self._process.join()
         self._process.close()
         self._process = None
+        self._weights, self._inputs, self._targets, self._results, self._answered = [], [], [], [], False
+        self._versions.clear()
+        self._done.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------- the adversary
-def _adversary(pipe: Any, attack: Attack, module: nn.Module, weights: list[dict[str, Tensor]], inputs: list[Tensor],
+def _adversary(pipe: Any, attack: Attack, bones: bytes, flat: list[Tensor], told: list[list[Any]], inputs: list[Tensor],
                targets: list[Tensor], results: list[Tensor], rank: int, threads: int) -> None:
     """The process: craft what is ordered until the trainer's end of the pipe closes, however that comes about."""
     import signal
@@ -155,8 +175,9 @@ def _adversary(pipe: Any, attack: Attack, module: nn.Module, weights: list[dict[
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides; a Ctrl-C reaches the whole group
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
-    module.train()
     try:
+        module = torch.load(io.BytesIO(bones), weights_only=False).train()
+        weights = [views(f, told) for f in flat]
         while True:
             step, version, at = pipe.recv()
             current = weights[version % 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
-__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "dead_key", "end_key", "layout", "link", "pack", "ready_key", "size_of", "unpack"]
+__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "dead_key", "end_key", "layout", "link", "pack", "ready_key", "room", "size_of", "unpack", "views"]
 
 TO_ADVERSARY, BACK = 1, 2
 """Message tags; messages of one tag arrive in order."""
 FOREVER = datetime.timedelta(days=30)
 """An adversary waits as long as its trainer lives: an evaluation may take hours. A closed connection ends the wait at once."""
+LINE = 64
 
 
 def end_key(trainer: int) -> str:
@@ -39,29 +41,41 @@ def link(store: Any, trainer: int, end: int, timeout: datetime.timedelta) -> Any
 
 
 def pack(weights: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """All tensors' bytes one after the other, widest elements first so that views stay aligned: (P,) uint8 on the CPU."""
-    ordered = sorted(weights.values(), key=lambda w: -w.element_size())
+    """All tensors' bytes one after the other, as `views` finds them: (room(layout(weights)),) uint8 on the CPU."""
+    told = layout(weights)
     if out is None:
-        out = torch.empty(sum(w.numel() * w.element_size() for w in ordered), dtype=torch.uint8)
-    at = 0
-    for w in ordered:
-        size = w.numel() * w.element_size()
-        out[at : at + size].view(w.dtype).view(w.shape).copy_(w.detach())
-        at += size
+        out = torch.empty(room(told), dtype=torch.uint8)
+    for name, place in views(out, told).items():
+        place.copy_(weights[name].detach())
     return out
 
 
-def unpack(flat: Tensor, module: nn.Module) -> None:
-    """Let the module compute with the packed bytes, in the dtypes `layout` told."""
+def unpack(flat: Tensor, module: nn.Module, told: list[list[Any]]) -> None:
+    """Let the module compute with the packed bytes, of the layout `told`."""
     named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    at = 0
-    for w in sorted(named.values(), key=lambda w: -w.element_size()):
-        size = w.numel() * w.element_size()
-        w.data = flat[at : at + size].view(w.dtype).view(w.shape)
-        at += size
+    for name, place in views(flat, told).items():
+        named[name].data = place
+
+
+def views(flat: Tensor, told: list[list[Any]]) -> dict[str, Tensor]:
+    """The tensors of a layout among packed bytes. Each begins on a cache line, as torch's own do: kernels may choose their path,
+    and with it the last bit, by that."""
+    found, at = {}, 0
+    for name, shape, kind in told:
+        dtype = getattr(torch, kind)
+        size = math.prod(shape) * dtype.itemsize
+        found[name] = flat[at : at + size].view(dtype).view(shape)
+        at += -(-size // LINE) * LINE
+    return found
+
+
+def room(told: list[list[Any]]) -> int:
+    """Bytes that a layout takes."""
+    return sum(-(-math.prod(shape) * getattr(torch, kind).itemsize // LINE) * LINE for _, shape, kind in told)
 
 
 def layout(weights: dict[str, Tensor]) -> list[list[Any]]:
+    """Name, shape and dtype of each tensor, in plain values."""
     return [[n, list(w.shape), str(w.dtype).removeprefix("torch.")] for n, w in weights.items()]
 
 
