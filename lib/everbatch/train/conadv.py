@@ -125,13 +125,16 @@ class ConAdv(TrainerMixin):
             check_real(who, "patience_s", self.patience_s, 0.0, open_low=True)
             if self.step_size is not None:
                 check_real(who, "step_size", self.step_size, 0.0, open_low=True)
-            for value in (*self.std,):
+            for value in self.mean:
+                check_real(who, "mean", value)
+            for value in self.std:
                 check_real(who, "std", value, 0.0, open_low=True)
             check(len(self.mean) == len(self.std) or 1 in (len(self.mean), len(self.std)), who,
                   f"mean={self.mean!r} and std={self.std!r}", "have as many channels")
             check(self.raw_low < self.raw_high, who, f"raw_low={self.raw_low!r}, raw_high={self.raw_high!r}", "ascend")
             check(self.weight_clean + self.weight_adversarial > 0, who, "weight_clean=0, weight_adversarial=0", "not both be 0")
-            check(self.classes is None or self.classes >= 2, who, f"classes={self.classes!r}", "be an integer >= 2")
+            check(self.classes is None or (isinstance(self.classes, int) and self.classes >= 2), who, f"classes={self.classes!r}",
+                  "be an integer >= 2")
             check(self.first != "random" or self.embedding is None, who, "first='random' with embedding",
                   "be clamp or clean")
             for name, allowed in (("first", ("clamp", "clean", "random")), ("on_failure", ("clean", "inline", "stop")),
@@ -197,6 +200,8 @@ class ConAdv(TrainerMixin):
         check(clean.inputs.is_floating_point() or config.embedding is not None, "ConAdv", f"inputs of dtype {clean.inputs.dtype}",
               "be floating point", "name the module that embeds them (embedding=)")
         self.__order(clean)
+        if config.first == "clean":
+            self.optimizer.hold(())  # a skipped step leaves what it held to the next
         if self.__filling and config.first != "clamp":
             if config.first == "clean":
                 self.optimizer.hold(self.__branch)

@@ -41,10 +41,14 @@ class Fifo:
         self.waiting: dict[int, Waiting] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows of this rank, by batch, and where they start in the global batch; every rank has as many."""
+        """Rows of this rank, by batch, and where they start in the global batch; every rank has as many. Batches that not every
+        rank has are left out. One small gather."""
         if self.drain is not None:
             self.drain()
         steps = sorted(self.waiting)
+        if self.world.size > 1:  # a rank that lost its adversary has fewer than others
+            everywhere: list[Any] = self.world.gather(steps)
+            steps = [step for step in steps if all(step in theirs for theirs in everywhere)]
         share = len(self.waiting[steps[0]].ids) if steps else 0
         rows = {f"{kind}{i}": getattr(self.waiting[step], kind) for i, step in enumerate(steps) for kind in ("payload", "ids")}
         index = {"slots": np.arange(share * self.world.size), "steps": np.array(steps, dtype=np.int64),

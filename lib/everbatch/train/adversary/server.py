@@ -26,7 +26,7 @@ from everbatch.train.adversary.wire import (
     layout,
     link,
     ready_key,
-    room,
+    size_of,
     unpack,
 )
 
@@ -90,7 +90,7 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
           "ConAdv", "the adversary's model", "have the trainers' parameters and buffers", "build both alike")
     for name, _, dtype in told["weights"]:
         named[name].data = named[name].data.to(getattr(torch, dtype))
-    flat = torch.empty(room(told["weights"]), dtype=torch.uint8)
+    flat = torch.empty(sum(size_of(w) for w in named.values()), dtype=torch.uint8)
     head = torch.empty(4, dtype=torch.int64)
     store.set(ready_key(role.rank), "1")
     links = {j: link(store, j, 1, FOREVER) for j in role.serves}
@@ -104,7 +104,7 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
                 continue
             if carries:
                 theirs.recv([flat], 0, TO_ADVERSARY).wait()
-                unpack(flat.to(target), model, told["weights"])
+                unpack(flat.to(target), model)
             for step in range(first, first + count):
                 inputs = torch.empty(shapes["inputs"], dtype=getattr(torch, shapes["dtype"]))
                 targets = torch.empty(shapes["targets"], dtype=torch.int64)

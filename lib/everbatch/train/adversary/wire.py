@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 
-__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "dead_key", "end_key", "layout", "link", "pack", "ready_key", "room", "size_of", "unpack", "views"]
+__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "dead_key", "end_key", "layout", "link", "pack", "ready_key", "room", "size_of",
+           "unpack", "views"]
 
 TO_ADVERSARY, BACK = 1, 2
 """Message tags; messages of one tag arrive in order."""
@@ -41,25 +42,36 @@ def link(store: Any, trainer: int, end: int, timeout: datetime.timedelta) -> Any
 
 
 def pack(weights: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """All tensors' bytes one after the other, as `views` finds them: (room(layout(weights)),) uint8 on the CPU."""
-    told = layout(weights)
+    """All tensors' bytes one after the other, widest elements first so that views stay aligned: (P,) uint8 on the CPU."""
+    ordered = sorted(weights.values(), key=lambda w: -w.element_size())
     if out is None:
-        out = torch.empty(room(told), dtype=torch.uint8)
-    for name, place in views(out, told).items():
-        place.copy_(weights[name].detach())
+        out = torch.empty(sum(w.numel() * w.element_size() for w in ordered), dtype=torch.uint8)
+    at = 0
+    for w in ordered:
+        size = w.numel() * w.element_size()
+        out[at : at + size].view(w.dtype).view(w.shape).copy_(w.detach())
+        at += size
     return out
 
 
-def unpack(flat: Tensor, module: nn.Module, told: list[list[Any]]) -> None:
-    """Let the module compute with the packed bytes, of the layout `told`."""
+def unpack(flat: Tensor, module: nn.Module) -> None:
+    """Let the module compute with the packed bytes, in the dtypes `layout` told."""
     named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    for name, place in views(flat, told).items():
-        named[name].data = place
+    at = 0
+    for w in sorted(named.values(), key=lambda w: -w.element_size()):
+        size = w.numel() * w.element_size()
+        w.data = flat[at : at + size].view(w.dtype).view(w.shape)
+        at += size
+
+
+def layout(weights: dict[str, Tensor]) -> list[list[Any]]:
+    """Name, shape and dtype of each tensor, in plain values."""
+    return [[n, list(w.shape), str(w.dtype).removeprefix("torch.")] for n, w in weights.items()]
 
 
 def views(flat: Tensor, told: list[list[Any]]) -> dict[str, Tensor]:
-    """The tensors of a layout among packed bytes. Each begins on a cache line, as torch's own do: kernels may choose their path,
-    and with it the last bit, by that."""
+    """The tensors of a layout in one piece of memory. Each begins on a cache line, as torch's own do: kernels may choose their
+    path, and with it the last bit, by that."""
     found, at = {}, 0
     for name, shape, kind in told:
         dtype = getattr(torch, kind)
@@ -70,13 +82,8 @@ def views(flat: Tensor, told: list[list[Any]]) -> dict[str, Tensor]:
 
 
 def room(told: list[list[Any]]) -> int:
-    """Bytes that a layout takes."""
+    """Bytes that `views` of a layout need."""
     return sum(-(-math.prod(shape) * getattr(torch, kind).itemsize // LINE) * LINE for _, shape, kind in told)
-
-
-def layout(weights: dict[str, Tensor]) -> list[list[Any]]:
-    """Name, shape and dtype of each tensor, in plain values."""
-    return [[n, list(w.shape), str(w.dtype).removeprefix("torch.")] for n, w in weights.items()]
 
 
 def size_of(value: Tensor) -> int:
