@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import itertools
 import os
@@ -112,4 +113,12 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0)
         store = PrefixStore(f"group-{next(_groups)}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size - spare,
                                 timeout=datetime.timedelta(seconds=timeout_s))
+        atexit.register(_leave)
     return World.current()
+
+
+def _leave() -> None:
+    """End the group's threads while Python is whole: one that frees a tensor during finalisation takes the process down
+    ("terminate called without an active exception", torch 2.15 with gloo); NCCL warns of groups that were left open."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

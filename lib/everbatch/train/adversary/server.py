@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -70,6 +71,7 @@ def _ended(store: Any, keys: list[str]) -> bool:
 def _adversary(role: Role, model: nn.Module, device: str | None) -> None:
     try:
         _serve_all(role, model, device)
+        os._exit(0)  # without freeing what gloo's threads may still hold
     except BaseException:
         traceback.print_exc()
         sys.exit(1)

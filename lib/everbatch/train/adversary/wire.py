@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import math
 from typing import Any
@@ -38,7 +39,11 @@ def dead_key(rank: int) -> str:
 
 def link(store: Any, trainer: int, end: int, timeout: datetime.timedelta) -> Any:
     """A two-process group of one trainer (0) and its adversary (1), outside every other group: one that breaks breaks alone."""
-    return dist.ProcessGroupGloo(PrefixStore(f"conadv/link/{trainer}", store), end, 2, timeout)
+    group = dist.ProcessGroupGloo(PrefixStore(f"conadv/link/{trainer}", store), end, 2, timeout)
+    # Never freed: when the other end closes its connection just then, gloo (torch 2.15) drops its device on the device's own
+    # thread, and the process aborts ("terminate called without an active exception").
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
 
 
 def pack(weights: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
