@@ -177,7 +177,7 @@ class OptimizerMixin(Contract):
                     undo()
                 self.skipped_count += 1
         finally:
-            self._on_apply, self._on_skip, self._objective = [], [], None
+            self._on_apply, self._on_skip, self._objective, self._held = [], [], None, frozenset()
         self.host.end_step(applied)
         self.host.discard()
         self.host.publish_if_dirty()
@@ -301,7 +301,6 @@ class OptimizerMixin(Contract):
     @contextmanager
     def _holding(self) -> Iterator[None]:
         held = [s for s in self.host.shards if s.name in self._held] if self._held else []
-        self._held = frozenset()
         kept = [(s, s.data.clone(), {k: v.clone() for k, v in s.moments.items()}) for s in held]
         yield
         for shard, data, moments in kept:

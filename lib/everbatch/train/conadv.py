@@ -200,8 +200,6 @@ class ConAdv(TrainerMixin):
         check(clean.inputs.is_floating_point() or config.embedding is not None, "ConAdv", f"inputs of dtype {clean.inputs.dtype}",
               "be floating point", "name the module that embeds them (embedding=)")
         self.__order(clean)
-        if config.first == "clean":
-            self.optimizer.hold(())  # a skipped step leaves what it held to the next
         if self.__filling and config.first != "clamp":
             if config.first == "clean":
                 self.optimizer.hold(self.__branch)
@@ -305,6 +303,9 @@ class ConAdv(TrainerMixin):
         c: ConAdv.Config = self.configs[ConAdv]
         classes = c.classes or getattr(getattr(self, "stream", None), "num_classes", None)
         check(not c.targeted or classes is not None, "ConAdv", "targeted=True", "know the number of classes", "set classes=")
+        check(c.first != "clean" or not self.__branch or hasattr(getattr(self, "optimizer", None), "hold"), "ConAdv",
+              "first='clean' with an optimizer that moves parameters without a gradient", "have an optimizer of everbatch.optim",
+              "compose(base=...), or set first='clamp'")
         trainer = getattr(self, "config", None)
         self.__attack = Attack(
             radius=c.radius, step_size=c.step_size, steps=c.steps, mean=tuple(c.mean), std=tuple(c.std), raw_low=c.raw_low,

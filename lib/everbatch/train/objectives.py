@@ -46,7 +46,7 @@ def check_objectives(trainer: type, optimizer: Any, output_fn: OutputFn | None, 
         part = needs["per_sample"]
         check(accumulation == 1, "Trainer", f"accumulation={accumulation} with {part}", f"be 1, because {part} selects among the "
               "rows of one batch", "use more ranks, or SAM")
-        adding = [p.__name__ for p in parts_of(trainer) if "draw_batch" in vars(p)]
+        adding = [p.__name__ for p in parts_of(trainer) if {"draw_batch", "augment_batch"} & vars(p).keys()]
         check(not adding, "Trainer", f"{part} in the optimizer and {', '.join(adding)} in the trainer", "not both be used: "
               f"{part} trains on rows of the stream alone", "use SAM")
 
