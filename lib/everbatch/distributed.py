@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import itertools
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -118,7 +121,29 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0)
 
 
 def _leave() -> None:
-    """End the group's threads while Python is whole: one that frees a tensor during finalisation takes the process down
-    ("terminate called without an active exception", torch 2.15 with gloo); NCCL warns of groups that were left open."""
+    """Leave the group, and let gloo's threads come to rest, while Python is whole.
+
+    A thread of gloo that lets go of a tensor asks for the GIL; during finalisation that takes the process down ("terminate
+    called without an active exception", pytorch issue 190489), after all work is done and on one rank in hundreds. Leaving the
+    group does not end the threads where anything, such as a DDP model, still holds it. NCCL warns of groups left open."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _settle()
+
+
+def _settle(thread: str = "pt_gloo_runloop", limit_s: float = 1.0) -> None:
+    """Wait until no thread of this name is running or about to; without Linux's /proc, two milliseconds."""
+    end, calm = time.monotonic() + limit_s, 0
+    while calm < 2 and time.monotonic() < end:
+        time.sleep(0.001)  # without the GIL: whoever waits for it has it now
+        calm = calm + 1 if "R" not in _states(thread) else 0
+
+
+def _states(thread: str) -> set[str]:
+    """The scheduler's letters for this process's threads of a name: R while running or runnable, S asleep."""
+    found: set[str] = set()
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            _, _, rest = stat.read_text().partition(f"({thread}) ")
+            found.update(rest[:1])
+    return found
