@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import time
@@ -34,6 +35,7 @@ class World:
     def current(cls) -> World:
         """The default process group, or one rank when there is none."""
         if dist.is_available() and dist.is_initialized():
+            _settle_at_exit()
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
@@ -116,19 +118,25 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0)
         store = PrefixStore(f"group-{next(_groups)}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size - spare,
                                 timeout=datetime.timedelta(seconds=timeout_s))
+        _settle_at_exit()  # runs after what is registered later
         atexit.register(_leave)
     return World.current()
 
 
 def _leave() -> None:
-    """Leave the group, and let gloo's threads come to rest, while Python is whole.
-
-    A thread of gloo that lets go of a tensor asks for the GIL; during finalisation that takes the process down ("terminate
-    called without an active exception", pytorch issue 190489), after all work is done and on one rank in hundreds. Leaving the
-    group does not end the threads where anything, such as a DDP model, still holds it. NCCL warns of groups left open."""
+    """Leave the group while Python is whole; NCCL warns of groups left open."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    _settle()
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    """Let gloo's threads come to rest before Python is torn down, also those of a group that somebody else made.
+
+    One that lets go of a tensor asks for the GIL; during finalisation that takes the process down ("terminate called without an
+    active exception", pytorch issue 190489), after all work is done and on one rank in hundreds. Leaving the group does not end
+    the threads while anything, such as a DDP model, holds it."""
+    atexit.register(_settle)
 
 
 def _settle(thread: str = "pt_gloo_runloop", limit_s: float = 1.0) -> None:

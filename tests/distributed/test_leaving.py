@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -43,3 +45,28 @@ def test_waits_for_threads_that_still_run() -> None:
     stop["another"].set()
     for thread in threads:
         thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.distributed
+def test_every_rank_waits_whoever_made_its_group() -> None:
+    script = """
+        import atexit, ctypes, hashlib, threading, time
+        import torch.distributed as dist
+        from everbatch.distributed import World
+
+        def work():
+            ctypes.CDLL(None).prctl(15, b"pt_gloo_runloop")
+            until, block = time.monotonic() + 0.5, bytes(20_000_000)
+            while time.monotonic() < until:
+                hashlib.sha256(block)
+            ended.append(1)
+
+        ended = []
+        atexit.register(lambda: print("at rest" if ended else "still running"))
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        World.current()
+        threading.Thread(target=work, daemon=True).start()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "at rest\n", done

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Sharded
 from torch.nn.parallel import DistributedDataParallel
 
+from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.hosts.base import Alone, Host, plain_name, unwrap
 from everbatch.optim.shards import Shard, Vector
@@ -57,8 +58,8 @@ class LocalHost(Host):
                 self._met.add(part)
         sharded = [(n, p) for n, p in self._named if isinstance(p, DTensor)]
         self.sharded = bool(sharded)
-        if dist.is_available() and dist.is_initialized():
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        world = World.current()
+        self.rank, self.world = world.rank, world.size
         self.replicas = self.world
         self._group = self._shard_group(sharded) if sharded else None
         self.title = "FSDP2" if sharded else "DDP" if ddp else "plain"

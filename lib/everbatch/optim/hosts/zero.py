@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost
 from everbatch.optim.hosts.base import Alone, Host, plain_name
 from everbatch.optim.objective import Objective
@@ -68,8 +69,8 @@ class ZeroHost(Host):
             raise UnsupportedHost(f"DeepSpeed: optimizer wrapper {self.kind} is not supported; use a torch.optim optimizer")
         self.module = engine.module
         self.device = torch.device(engine.device)
-        self.sharded = self.stage > 0 and dist.get_world_size() > 1
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        world = World.current()
+        self.rank, self.world, self.sharded = world.rank, world.size, self.stage > 0 and world.size > 1
         self.replicas = 1 if self.stage else self.world
         self._named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         self.bf16 = bool(engine.bfloat16_enabled())
