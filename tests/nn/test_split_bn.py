@@ -103,7 +103,7 @@ def test_round_trip_gives_the_same_names_values_classes_and_objects(name: str) -
     assert same(state(model), before) and classes(model) == kinds
     assert all(a is b for a, b in zip(model.modules(), parts, strict=True))
     assert all(a is b for a, b in zip(model.parameters(), tensors, strict=True))
-    assert all("_active" not in m.__dict__ for m in parts)
+    assert all(not {"_active", "_halves"} & m.__dict__.keys() for m in parts)
     assert strip_split_bn(model) == 0
 
 
@@ -253,6 +253,42 @@ def test_two_forwards_are_one_that_splits_the_batch_by_hand() -> None:
                 torch.testing.assert_close(a.get_parameter(n).grad, p.grad, rtol=1e-11, atol=1e-11)
             for n, t in b.named_buffers():
                 torch.testing.assert_close(a.get_buffer(n), t, rtol=1e-13, atol=1e-13)
+
+
+@every_model
+def test_one_forward_in_halves_is_two_forwards(name: str) -> None:
+    model, x, other = build(name)
+    convert_split_bn(model.double())
+    scramble(model)
+    twin, x, other = copy.deepcopy(model), x.double(), other.double()
+    outputs = [twin(x)]
+    with split_branch(twin, ADV):
+        outputs.append(twin(other))
+    with split_branch(model, ADV, halves=True):
+        both = model(torch.cat([x, other]))
+    torch.testing.assert_close(both, torch.cat(outputs), rtol=1e-10, atol=1e-12)
+    (both * both).sum().backward()
+    sum((out * out).sum() for out in outputs).backward()  # type: ignore[union-attr]
+    for (one, mine), wanted in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-8, atol=1e-9, msg=one)
+    for mine, wanted in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-13)
+    expected = twin.eval()(x)
+    with split_branch(model.eval(), ADV, halves=True):
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_halves_must_be_as_many_and_end_with_their_block() -> None:
+    model, x, _ = build()
+    convert_split_bn(model)
+    with split_branch(model, ADV, halves=True), pytest.raises(ValueError, match="3 rows in halves, must be as many"):
+        model(x[:3])
+    before = state(model)
+    with split_branch(model, ADV, halves=True), split_branch(model, ADV):
+        model(x[:3])
+    assert [k for k, v in state(model).items() if not torch.equal(v, before[k])] == [
+        k for k in before if f"branches.{ADV}." in k and ("running" in k or "tracked" in k)]
+    copy.deepcopy(model)(x[:3])
 
 
 @every_model

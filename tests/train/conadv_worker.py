@@ -88,7 +88,8 @@ def compared() -> dict[str, dict[str, Any]]:
     """Runs that must take the same steps on every host: without batch norm and dropout, which know their own rows only."""
     runs: dict[str, dict[str, Any]] = {
         "tau 1": {}, "tau 0": {"tau": 0}, "two steps": {"steps": 2}, "clean": {"first": "clean", "tau": 2},
-        "accumulation": {"config": {"accumulation": 2}}, "Replay": {"cls": Both}}
+        "one forward": {"one_forward": True, "cls": Both, "tau": 2}, "accumulation": {"config": {"accumulation": 2}},
+        "Replay": {"cls": Both}}
     for name, (parts, settings) in MIXES.items():
         opt = functools.partial(compose(*parts, base=torch.optim.SGD), lr=0.1, momentum=0.9, weight_decay=1e-3, **settings)
         runs[name] = {"optimizer": opt}

@@ -14,7 +14,7 @@ from torch.nn import functional
 import learning
 from adversarial import ADV, BOX, FROZEN, SGD, batches, by_hand, learner, net
 from everbatch.data import Batch
-from everbatch.train import ConAdv, StepRecord, Trainer, TrainerMixin
+from everbatch.train import ConAdv, Replay, StepRecord, Trainer, TrainerMixin
 from everbatch.train.craft import pixel_box
 from golden.families.conadv import Loop
 
@@ -132,6 +132,28 @@ def test_evaluation_uses_the_main_branch_alone() -> None:
     assert torch.equal(t.model(x), expected) and t.model[1].training is False
 
 
+@pytest.mark.parametrize("options", [{"tau": 0}, {"tau": 2, "weight_clean": 0.5}, {"first": "clean"}])
+def test_one_forward_for_both_parts_is_two(options: dict[str, Any]) -> None:
+    data = [(x.double(), y) for x, y in batches()]
+    one, two = (learner(net().double(), data, one_forward=both, **options) for both in (True, False))
+    for _ in data:
+        (inputs, terms), (wanted, expected) = one.training_step(), two.training_step()
+        assert list(terms) == list(expected) and all(torch.equal(v, wanted[k]) for k, v in inputs.items())
+        torch.testing.assert_close(terms, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(one.model.state_dict(), two.model.state_dict(), rtol=1e-12, atol=1e-13)
+
+
+def test_one_forward_moves_embeddings_of_the_adversarial_half_alone() -> None:
+    data = [(torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(i)), torch.arange(4) % 3) for i in range(4)]
+    ran = []
+    for both in (True, False):
+        model = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), *net()).double()
+        t = learner(model, data, one_forward=both, embedding="0", radius=100.0)
+        ran.append([t.training_step()[1] for _ in data])
+    torch.testing.assert_close(*ran, rtol=1e-12, atol=1e-14)
+    assert all(step["cross_entropy"] != step["adversarial_cross_entropy"] for step in ran[0])
+
+
 # ----------------------------------------------------------------------------------------------------------- the trainer
 class Spying(TrainerMixin):
     """Keeps every step's record, and the model before it."""
@@ -155,8 +177,8 @@ class Plain(Spying, Trainer):
 
 def fitted(cls: Any, optimizer: Any = SGD, model: nn.Module | None = None, accumulation: int = 1, **conadv: Any) -> Any:
     config = Trainer.Config(batch_size=8, epochs=2, seed=3, accumulation=accumulation)
-    t = cls(model or learning.net(), optimizer, config=config, augment=learning.jitter,
-            prepare=learning.scale, device="cpu", num_tasks=3, **conadv)
+    t = cls(model or learning.net(), optimizer, config=config, augment=learning.jitter, device="cpu", num_tasks=3,
+            **{"prepare": learning.scale, **conadv})
     t.fit(learning.stream())
     return t
 
@@ -189,6 +211,33 @@ def test_batch_norm_sees_the_rows_of_training_and_every_task_begins_anew(pieces:
         assert torch.equal(crafted.inputs, torch.cat(expected)) and torch.equal(crafted.targets, clean.targets)
 
 
+class Rehearsing(Spying, ConAdv, Replay, Trainer):
+    """A third part between the two."""
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_one_forward_beside_other_parts_and_micro_batches(pieces: int) -> None:
+    """One of 8 + 8 rows per micro-batch and one of the replayed rows, with the outputs and statistics of three."""
+    ran, forwards = [], []
+    for both in (True, False):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 15), nn.BatchNorm1d(15), nn.ReLU(), nn.Linear(15, 6)).double()
+        torch.manual_seed(0)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        seen: list[int] = []
+        model.register_forward_pre_hook(lambda _m, x, seen=seen: seen.append(len(x[0])) if torch.is_grad_enabled() else None)
+        ran.append(fitted(Rehearsing, FROZEN, model, pieces, one_forward=both, prepare=lambda x: x.double() / 16, tau=0,
+                          **learning.REPLAY))
+        forwards.append([n for n in seen if n > 8 // pieces])
+    assert forwards == [[16 // pieces] * 24 * pieces, []]
+    for (one, _), (two, _) in zip(ran[0].kept, ran[1].kept, strict=True):
+        assert [p.part for p in one.parts] == [p.part for p in two.parts] and len(one.parts) >= 2
+        torch.testing.assert_close(one.outputs, two.outputs, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one.terms, two.terms, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(learning.buffers(ran[0]), learning.buffers(ran[1]), rtol=1e-10, atol=1e-12)
+    assert any(len(record.parts) > 2 for record, _ in ran[0].kept)
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(("name", "value"), [
     ("tau", -1), ("tau", 1.5), ("tau", True), ("radius", -1.0), ("radius", math.nan), ("radius", math.inf), ("steps", 0),
@@ -208,6 +257,13 @@ def test_what_cannot_work_is_refused() -> None:
 
     with pytest.raises(ValueError, match="tau=1 in a trainer without peek"):
         learner(cls=Blind)
+    class Bare(ConAdv, type("Separate", (Loop,), {"forward_parts": property()})):  # type: ignore[misc]
+        """Runs its forwards itself."""
+
+    with pytest.raises(ValueError, match="one_forward=True in a trainer without forward_parts"):
+        learner(cls=Bare, one_forward=True)
+    with pytest.raises(ValueError, match="one_forward=True and split_bn=False with batch norm"):
+        learner(one_forward=True, split_bn=False)
     with pytest.raises(ValueError, match="embedding='words'"):
         learner(embedding="words")
     with pytest.raises(ValueError, match="inputs of dtype torch.int64"):

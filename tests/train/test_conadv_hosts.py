@@ -14,8 +14,8 @@ from processes import torchrun
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 WORKER = Path(__file__).parent / "conadv_worker.py"
-COMPARED = ("tau 1", "tau 0", "two steps", "clean", "accumulation", "Replay", "LARS", "SAM", "StaleSAM", "DynamicSparsity",
-            "ClipGradNorm+SAM")
+COMPARED = ("tau 1", "tau 0", "two steps", "clean", "one forward", "accumulation", "Replay", "LARS", "SAM",
+            "StaleSAM", "DynamicSparsity", "ClipGradNorm+SAM")
 DEFAULT, REST = ("ddp", "zero3"), ("fsdp2", "zero0", "zero1", "zero2")
 FEW = ("tau 1", "clean", "SAM")
 """What the default launch compares; --wide compares all."""

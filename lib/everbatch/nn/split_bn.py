@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -25,7 +26,8 @@ class SplitBatchNorm(_BatchNorm):
         y = gamma_b (x - mean(x)) / sqrt(var(x) + eps) + beta_b     training; mean_b and var_b move towards the batch's
         y = gamma (x - mean_main) / sqrt(var_main + eps) + beta     evaluation: main, whatever the branch
 
-    with b the branch that `split_branch` names, main outside of it. Shapes and errors are those of the original class, of which
+    with b the branch that `split_branch` names, main outside of it; with `halves`, main for the first half of the rows and b for
+    the second, each with statistics of its own. Shapes and errors are those of the original class, of which
     a split layer is an instance too; names in its state are unchanged, those of a branch follow `branches.<name>.`. A state
     dict that has nothing of a branch fills it with the main values. Pickles and deep-copies, always outside of any block.
 
@@ -35,17 +37,25 @@ class SplitBatchNorm(_BatchNorm):
     original: ClassVar[type[_BatchNorm]]
     branches: nn.ModuleDict
     _active: str | None = None
+    _halves: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
         """As the original layer, by the branch in use: same shape as the input."""
-        if self.training and self._active is not None:
-            return self.branches[self._active](input)  # type: ignore[no-any-return]
-        return super().forward(input)
+        if not self.training or self._active is None:
+            return super().forward(input)
+        branch = self.branches[self._active]
+        if not self._halves:
+            return branch(input)  # type: ignore[no-any-return]
+        check(len(input) % 2 == 0, type(self).__name__, f"{len(input)} rows in halves", "be as many of either branch",
+              "keep samples along the first dimension, or use one forward per branch")
+        first, second = input.chunk(2)
+        return torch.cat([super().forward(first), branch(second)])
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class was made on the fly, so no import finds it: name the original one and make it again.
         state = self.__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("_active", None)
+        for name in ("_active", "_halves"):
+            state.pop(name, None)
         return _rebuild, (self.original,), state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -102,29 +112,37 @@ def convert_split_bn(model: nn.Module, branches: Sequence[str] = ("adversarial",
 
 
 @contextmanager
-def split_branch(model: nn.Module, name: str) -> Iterator[None]:
+def split_branch(model: nn.Module, name: str, *, halves: bool = False) -> Iterator[None]:
     """Inside the block, split layers of `model` that are in training mode use branch `name`; "main" is the layer itself.
+
+    With `halves`, only for the second half of the rows; the first is main's. One forward of two concatenated batches then does
+    for two, with larger kernels, half the launches and, where weights are sharded, half the gathers; the rest of the model must
+    treat each row for itself. Equal to two forwards but for rounding and the noise of dropout.
 
     Layers in evaluation mode use main all the same. Blocks nest; the branch before comes back, also when the block raises.
     Forwards count, not backwards: a backward may come later, unless activation checkpointing repeats forwards in it.
 
     Raises:
-        ValueError: a branch that not every split layer has. A model without split layers accepts any name.
+        ValueError: a branch that not every split layer has. A model without split layers accepts any name. With `halves`, in the
+            forward: an odd number of rows.
 
-    Cost: an attribute per split layer; the walk that finds them is made once per model, and again after a conversion. A split
-    layer moved into a model by hand after its first block is found at the next conversion only.
+    Cost: two attributes per split layer, and with `halves` a copy of its output and of its input's gradient; the walk that finds
+    the layers is made once per model, and again after a conversion. A split layer moved into a model by hand after its first
+    block is found at the next conversion only.
     """
     layers = _known(model, name, "split_branch")
-    before = [layer._active for layer in layers]
+    before = [(layer._active, layer._halves) for layer in layers]
     try:
         for layer in layers:
-            # Past nn.Module's __setattr__, which looks for parameters: a block costs one of these per layer, twice.
+            # Past nn.Module's __setattr__, which looks for parameters: a block costs two of these per layer, twice.
             object.__setattr__(layer, "_active", None if name == MAIN else name)
+            object.__setattr__(layer, "_halves", halves)
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        for layer, (active, half) in zip(layers, before, strict=True):
             if isinstance(layer, SplitBatchNorm):  # not stripped meanwhile
                 object.__setattr__(layer, "_active", active)
+                object.__setattr__(layer, "_halves", half)
 
 
 def strip_split_bn(model: nn.Module) -> int:
@@ -138,7 +156,8 @@ def strip_split_bn(model: nn.Module) -> int:
     layers = [m for m in model.modules() if isinstance(m, SplitBatchNorm)]
     for layer in layers:
         del layer.branches
-        layer.__dict__.pop("_active", None)
+        for name in ("_active", "_halves"):
+            layer.__dict__.pop(name, None)
         layer.__class__ = layer.original  # type: ignore[assignment]
     _LAYERS.clear()
     return len(layers)
@@ -200,7 +219,7 @@ def _twin(layer: SplitBatchNorm) -> _BatchNorm:
     twin = layer.original.__new__(layer.original)
     nn.Module.__init__(twin)
     whole = layer.__getstate__()  # type: ignore[no-untyped-call]
-    state = {k: v for k, v in whole.items() if "hook" not in k and k != "_active"}
+    state = {k: v for k, v in whole.items() if "hook" not in k and k not in ("_active", "_halves")}
     state["_modules"] = {k: v for k, v in state["_modules"].items() if k != "branches"}
     group = state.get("process_group")
     twin.__dict__.update(copy.deepcopy(state, {id(group): group}))  # a communicator is shared; it cannot be copied

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.compose import parts_of
@@ -53,7 +55,8 @@ class ConAdv(TrainerMixin):
     Order: left of Replay, so that only the stream is attacked.
 
     A trainer of your own offers the verbs below, `peek(k)` (the stream part, ready, that will be trained on k steps from now;
-    None past the end) for tau > 0, and optionally `bare(inputs)` (logits without reducing anything).
+    None past the end) for tau > 0, optionally `bare(inputs)` (logits without reducing anything), and for `one_forward`
+    `forward_parts(parts)` (a list of what `forward` gives for each), through which its step runs its forwards.
 
     Source: Liu et al. 2022, arXiv 2106.00221, Algorithm 1. The released code keeps one old copy of the weights that nothing
     reads, averages the terms, clips inputs normalised by ImageNet's statistics to [-1, 1], and moves running statistics in the
@@ -97,6 +100,10 @@ class ConAdv(TrainerMixin):
         """Divide both by the sum of the weights in use."""
         split_bn: bool = True
         """Give batch norms a second set of weights and statistics for the adversarial part."""
+        one_forward: bool = False
+        """Run both parts through the network as one batch: larger kernels, half the launches, half the gathers of sharded
+        weights. For networks that treat each row for itself, but for split batch norms. Equal to two but for rounding and the
+        noise of dropout."""
         embedding: str | None = None
         """Name of the embedding module to perturb, for inputs that are not floating point."""
         placement: Literal["inline", "stream", "process", "ranks"] = "inline"
@@ -169,6 +176,11 @@ class ConAdv(TrainerMixin):
             modules = dict(model.named_modules())
             check(config.embedding in modules, "ConAdv", f"embedding={config.embedding!r}", "name a module of the model",
                   f"its embeddings: {[n for n, m in modules.items() if isinstance(m, nn.Embedding)]}")
+        check(not config.one_forward or hasattr(super(), "forward_parts"), "ConAdv", "one_forward=True in a trainer without "
+              "forward_parts(parts)", "run its forwards through that verb", "define it, or set one_forward=False")
+        check(not config.one_forward or config.split_bn or not any(isinstance(m, _BatchNorm) for m in model.modules()), "ConAdv",
+              "one_forward=True and split_bn=False with batch norm", "not mix the parts' statistics",
+              "split the batch norms, or set one_forward=False")
         split = convert_split_bn(model, (BRANCH,)) if config.split_bn and self.__active else 0
         if config.split_bn and not split:
             logging.getLogger("everbatch").info("ConAdv: the model has no batch norm, nothing to split")
@@ -221,6 +233,22 @@ class ConAdv(TrainerMixin):
         delta, name = batch.extras.get("delta"), self.configs[ConAdv].embedding
         with split_branch(self.__live, BRANCH), embedded(self.__live.get_submodule(name or ""), delta):
             return super().forward(batch)  # type: ignore[misc, no-any-return]
+
+    def forward_parts(self, parts: Sequence[Batch]) -> list[Tensor]:
+        """With `one_forward`, the stream and its adversarial copy go through the network as one batch."""
+        config, pair = self.configs[ConAdv], {p.part: p for p in parts if p.part in ("stream", PART)}
+        if not config.one_forward or len(pair) < 2:
+            return super().forward_parts(parts)  # type: ignore[misc, no-any-return]
+        clean, moved = pair["stream"], pair[PART]
+        rows = (v.repeat(2) for v in (clean.targets, clean.ids, clean.position))
+        both = Batch(torch.cat([clean.inputs, moved.inputs]), *rows)  # type: ignore[arg-type]
+        delta = moved.extras.get("delta")
+        if delta is not None:
+            delta = torch.cat([torch.zeros_like(delta), delta])
+        with split_branch(self.__live, BRANCH, halves=True), embedded(self.__live.get_submodule(config.embedding or ""), delta):
+            logits = dict(zip(("stream", PART), self.forward(both).chunk(2), strict=True))
+        rest = iter(super().forward_parts([p for p in parts if p.part not in logits]))  # type: ignore[misc]
+        return [logits[p.part] if p.part in logits else next(rest) for p in parts]
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The stream's terms, weighted, for the clean part and for its adversarial copy."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +171,10 @@ class Trainer:
         """Logits of one part, (n, classes) float32."""
         return self._logits(self.engine.call, batch.inputs)
 
+    def forward_parts(self, parts: Sequence[Batch]) -> list[Tensor]:
+        """Logits of all parts of a micro-batch, one `forward` each."""
+        return [self.forward(part) for part in parts]
+
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Named scalars of one part; cross-entropy for the stream."""
         if batch.part != "stream":
@@ -215,8 +219,7 @@ class Trainer:
     def _micro(self, parts: tuple[Batch, ...]) -> Tensor:
         """Forward and backward of one micro-batch, all parts of it; returns its loss, detached."""
         terms: dict[str, Tensor] = {}
-        for part in parts:
-            outputs = self.forward(part)
+        for part, outputs in zip(parts, self.forward_parts(parts), strict=True):
             for name, term in self.loss_terms(outputs, part).items():
                 terms[name] = terms[name] + term if name in terms else term
             if self.optimizer.recording:

@@ -37,6 +37,9 @@ class Loop:
     def forward(self, batch: Batch) -> Tensor:
         return self.model(batch.inputs)  # type: ignore[no-any-return]
 
+    def forward_parts(self, parts: list[Batch]) -> list[Tensor]:
+        return [self.forward(part) for part in parts]
+
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"cross_entropy": batch.mean(nn.functional.cross_entropy(outputs, batch.targets, reduction="none"))}
 
@@ -58,7 +61,8 @@ class Loop:
         seen: dict[str, Tensor] = {}
 
         def closure() -> Tensor:
-            terms = {k: v for part in parts for k, v in self.loss_terms(self.forward(part), part).items()}
+            made = zip(self.forward_parts(parts), parts, strict=True)
+            terms = {k: v for out, part in made for k, v in self.loss_terms(out, part).items()}
             loss = torch.stack(list(terms.values())).sum()
             self.optimizer.backward(loss)
             seen.update({k: v.detach() for k, v in terms.items()})
