@@ -5,8 +5,8 @@ python benchmarks/speed/conadv.py --device cuda --json gpu.json    "stream" agai
 
 All arms of one launch alternate in blocks; a trainer has core 0 and one thread, its adversary core 1. FLOPs are counted per
 operator below autograd, and bytes by ConAdv itself; both are compared with what theory says exactly. "split" arms cut the batch,
-so that the trainer sees as many samples as plain training. The script starts itself again with glibc keeping its memory (see
-sharpness.py). A verdict is "undecided" where the least times and the medians disagree.
+so that the trainer sees as many samples as plain training, and run both parts in one forward. The script starts itself again
+with glibc keeping its memory (see sharpness.py). A verdict is "undecided" where the least times and the medians disagree.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ from everbatch.train.adversary import serve, split_ranks
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "OMP_NUM_THREADS": "1"}
 CONADV: dict[str, dict[str, Any]] = {"sequential": {"tau": 0}, **{p: {"tau": 1, "placement": p} for p in (
     "inline", "stream", "process", "ranks")}}
-LAUNCHES = {"beside": ("vanilla", "mixed", "sequential", "inline", "process", "mixed split", "process split"),
+LAUNCHES = {"beside": ("vanilla", "mixed", "sequential", "inline", "process", "mixed once", "mixed split",
+                        "process split"),
             "ranks": ("vanilla", "mixed", "ranks"), "ranks split": ("vanilla", "mixed split", "ranks split")}
 # arm: (the arm it is compared with, limit). The first three are expectations from the arithmetic, with 5 % for what is no FLOP.
 LIMITS = {"mixed": ("vanilla", 2.0 * 1.05), "sequential": ("vanilla", 8 / 3 * 1.05), "inline": ("vanilla", 8 / 3 * 1.05),
@@ -101,6 +102,9 @@ class Loop:
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.model(batch.inputs).float()  # type: ignore[no-any-return]
 
+    def forward_parts(self, parts: list[Batch]) -> list[Tensor]:
+        return [self.forward(part) for part in parts]
+
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"cross_entropy": functional.cross_entropy(outputs, batch.targets)}
 
@@ -111,7 +115,8 @@ class Loop:
         parts = self.augment_batch([self.peek(0)])
 
         def closure() -> Tensor:
-            loss = torch.stack([t for part in parts for t in self.loss_terms(self.forward(part), part).values()]).sum()
+            made = zip(self.forward_parts(parts), parts, strict=True)
+            loss = torch.stack([term for out, part in made for term in self.loss_terms(out, part).values()]).sum()
             self.optimizer.backward(loss)
             return loss
 
@@ -136,6 +141,15 @@ class Mixed(Loop):
             return super().forward(batch)
 
 
+class MixedOnce(Mixed):
+    """The same in one forward."""
+
+    def forward_parts(self, parts: list[Batch]) -> list[Tensor]:
+        both = replace(parts[0], inputs=torch.cat([part.inputs for part in parts]))
+        with split_branch(self.model, "adversarial", halves=True):
+            return list(Loop.forward(self, both).chunk(2))
+
+
 class Learner(ConAdv, Loop):
     """The method."""
 
@@ -150,8 +164,8 @@ def learner(arm: str, net: Net, device: str = "cpu", **options: Any) -> Any:
         y, ids = torch.randint(0, 10, (batch,), generator=g), torch.arange(batch) + i * batch
         ring.append(Batch(x, y, ids, ids).to(device))
     if kind in CONADV:
-        return Learner(model, ring, net.precision, **CONADV[kind], **options)
-    return {"vanilla": Loop, "mixed": Mixed}[kind](model, ring, net.precision)
+        return Learner(model, ring, net.precision, one_forward=arm != kind, **CONADV[kind], **options)
+    return {"vanilla": Loop, "mixed": Mixed, "mixed once": MixedOnce, "mixed split": MixedOnce}[arm](model, ring, net.precision)
 
 
 class Flops(TorchDispatchMode):
@@ -187,7 +201,7 @@ def expected_flops(model: nn.Module, inputs: Tensor, arm: str, steps: int = 1) -
             x[0], m.weight, None, m.stride, m.padding, m.dilation, m.groups))))
         twin(inputs)
     train, craft, kind = 3 * forward - first[-1], 2 * forward * steps, arm.removesuffix(" split")
-    if kind in ("vanilla", "mixed"):
+    if kind in ("vanilla", "mixed", "mixed once"):
         return (1 if kind == "vanilla" else 2) * train, 0
     return (2 * train, craft) if kind in ("process", "ranks") else (2 * train + craft, 0)
 
@@ -195,8 +209,14 @@ def expected_flops(model: nn.Module, inputs: Tensor, arm: str, steps: int = 1) -
 def bytes_per_step(placement: str, weights: int, batch: int, elements: int, width: int) -> tuple[int, int]:
     """(to the adversary, back) of a trainer that sends its adversary the weights, by the docstrings of BesideProcess and
     RemoteRank. `weights`: their bytes; `elements` of a sample, `width` bytes each; int8 signs come back."""
-    heads = (32, 16) if placement == "ranks" else (0, 0)
-    return heads[0] + weights + batch * (elements * width + 8), heads[1] + batch * elements
+    if placement == "process":
+        return weights + batch * (elements * width + 8), batch * elements
+    return 64 + weights + lines(batch * elements * width) + lines(batch * 8), 64 + lines(batch * elements)
+
+
+def lines(size: int) -> int:
+    """Bytes of a tensor in a message between ranks."""
+    return -(-size // 64) * 64
 
 
 def fleet(trainers: int = 1024, adversaries: int = 342, weights: int = 2 * 25_600_000, batch: int = 96,
@@ -283,7 +303,8 @@ def run_arms(arms: tuple[str, ...], net: Net, blocks: int, steps: int, device: s
                 row["samples"] = len(t.ring[0])
                 if (kind := arm.removesuffix(" split")) in ("process", "ranks"):
                     row["bytes"] = (t.adversary_costs()["bytes_sent"] - t.before[1]) / (t.step - t.before[0])
-                    size, x = sum(v.nbytes for v in t.model.state_dict().values()), t.ring[0].inputs
+                    whole = lines if kind == "ranks" else int
+                    size, x = sum(whole(v.nbytes) for v in t.model.state_dict().values()), t.ring[0].inputs
                     row["bytes_expected"] = sum(bytes_per_step(kind, size, len(x), x[0].numel(), x.element_size()))
         finally:
             for t in trainers.values():
@@ -315,7 +336,7 @@ def report(title: str, result: Mapping[str, Any]) -> None:
     print(f"{'arm':<15}" + "".join(f"{head:>11}" for head in heads))
     for row in rows:
         mine, other = row["expected"]
-        model = {"vanilla": 3, "mixed": 6}.get(row["arm"].removesuffix(" split"), 8) / 3 * row["samples"] / plain["samples"]
+        model = {"vanilla": 3, "mixed": 6, "mixed once": 6}.get(row["arm"].removesuffix(" split"), 8) / 3 * row["samples"] / plain["samples"]
         ratio, exact = (row["flops"] + other) / plain["flops"], (mine + other) / sum(plain["expected"])
         values = [*(1e3 * row[f"seconds_{k}"] for k in ("min", "median", "max")), row["ratio_of_minima"], row["ratio_of_medians"],
                   1e3 * row["thread_cpu"], 1e3 * row["process_cpu"], row["faults"], row["flops"] / 1e6, other / 1e6, ratio, exact,

@@ -62,10 +62,10 @@ def test_the_nets_that_are_measured_keep_to_the_model_within_a_percent(script: M
 
 def test_bytes_of_a_fleet(script: ModuleType) -> None:
     assert script.bytes_per_step("process", 100, 2, 12, 4) == (100 + 2 * 12 * 4 + 16, 24)
-    assert script.bytes_per_step("ranks", 100, 2, 12, 4) == (32 + 100 + 2 * 12 * 4 + 16, 16 + 24)
+    assert script.bytes_per_step("ranks", 128, 2, 12, 4) == (64 + 128 + 128 + 64, 64 + 64)
     sizes = script.fleet(trainers=5, adversaries=2, weights=1000, batch=1, elements=10)
-    assert sizes["total"] == 5 * (32 + 20 + 8 + 16 + 10) + 2 * 1000
-    assert sizes["into an adversary of 3 trainers"] == 3 * 60 + 1000 and sizes["out of an adversary of 3 trainers"] == 3 * 26
+    assert sizes["total"] == 5 * (3 * 64 + 2 * 64) + 2 * 1000
+    assert sizes["into an adversary of 3 trainers"] == 3 * 192 + 1000 and sizes["out of an adversary of 3 trainers"] == 3 * 128
 
 
 def test_verdicts_name_a_disagreement(script: ModuleType) -> None:

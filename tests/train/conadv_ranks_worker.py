@@ -33,10 +33,11 @@ from everbatch.train.adversary import ranks, serve, split_ranks
 from learning import everything, stream
 
 
-def kill_when_asked() -> None:
+def kill_when_asked(ended: threading.Event) -> None:
     store, _, _ = attempt_store()
     while not store.check(["test/kill"]):
-        time.sleep(0.05)
+        if ended.wait(0.05):
+            return
     for child in active_children():
         os.kill(child.pid, signal.SIGKILL)
 
@@ -64,8 +65,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     role = split_ranks(int(sys.argv[4]) if len(sys.argv) > 4 else 1, "cpu", timeout_s=60)
     if role.adversary:
-        threading.Thread(target=kill_when_asked, daemon=True).start()
+        ended = threading.Event()
+        killer = threading.Thread(target=kill_when_asked, args=(ended,))
+        killer.start()
         serve(role, learning.net(), device="cpu")
+        ended.set()
+        killer.join()  # one that waits for the store while Python is torn down would take the process with it
         return
     with warnings.catch_warnings(record=True) as warned, guard("conadv_ranks_worker"):
         warnings.simplefilter("always")

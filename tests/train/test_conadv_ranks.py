@@ -32,13 +32,17 @@ def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, 
     assert job.codes == [0], job.err[-3000:]
     trainers = ranks - adversaries
     assert [f["world"] for f in found] == [trainers] * trainers and all(f["odd"] == [] and f["steps"] == 24 for f in found)
-    # 24 steps, all but the last tau = 2 of each of 3 tasks order a batch, the first of each orders 2 more; see RemoteRank.
-    share, pixels = 8 // trainers, 64
-    batches, messages = 3 * (8 - 2) + 3 * 2, 3 * (8 - 2) + 3
-    weights = 4 * (64 * 15 + 15 + 4 * 15 + 15 * 6 + 6) + 4 * 4 * 15 + 2 * 8
-    want = batches * share * (4 * pixels + 8 + pixels) + batches * 16 + messages * 32
+    # 24 steps: all but the last tau = 2 of each of 3 tasks order a batch, the first of each orders 2 more. One message each way;
+    # every tensor in it takes whole cache lines of 64 bytes.
+    share, batches = 8 // trainers, 3 * (8 - 2) + 3 * 2
+
+    def lines(*elements: int, size: int = 4) -> int:
+        return sum(-(-n * size // 64) * 64 for n in elements)
+
+    batch = 64 + lines(share * 64) + lines(share, size=8) + 64 + lines(share * 64, size=1)
+    weights = lines(64 * 15, 15, 15, 15, 15, 15, 15 * 6, 6) + 2 * (lines(15, 15) + lines(1, size=8))
     for rank, f in enumerate(found):
-        assert f["bytes_sent"] == want + (messages * weights if rank < adversaries else 0), (rank, f["bytes_sent"] - want)
+        assert f["bytes_sent"] == batches * (batch + (weights if rank < adversaries else 0)), (rank, f["bytes_sent"])
     assert leftovers() == ""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,9 @@ class Attack:
     """bf16 autocast."""
     seed: int
 
-    @property
-    def box(self) -> Box:
-        return pixel_box(self.radius, self.step_size, steps=self.steps, mean=self.mean, std=self.std, low=self.raw_low,
-                         high=self.raw_high)
+    def box(self, clean: Tensor) -> Box:
+        """Of inputs on that device and in that dtype."""
+        return _box(self, clean.device, clean.dtype)
 
     @property
     def signs(self) -> bool:
@@ -81,8 +81,8 @@ class Attack:
             step = self.radius / self.steps if self.step_size is None else self.step_size
             return craft_embedding(call, x, aim, module.get_submodule(self.embedding), self.radius, step, steps=self.steps,
                                    targeted=self.targeted, random_start=noisy, signs_only=self.signs)
-        return craft(call, x, aim, self.box, steps=self.steps, targeted=self.targeted,
-                     start=random_point(x, self.box) if noisy else None, signs_only=self.signs)
+        return craft(call, x, aim, self.box(x), steps=self.steps, targeted=self.targeted,
+                     start=random_point(x, self.box(x)) if noisy else None, signs_only=self.signs)
 
     def forward(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """Calls a bare module as the trainer does: under autocast, or with inputs in the weights' low precision."""
@@ -100,10 +100,18 @@ class Attack:
         if self.embedding is not None:
             step = self.radius if self.step_size is None else self.step_size
             return clean, (step * payload).clamp(-self.radius, self.radius) if self.signs else payload
-        return (apply_signs(clean, payload, self.box) if self.signs else payload), None
+        return (apply_signs(clean, payload, self.box(clean)) if self.signs else payload), None
 
     def noise(self, clean: Tensor, *, step: int, rank: int) -> Tensor:
         """clip(x + U(-radius, radius)) in place of a crafted batch."""
         with torch.random.fork_rng(devices=[clean.device] if clean.is_cuda else []):
             seeds.seed_step(seeds.derive(self.seed, "conadv noise"), step, rank)
-            return random_point(clean, self.box)
+            return random_point(clean, self.box(clean))
+
+
+@functools.lru_cache(maxsize=16)
+def _box(attack: Attack, device: torch.device, dtype: torch.dtype) -> Box:
+    """Made once: a copy to a GPU per bound and step is nothing to wait for."""
+    box = pixel_box(attack.radius, attack.step_size, steps=attack.steps, mean=attack.mean, std=attack.std, low=attack.raw_low,
+                    high=attack.raw_high)
+    return Box(*(getattr(box, f.name).to(device, dtype) for f in fields(Box)))

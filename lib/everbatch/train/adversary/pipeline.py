@@ -13,7 +13,7 @@ from everbatch.data import Batch
 from everbatch.train.adversary.attack import Attack
 from everbatch.train.adversary.fifo import Fifo, Waiting
 from everbatch.train.adversary.inline import Inline, Replica, SideStream
-from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Nobody, Placement, whole_weights
+from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Nobody, Placement, slots_of, whole_weights
 from everbatch.train.adversary.process import BesideProcess
 from everbatch.train.adversary.ranks import RemoteRank, Role
 
@@ -37,6 +37,7 @@ class Pipeline:
         self.lost = 0
         """Batches that had no crafted copy because an adversary was lost."""
         self._sent = 0
+        self._slots = slots_of(live)
         self._ids: dict[int, Tensor] = {}
         """Of batches under way, by step."""
         self.remote = placement in ("process", "ranks")
@@ -59,7 +60,7 @@ class Pipeline:
         if not self.remote:
             self.place.submit(version, jobs, {})
             return
-        with whole_weights(self.live) as weights:
+        with whole_weights(self._slots) as weights:
             try:
                 self.place.submit(version, jobs, weights)
             except AdversaryLost as error:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["AdversaryLost", "Crafted", "Job", "Nobody", "Placement", "whole_weights"]
+__all__ = ["AdversaryLost", "Crafted", "Job", "Nobody", "Placement", "slots_of", "whole_weights"]
 
 
 class AdversaryLost(RuntimeError):
@@ -68,22 +68,41 @@ class Nobody(Placement):
         raise AdversaryLost("nobody crafts any more")
 
 
-@contextmanager
-def whole_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Parameters and buffers by name, whole and in the precision the model computes with, on every rank.
+Slot = tuple[str, dict[str, Any], str]
+"""A parameter or buffer: its name in the model, and where its module keeps it under which name."""
 
-    Views where each rank holds them whole. Cost: nothing there; FSDP2 one all-gather per parameter, ZeRO stage 3 one gather of
-    all, with the whole model in memory inside the block. Collective there.
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """All parameters and buffers there are, in the order of `named_parameters` and `named_buffers`, each once.
+
+    Made once, for `whole_weights`: a walk over the modules in each step takes longer than copying a small model.
     """
-    params: dict[str, Any] = dict(module.named_parameters())
-    buffers = {name: b for name, b in module.named_buffers()}
-    if any(hasattr(p, "ds_id") for p in params.values()):
-        import deepspeed
+    modules, seen = list(model.named_modules()), set[int]()
+    found: list[Slot] = []
+    for kind in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, value in getattr(module, kind).items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    found.append((f"{path}.{name}" if path else name, getattr(module, kind), name))
+    return found
 
-        # Persistent parameters are there already, and gathering them twice is an error of the engine's.
-        absent = [p for p in params.values() if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(absent):
-            yield {**{n: p.data for n, p in params.items()}, **buffers}
-        return
+
+@contextmanager
+def whole_weights(slots: list[Slot]) -> Iterator[dict[str, Tensor]]:
+    """Parameters and buffers by name, whole and in the precision the model computes with, on every rank; gradients are off.
+
+    The tensors themselves where each rank holds them whole. Cost: nothing there; FSDP2 one all-gather per parameter, ZeRO stage
+    3 one gather of all, with the whole model in memory inside the block. Collective there.
+    """
+    held: dict[str, Any] = {name: values[key] for name, values, key in slots}
     with torch.no_grad():
-        yield {**{n: p.full_tensor() if isinstance(p, DTensor) else p.data for n, p in params.items()}, **buffers}
+        if any(hasattr(value, "ds_id") for value in held.values()):
+            import deepspeed
+
+            # Persistent parameters are there already, and gathering them twice is an error of the engine's.
+            absent = [p for p in held.values() if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
+            with deepspeed.zero.GatheredParameters(absent):
+                yield held
+        else:
+            yield {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in held.items()}

@@ -52,6 +52,8 @@ class BesideProcess(Placement):
         self._inputs: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._results: list[Tensor] = []
+        self._bytes = [0, 0]
+        """Of the weights, and of one batch with its answer."""
         self._versions: dict[int, int] = {}
         """Version by step of every batch under way."""
         self._done: dict[int, Crafted] = {}
@@ -64,7 +66,7 @@ class BesideProcess(Placement):
         # The slot held version - 2, or an older one; nobody may still read it.
         self._await(lambda: all(v > version - 2 for v in self._versions.values()))
         slot = self._weights[version % 2]
-        torch._foreach_copy_(list(slot.values()), [weights[n].detach() for n in slot])
+        torch._foreach_copy_(list(slot.values()), [weights[n] for n in slot])
         for job in jobs:
             self._await(lambda: len(self._versions) < self.depth)
             at = job.step % self.depth
@@ -76,15 +78,12 @@ class BesideProcess(Placement):
             if job.inputs.is_cuda:
                 torch.cuda.current_stream().synchronize()  # the other process knows nothing of this one's stream
             self._send((job.step, version, at))
-            self.sent += self._bytes(at)
-        self.sent += sum(w.numel() * w.element_size() for w in slot.values())
+            self.sent += self._bytes[1]
+        self.sent += self._bytes[0]
 
     def collect(self, step: int) -> Crafted:
         self._await(lambda: step in self._done)
         return self._done.pop(step)
-
-    def _bytes(self, at: int) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._inputs[at], self._targets[at], self._results[at]))
 
     def _start(self, weights: dict[str, Tensor], job: Job) -> None:
         def shared(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -102,6 +101,8 @@ class BesideProcess(Placement):
         self._inputs = [shared(job.inputs.shape, job.inputs.dtype) for _ in range(self.depth)]
         self._targets = [shared(job.targets.shape, job.targets.dtype) for _ in range(self.depth)]
         self._results = [shared(shape, result) for _ in range(self.depth)]
+        self._bytes = [sum(t.nbytes for t in tensors) for tensors in (
+            self._weights[0].values(), (self._inputs[0], self._targets[0], self._results[0]))]
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(name="everbatch adversary", daemon=True, target=_adversary, args=(

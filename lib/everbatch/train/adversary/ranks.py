@@ -24,7 +24,19 @@ from everbatch.distributed import attempt_store, init
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
 from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
-from everbatch.train.adversary.wire import BACK, TO_ADVERSARY, dead_key, end_key, layout, link, pack, ready_key, size_of
+from everbatch.train.adversary.wire import (
+    BACK,
+    TO_ADVERSARY,
+    answer_layout,
+    dead_key,
+    end_key,
+    layout,
+    link,
+    order_layout,
+    ready_key,
+    room,
+    views,
+)
 
 __all__ = ["RemoteRank", "Role", "current_role", "split_ranks"]
 
@@ -83,73 +95,77 @@ def split_ranks(adversaries: int, device: str | None = None, timeout_s: float = 
 class RemoteRank(Placement):
     """The trainer's end: sends weights (the adversary's first trainer only) and batches, takes crafted batches.
 
-    Cost per step: b |x| + 8 b + 32 bytes out, b |x| / (bytes of an element) as int8 signs or b |x| in full + 16 back; to each
-    adversary P bytes of weights and buffers from its first trainer. Messages leave in the background, from two staging copies
-    in turn; CUDA tensors are staged on the CPU.
+    One message each way per batch. With every tensor in it rounded up to 64 bytes, so that it lies as torch's own do:
+
+        out    64 + b |x| e + 8 b, and P of weights and buffers to each adversary from its first trainer
+        back   64 + b |x| as int8 signs, or b |x| e in full
+
+    Messages leave in the background, from two staging copies in turn; CUDA tensors are staged on the CPU.
     """
 
     def __init__(self, attack: Attack, live: nn.Module, role: Role, *, split: bool, patience_s: float) -> None:
         self.attack, self.live, self.role, self.split, self.patience_s = attack, live, role, split, patience_s
         self.store, _, _ = attempt_store(self.patience_s)
         self._group: Any = None
-        self._first = role.rank < role.adversaries
-        self._staged: list[Tensor | None] = [None, None]
-        self._sending: list[list[tuple[Any, Tensor]]] = [[], []]
-        self._coming: dict[int, tuple[Any, Tensor, Any, Tensor, int]] = {}
+        self._hello: dict[str, Any] = {}
+        self._staged: list[Tensor] = []
+        self._parts: list[dict[str, Tensor]] = []
+        self._slots: list[list[Tensor]] = []
+        self._leaving: list[Any] = [None, None]
+        self._orders = 0
+        self._coming: dict[int, tuple[Any, Tensor, int]] = {}
 
     def submit(self, version: int, jobs: list[Job], weights: dict[str, Tensor]) -> None:
         if self._group is None:
             self._greet(weights, jobs[0])
-        turn = version % 2
-        for work, _ in self._sending[turn]:  # what left from this staging copy two versions ago
-            self._wait(work)
-        self._sending[turn] = []
-        if self._first:
-            self._staged[turn] = pack(weights, self._staged[turn])
-        staged = self._staged[turn]
-        self._send(torch.tensor([len(jobs), version, int(self._first), jobs[0].step]), turn)
-        if staged is not None:
-            self._send(staged, turn)
         for job in jobs:
-            self._send(job.inputs.detach().cpu().contiguous().clone(), turn)
-            self._send(job.targets.cpu().contiguous().clone(), turn)
-            head, payload = torch.empty(2, dtype=torch.int64), torch.empty(self._result[0], dtype=self._result[1])
-            first, second = self._group.recv([head], 1, BACK), self._group.recv([payload], 1, BACK)
-            self._coming[job.step] = (first, head, second, payload, version)
+            turn = self._orders % 2
+            self._orders += 1
+            if self._leaving[turn] is not None:
+                self._wait(self._leaving[turn])
+            parts = self._parts[turn]
+            parts["head"].copy_(torch.tensor([job.step, version, 1]))
+            if self._hello["carries"]:
+                torch._foreach_copy_(self._slots[turn], list(weights.values()))
+            parts["inputs"].copy_(job.inputs.detach())
+            parts["targets"].copy_(job.targets)
+            back = torch.empty(room(answer_layout(self._hello)), dtype=torch.uint8)
+            try:
+                self._coming[job.step] = (self._group.recv([back], 1, BACK), back, version)
+                self._leaving[turn] = self._group.send([self._staged[turn]], 1, TO_ADVERSARY)
+            except RuntimeError as error:
+                raise self._lost(error) from error
+            self.sent += len(self._staged[turn])
 
     def collect(self, step: int) -> Crafted:
-        first, head, second, payload, wanted = self._coming.pop(step)
-        self._wait(first)
-        self._wait(second)
-        if head.tolist() != [step, wanted]:
-            raise AdversaryLost(f"it sent step {head[0]} crafted with the weights of step {head[1]}, must be step {step} with "
-                                f"those of {wanted}")
-        self.sent += size_of(head) + size_of(payload)
-        return Crafted(payload.to(next(self.live.parameters()).device), wanted)
+        work, back, wanted = self._coming.pop(step)
+        self._wait(work)
+        parts = views(back, answer_layout(self._hello))
+        if parts["head"].tolist() != [step, wanted]:
+            raise AdversaryLost(f"it sent step and version {parts['head'].tolist()}, must be {[step, wanted]}")
+        self.sent += len(back)
+        return Crafted(parts["payload"].to(next(self.live.parameters()).device), wanted)
 
     def _greet(self, weights: dict[str, Tensor], job: Job) -> None:
         shape, kind = list(job.inputs.shape), job.inputs.dtype
         if self.attack.embedding is not None:
             shape.append(int(self.live.get_submodule(self.attack.embedding).embedding_dim))  # type: ignore[arg-type]
             kind = torch.float32
-        self._result = (shape, torch.int8 if self.attack.signs else kind)
-        hello = {"attack": asdict(self.attack), "split": self.split, "weights": layout(weights), "inputs": list(job.inputs.shape),
-                 "dtype": str(job.inputs.dtype).removeprefix("torch."), "result": shape,
-                 "result_dtype": str(self._result[1]).removeprefix("torch."), "targets": list(job.targets.shape)}
-        self.store.set(f"conadv/hello/{self.role.rank}", json.dumps(hello))
+        text = {"inputs": str(job.inputs.dtype), "result": "int8" if self.attack.signs else str(kind)}
+        self._hello = {"attack": asdict(self.attack), "split": self.split, "weights": layout(weights),
+                       "carries": self.role.rank < self.role.adversaries, "inputs": list(job.inputs.shape),
+                       "dtype": text["inputs"].removeprefix("torch."), "result": shape,
+                       "result_dtype": text["result"].removeprefix("torch."), "targets": list(job.targets.shape)}
+        self._staged = [torch.zeros(room(order_layout(self._hello)), dtype=torch.uint8) for _ in range(2)]
+        self._parts = [views(flat, order_layout(self._hello)) for flat in self._staged]
+        self._slots = [[parts[f"weights/{n}"] for n in weights] if self._hello["carries"] else [] for parts in self._parts]
+        self.store.set(f"conadv/hello/{self.role.rank}", json.dumps(self._hello))
         limit, adversary = time.monotonic() + 10 * self.patience_s, self.role.trainers + self.role.rank % self.role.adversaries
         while not self.store.check([ready_key(adversary)]):
             if self.store.check([dead_key(adversary)]) or time.monotonic() > limit:
                 raise AdversaryLost(f"rank {adversary} never came")
             time.sleep(0.05)
         self._group = link(self.store, self.role.rank, 0, datetime.timedelta(seconds=10 * self.patience_s))
-
-    def _send(self, value: Tensor, turn: int) -> None:
-        try:
-            self._sending[turn].append((self._group.send([value], 1, TO_ADVERSARY), value))
-        except RuntimeError as error:
-            raise self._lost(error) from error
-        self.sent += size_of(value)
 
     def _lost(self, error: RuntimeError) -> AdversaryLost:
         """gloo's text names its source file and guesses; what it means is one of two things."""
@@ -168,6 +184,6 @@ class RemoteRank(Placement):
         """Tell the adversary to end."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError):  # it has ended already, and whoever waited for it has been told
-                self._group.send([torch.zeros(4, dtype=torch.int64)], 1, TO_ADVERSARY).wait(datetime.timedelta(seconds=5))
+                self._group.send([torch.zeros_like(self._staged[0])], 1, TO_ADVERSARY).wait(datetime.timedelta(seconds=5))
             self._group = None
         self.store.set(end_key(self.role.rank), "1")

@@ -22,13 +22,15 @@ from everbatch.train.adversary.wire import (
     BACK,
     FOREVER,
     TO_ADVERSARY,
+    answer_layout,
     dead_key,
     end_key,
     layout,
     link,
+    order_layout,
     ready_key,
-    size_of,
-    unpack,
+    room,
+    views,
 )
 
 __all__ = ["serve"]
@@ -92,29 +94,34 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
           "ConAdv", "the adversary's model", "have the trainers' parameters and buffers", "build both alike")
     for name, _, dtype in told["weights"]:
         named[name].data = named[name].data.to(getattr(torch, dtype))
-    flat = torch.empty(sum(size_of(w) for w in named.values()), dtype=torch.uint8)
-    head = torch.empty(4, dtype=torch.int64)
+    orders = {j: torch.zeros(room(order_layout(hello)), dtype=torch.uint8) for j, hello in hellos.items()}
+    parts = {j: views(orders[j], order_layout(hello)) for j, hello in hellos.items()}
+    sent = parts[role.serves[0]]
+    if target.type == "cpu":  # compute with the weights where they arrive
+        for name, value in named.items():
+            value.data = sent[f"weights/{name}"]
     store.set(ready_key(role.rank), "1")
     links = {j: link(store, j, 1, FOREVER) for j in role.serves}
+    current = -1
     while links:
         for j in list(links):
-            theirs, shapes = links[j], hellos[j]
-            theirs.recv([head], 0, TO_ADVERSARY).wait()
-            count, version, carries, first = head.tolist()
-            if count == 0:
+            links[j].recv([orders[j]], 0, TO_ADVERSARY).wait()
+            step, version, wanted = parts[j]["head"].tolist()
+            if not wanted:
                 del links[j]
                 continue
-            if carries:
-                theirs.recv([flat], 0, TO_ADVERSARY).wait()
-                unpack(flat.to(target), model)
-            for step in range(first, first + count):
-                inputs = torch.empty(shapes["inputs"], dtype=getattr(torch, shapes["dtype"]))
-                targets = torch.empty(shapes["targets"], dtype=torch.int64)
-                theirs.recv([inputs], 0, TO_ADVERSARY).wait()
-                theirs.recv([targets], 0, TO_ADVERSARY).wait()
-                payload = attack.run(model, inputs.to(target), targets.to(target), step=step, rank=j).cpu().contiguous()
-                theirs.send([torch.tensor([step, version])], 0, BACK).wait()
-                theirs.send([payload], 0, BACK).wait()
+            if hellos[j]["carries"]:
+                current = version
+                if target.type != "cpu":
+                    torch._foreach_copy_(list(named.values()), [sent[f"weights/{n}"].to(target) for n in named])
+            if version != current:
+                raise RuntimeError(f"trainer {j} orders with the weights of step {version}, {role.serves[0]} has sent {current}")
+            inputs, targets = parts[j]["inputs"].to(target), parts[j]["targets"].to(target)
+            back = torch.empty(room(answer_layout(hellos[j])), dtype=torch.uint8)
+            answer = views(back, answer_layout(hellos[j]))
+            answer["head"].copy_(torch.tensor([step, version]))
+            answer["payload"].copy_(attack.run(model, inputs, targets, step=step, rank=j))
+            links[j].send([back], 0, BACK).wait()
 
 
 def _read(store: Any, key: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "dead_key", "end_key", "layout", "link", "pack", "ready_key", "room", "size_of",
-           "unpack", "views"]
+__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "answer_layout", "dead_key", "end_key", "layout", "link", "order_layout",
+           "ready_key", "room", "views"]
 
 TO_ADVERSARY, BACK = 1, 2
 """Message tags; messages of one tag arrive in order."""
@@ -46,27 +46,15 @@ def link(store: Any, trainer: int, end: int, timeout: datetime.timedelta) -> Any
     return group
 
 
-def pack(weights: dict[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """All tensors' bytes one after the other, widest elements first so that views stay aligned: (P,) uint8 on the CPU."""
-    ordered = sorted(weights.values(), key=lambda w: -w.element_size())
-    if out is None:
-        out = torch.empty(sum(w.numel() * w.element_size() for w in ordered), dtype=torch.uint8)
-    at = 0
-    for w in ordered:
-        size = w.numel() * w.element_size()
-        out[at : at + size].view(w.dtype).view(w.shape).copy_(w.detach())
-        at += size
-    return out
+def order_layout(hello: dict[str, Any]) -> list[list[Any]]:
+    """What goes to an adversary: (step, version, 1; 0 to end), the weights from its first trainer, inputs and targets."""
+    weights = [[f"weights/{name}", shape, kind] for name, shape, kind in hello["weights"]] if hello["carries"] else []
+    return [["head", [3], "int64"], *weights, ["inputs", hello["inputs"], hello["dtype"]], ["targets", hello["targets"], "int64"]]
 
 
-def unpack(flat: Tensor, module: nn.Module) -> None:
-    """Let the module compute with the packed bytes, in the dtypes `layout` told."""
-    named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    at = 0
-    for w in sorted(named.values(), key=lambda w: -w.element_size()):
-        size = w.numel() * w.element_size()
-        w.data = flat[at : at + size].view(w.dtype).view(w.shape)
-        at += size
+def answer_layout(hello: dict[str, Any]) -> list[list[Any]]:
+    """What comes back: (step, version), and what was crafted."""
+    return [["head", [2], "int64"], ["payload", hello["result"], hello["result_dtype"]]]
 
 
 def layout(weights: dict[str, Tensor]) -> list[list[Any]]:
@@ -89,7 +77,3 @@ def views(flat: Tensor, told: list[list[Any]]) -> dict[str, Tensor]:
 def room(told: list[list[Any]]) -> int:
     """Bytes that `views` of a layout need."""
     return sum(-(-math.prod(shape) * getattr(torch, kind).itemsize // LINE) * LINE for _, shape, kind in told)
-
-
-def size_of(value: Tensor) -> int:
-    return value.numel() * value.element_size()
