@@ -200,8 +200,8 @@ def expected_flops(model: nn.Module, inputs: Tensor, arm: str, steps: int = 1) -
         conv.register_forward_hook(lambda m, x, _: first.append(flops(lambda: functional.conv2d(
             x[0], m.weight, None, m.stride, m.padding, m.dilation, m.groups))))
         twin(inputs)
-    train, craft, kind = 3 * forward - first[-1], 2 * forward * steps, arm.removesuffix(" split")
-    if kind in ("vanilla", "mixed", "mixed once"):
+    train, craft, kind = 3 * forward - first[-1], 2 * forward * steps, arm.split()[0]
+    if kind in ("vanilla", "mixed"):
         return (1 if kind == "vanilla" else 2) * train, 0
     return (2 * train, craft) if kind in ("process", "ranks") else (2 * train + craft, 0)
 
@@ -336,7 +336,7 @@ def report(title: str, result: Mapping[str, Any]) -> None:
     print(f"{'arm':<15}" + "".join(f"{head:>11}" for head in heads))
     for row in rows:
         mine, other = row["expected"]
-        model = {"vanilla": 3, "mixed": 6, "mixed once": 6}.get(row["arm"].removesuffix(" split"), 8) / 3 * row["samples"] / plain["samples"]
+        model = {"vanilla": 3, "mixed": 6}.get(row["arm"].split()[0], 8) / 3 * row["samples"] / plain["samples"]
         ratio, exact = (row["flops"] + other) / plain["flops"], (mine + other) / sum(plain["expected"])
         values = [*(1e3 * row[f"seconds_{k}"] for k in ("min", "median", "max")), row["ratio_of_minima"], row["ratio_of_medians"],
                   1e3 * row["thread_cpu"], 1e3 * row["process_cpu"], row["faults"], row["flops"] / 1e6, other / 1e6, ratio, exact,

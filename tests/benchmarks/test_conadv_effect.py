@@ -44,6 +44,7 @@ def run(folder: Path, *more: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_goes_on(tmp_path: Path) -> None:
     for package in ("sklearn", "timm", "matplotlib"):
         pytest.importorskip(package)

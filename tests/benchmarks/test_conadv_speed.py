@@ -97,7 +97,7 @@ def test_without_cuda_it_says_so() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launch", ["beside", "ranks"])
+@pytest.mark.parametrize("launch", ["beside", pytest.param("ranks", marks=pytest.mark.slow)])
 def test_a_launch(launch: str, tmp_path: Path) -> None:
     result, out = run("--launch", launch, path=tmp_path / "result.json")
     rows = {row["arm"]: row for row in result[f"tiny, {launch}"]["rows"]}
