@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -276,6 +277,31 @@ def test_one_forward_in_halves_is_two_forwards(name: str) -> None:
     expected = twin.eval()(x)
     with split_branch(model.eval(), ADV, halves=True):
         torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_repeated_forward_is_refused(reentrant: bool) -> None:
+    """It would take main for the branch, and nobody would know."""
+    model, x, _ = build()
+    convert_split_bn(model)
+    with split_branch(model, ADV):
+        out = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+    with pytest.raises(ValueError, match="a forward inside a backward"):
+        out.sum().backward()
+    strip_split_bn(model)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).sum().backward()
+
+
+def test_compiles_without_a_break() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    convert_split_bn(model)
+    scramble(model)
+    twin, x = copy.deepcopy(model), torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    for options in ({"name": "main"}, {"name": ADV}, {"name": ADV, "halves": True}):
+        with split_branch(model, **options), split_branch(twin, **options):
+            assert torch.equal(compiled(x), model(x)), options
+    assert same(state(model), state(twin))
 
 
 def test_halves_must_be_as_many_and_end_with_their_block() -> None:

@@ -41,7 +41,13 @@ class SplitBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the original layer, by the branch in use: same shape as the input."""
-        if not self.training or self._active is None:
+        if not self.training:
+            return super().forward(input)
+        if self._active is None:
+            inside = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            check(not inside, type(self).__name__, "a forward inside a backward (activation "
+                  "checkpointing)", "not be repeated outside of split_branch, where it would take main for every branch",
+                  "turn checkpointing off, or leave batch norms out of what is checkpointed")
             return super().forward(input)
         branch = self.branches[self._active]
         if not self._halves:
@@ -120,7 +126,8 @@ def split_branch(model: nn.Module, name: str, *, halves: bool = False) -> Iterat
     treat each row for itself. Equal to two forwards but for rounding and the noise of dropout.
 
     Layers in evaluation mode use main all the same. Blocks nest; the branch before comes back, also when the block raises.
-    Forwards count, not backwards: a backward may come later, unless activation checkpointing repeats forwards in it.
+    Forwards count, not backwards: a backward may come later. One that repeats forwards (activation checkpointing) is refused by
+    the layers, since it cannot tell which branch it repeats.
 
     Raises:
         ValueError: a branch that not every split layer has. A model without split layers accepts any name. With `halves`, in the
