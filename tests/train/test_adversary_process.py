@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +59,13 @@ def test_a_queue_is_saved_where_every_rank_has_its_batch() -> None:
 
 def beside(**options: Any) -> Any:
     return learner(placement="process", patience_s=20.0, **options)
+
+
+def test_too_little_shared_memory_is_told_before_it_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer of the file system is made up: a test cannot make /dev/shm smaller."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match="with 100 bytes free in /dev/shm, must find [0-9,]+ more there.*--shm-size"):
+        beside().training_step()
 
 
 def only_child() -> Any:

@@ -7,9 +7,11 @@ pipe tells each side of the other's end, so a crash leaves neither memory nor pr
 from __future__ import annotations
 
 import io
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Pla
 from everbatch.train.adversary.wire import layout, room, views
 
 __all__ = ["BesideProcess"]
+
+MEMORY = Path("/dev/shm")
+"""Where Linux keeps shared memory; 64 MB in a container by default."""
 
 
 class BesideProcess(Placement):
@@ -88,7 +93,13 @@ class BesideProcess(Placement):
     def _start(self, weights: dict[str, Tensor], job: Job) -> None:
         def shared(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             made = torch.empty(shape, dtype=dtype, device=self.device)
-            return made if made.is_cuda else made.share_memory_()  # type: ignore[no-untyped-call]
+            if made.is_cuda:
+                return made
+            if MEMORY.is_dir():  # the kernel would kill the process with SIGBUS, and name nothing
+                free = shutil.disk_usage(MEMORY).free
+                check(made.nbytes <= free, "ConAdv", f"placement='process' with {free:,} bytes free in {MEMORY}",
+                      f"find {made.nbytes:,} more there", "give a container more (docker run --shm-size)")
+            return made.share_memory_()  # type: ignore[no-any-return, no-untyped-call]
 
         result = torch.int8 if self.attack.signs else job.inputs.dtype if self.attack.embedding is None else torch.float32
         shape = list(job.inputs.shape)
