@@ -152,6 +152,6 @@ def _states(thread: str) -> set[str]:
     found: set[str] = set()
     for stat in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # it has ended since
-            _, _, rest = stat.read_text().partition(f"({thread}) ")
+            _, _, rest = stat.read_text(errors="replace").partition(f"({thread}) ")
             found.update(rest[:1])
     return found

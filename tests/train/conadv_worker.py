@@ -38,7 +38,7 @@ MIXES: dict[str, tuple[tuple[type, ...], dict[str, Any]]] = {
 }
 
 
-FEW = ("tau 1", "clean", "SAM")
+FEW = ("tau 1", "clean", "one forward", "SAM")
 """What is compared by default; --wide: all."""
 TOLERANCE = 3e-6
 """Largest difference of any weight after 24 steps in fp32: sums over ranks in another order, at weights of about 0.5."""

@@ -24,6 +24,7 @@ from adversarial import ADV, BOX, batches, by_hand, learner
 from everbatch.distributed import World
 from everbatch.train.adversary import Attack, Fifo
 from everbatch.train.adversary.fifo import Waiting
+from everbatch.train.adversary.server import _take
 from processes import ENVIRONMENT, ROOT
 
 
@@ -33,6 +34,15 @@ def test_signs_from_a_checkpoint_follow_the_inputs_to_their_device() -> None:
     attack: Attack = t._ConAdv__attack
     x = batches()[0][0]
     assert attack.finish(torch.ones(x.shape, dtype=torch.int8), x.to("meta"))[0].device.type == "meta"
+
+
+def test_an_adversary_on_another_device_takes_weights_into_its_parameters() -> None:
+    """What a rank with a GPU does with every message, on the CPU: parameters ask for gradients all the same."""
+    model, other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sent = {f"weights/{n}": v.detach() + 1 for n, v in [*other.named_parameters(), *other.named_buffers()]}
+    _take(named, sent)
+    assert all(torch.equal(v, sent[f"weights/{n}"]) for n, v in named.items()) and model[0].weight.requires_grad
 
 
 class Two(World):
@@ -63,7 +73,7 @@ def beside(**options: Any) -> Any:
 
 def test_too_little_shared_memory_is_told_before_it_kills(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer of the file system is made up: a test cannot make /dev/shm smaller."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100, total=64_000_000))
     with pytest.raises(ValueError, match="with 100 bytes free in /dev/shm, must find [0-9,]+ more there.*--shm-size"):
         beside().training_step()
 

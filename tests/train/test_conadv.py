@@ -212,7 +212,12 @@ def test_batch_norm_sees_the_rows_of_training_and_every_task_begins_anew(pieces:
 
 
 class Rehearsing(Spying, ConAdv, Replay, Trainer):
-    """A third part between the two."""
+    """A third part between the two; its forwards know their tasks and raw inputs."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        if batch.part == "stream" and self.optimizer.recording and torch.is_grad_enabled():
+            assert batch.task == self.task_index and len(batch.extras["raw"]) == len(batch.inputs) == len(batch)
+        return super().forward(batch)
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

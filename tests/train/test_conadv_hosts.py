@@ -17,7 +17,7 @@ WORKER = Path(__file__).parent / "conadv_worker.py"
 COMPARED = ("tau 1", "tau 0", "two steps", "clean", "one forward", "accumulation", "Replay", "LARS", "SAM",
             "StaleSAM", "DynamicSparsity", "ClipGradNorm+SAM")
 DEFAULT, REST = ("ddp", "zero3"), ("fsdp2", "zero0", "zero1", "zero2")
-FEW = ("tau 1", "clean", "SAM")
+FEW = ("tau 1", "clean", "one forward", "SAM")
 """What the default launch compares; --wide compares all."""
 Results = dict[str, dict[str, Any]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,7 +56,7 @@ class ConAdv(TrainerMixin):
 
     A trainer of your own offers the verbs below, `peek(k)` (the stream part, ready, that will be trained on k steps from now;
     None past the end) for tau > 0, optionally `bare(inputs)` (logits without reducing anything), and for `one_forward`
-    `forward_parts(parts)` (a list of what `forward` gives for each), through which its step runs its forwards.
+    `forward_parts(parts)` (what `forward` gives for each, in their order), through which its step runs its forwards.
 
     Source: Liu et al. 2022, arXiv 2106.00221, Algorithm 1. The released code keeps one old copy of the weights that nothing
     reads, averages the terms, clips inputs normalised by ImageNet's statistics to [-1, 1], and moves running statistics in the
@@ -234,19 +234,22 @@ class ConAdv(TrainerMixin):
         with split_branch(self.__live, BRANCH), embedded(self.__live.get_submodule(name or ""), delta):
             return super().forward(batch)  # type: ignore[misc, no-any-return]
 
-    def forward_parts(self, parts: Sequence[Batch]) -> list[Tensor]:
+    def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
         """With `one_forward`, the stream and its adversarial copy go through the network as one batch."""
         config, pair = self.configs[ConAdv], {p.part: p for p in parts if p.part in ("stream", PART)}
         if not config.one_forward or len(pair) < 2:
             return super().forward_parts(parts)  # type: ignore[misc, no-any-return]
         clean, moved = pair["stream"], pair[PART]
-        rows = (v.repeat(2) for v in (clean.targets, clean.ids, clean.position))
-        both = Batch(torch.cat([clean.inputs, moved.inputs]), *rows)  # type: ignore[arg-type]
+        names = ("inputs", "targets", "ids", "position")
+        rows = {name: torch.cat([getattr(clean, name), getattr(moved, name)]) for name in names}
+        extras = {k: torch.cat([v, moved.extras[k]]) for k, v in clean.extras.items()}
+        both = replace(clean, **rows, weight=None, extras=extras)  # type: ignore[arg-type]
         delta = moved.extras.get("delta")
         if delta is not None:
             delta = torch.cat([torch.zeros_like(delta), delta])
         with split_branch(self.__live, BRANCH, halves=True), embedded(self.__live.get_submodule(config.embedding or ""), delta):
-            logits = dict(zip(("stream", PART), self.forward(both).chunk(2), strict=True))
+            outputs = self.forward(both)
+        logits = {"stream": outputs[: len(clean)], PART: outputs[len(clean) :]}
         rest = iter(super().forward_parts([p for p in parts if p.part not in logits]))  # type: ignore[misc]
         return [logits[p.part] if p.part in logits else next(rest) for p in parts]
 

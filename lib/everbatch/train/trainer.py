@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -171,9 +171,9 @@ class Trainer:
         """Logits of one part, (n, classes) float32."""
         return self._logits(self.engine.call, batch.inputs)
 
-    def forward_parts(self, parts: Sequence[Batch]) -> list[Tensor]:
-        """Logits of all parts of a micro-batch, one `forward` each."""
-        return [self.forward(part) for part in parts]
+    def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
+        """Logits of all parts of a micro-batch, one `forward` each; the losses of one are taken before the next runs."""
+        return (self.forward(part) for part in parts)
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Named scalars of one part; cross-entropy for the stream."""

@@ -95,9 +95,11 @@ class BesideProcess(Placement):
             made = torch.empty(shape, dtype=dtype, device=self.device)
             if made.is_cuda:
                 return made
-            if MEMORY.is_dir():  # the kernel would kill the process with SIGBUS, and name nothing
-                free = shutil.disk_usage(MEMORY).free
-                check(made.nbytes <= free, "ConAdv", f"placement='process' with {free:,} bytes free in {MEMORY}",
+            room_left = shutil.disk_usage(MEMORY) if MEMORY.is_dir() else None
+            if room_left is not None and room_left.total > 0:  # 0: without a limit
+                # The kernel would kill the process with SIGBUS, and name nothing; may still, when several ranks ask at once.
+                check(made.nbytes <= room_left.free, "ConAdv",
+                      f"placement='process' with {room_left.free:,} bytes free in {MEMORY}",
                       f"find {made.nbytes:,} more there", "give a container more (docker run --shm-size)")
             return made.share_memory_()  # type: ignore[no-any-return, no-untyped-call]
 

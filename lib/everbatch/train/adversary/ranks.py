@@ -127,6 +127,8 @@ class RemoteRank(Placement):
             parts["head"].copy_(torch.tensor([job.step, version, 1]))
             if self._hello["carries"]:
                 torch._foreach_copy_(self._slots[turn], list(weights.values()))
+            check(job.inputs.shape == parts["inputs"].shape, "ConAdv", f"a batch of {tuple(job.inputs.shape)} after one of "
+                  f"{tuple(parts['inputs'].shape)}", "be as large", "leave incomplete batches out")
             parts["inputs"].copy_(job.inputs.detach())
             parts["targets"].copy_(job.targets)
             back = torch.empty(room(answer_layout(self._hello)), dtype=torch.uint8)

@@ -41,7 +41,7 @@ def serve(role: Role, model: nn.Module, *, device: str | None = None) -> None:
 
     Args:
         model: built as the trainers build theirs, before a trainer changes it.
-        device: of the crafting; by default CUDA where there is one.
+        device: of the crafting; by default the GPU of this rank on its node, where there is one.
 
     The computing process is a child of this one; when it dies, this one says so and stays until the trainers have ended.
     """
@@ -85,7 +85,7 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
     told = hellos[role.serves[0]]
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["attack"].items()}
     attack = Attack(**fields)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"))
     if told["split"]:
         convert_split_bn(model, (BRANCH,))
     model.to(target).train()
@@ -109,11 +109,13 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
             step, version, wanted = parts[j]["head"].tolist()
             if not wanted:
                 del links[j]
+                if hellos[j]["carries"]:
+                    current = -1  # its last message has overwritten the weights
                 continue
             if hellos[j]["carries"]:
                 current = version
                 if target.type != "cpu":
-                    torch._foreach_copy_(list(named.values()), [sent[f"weights/{n}"].to(target) for n in named])
+                    _take(named, sent)
             if version != current:
                 raise RuntimeError(f"trainer {j} orders with the weights of step {version}, {role.serves[0]} has sent {current}")
             inputs, targets = parts[j]["inputs"].to(target), parts[j]["targets"].to(target)
@@ -122,6 +124,12 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
             answer["head"].copy_(torch.tensor([step, version]))
             answer["payload"].copy_(attack.run(model, inputs, targets, step=step, rank=j))
             links[j].send([back], 0, BACK).wait()
+
+
+def _take(named: dict[str, Tensor], sent: dict[str, Tensor]) -> None:
+    """Copy the weights that came to where the model has its own."""
+    with torch.no_grad():
+        torch._foreach_copy_(list(named.values()), [sent[f"weights/{n}"].to(w.device) for n, w in named.items()])
 
 
 def _read(store: Any, key: str) -> str:
