@@ -239,6 +239,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     base = Settings(**shared, reference_batch=min(args.batches))
     for batch in args.batches:
         check(batch % base.reference_batch == 0, "conadv", f"batch {batch}", f"be a multiple of {base.reference_batch}")
+    # At width 4, oneDNN's backward of a strided 1x1 convolution over channels-last images writes where it may not on CPUs with
+    # AVX2 alone (torch 2.14.1): glibc ends the process for it, or nobody does.
+    check(base.width % 8 == 0, "conadv", f"width {base.width}", "be a multiple of 8")
     images, path = in_memory(base, args.out), args.out / "cells.jsonl"
     options = {"workers": args.workers, "minutes": args.budget_minutes}
     if args.tune:

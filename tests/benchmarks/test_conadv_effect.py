@@ -18,7 +18,7 @@ from processes import ENVIRONMENT, ROOT
 
 FOLDER = ROOT / "benchmarks" / "claims"
 SHORT = ("--data", "digits", "--image-size", "8", "--samples", "200", "--epochs", "2", "--warmup-epochs", "1", "--batches", "32",
-         "64", "--width", "4")
+         "64", "--width", "8")
 
 
 @pytest.fixture(scope="module")
