@@ -112,14 +112,14 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize("way", ["clean", "inline", "stop"])
 def test_a_killed_adversary(way: Any) -> None:
     """Two batches are lost at most, those under way; what then happens is the option's choice."""
-    t, weights = beside(tau=2, on_failure=way), list[nn.Module]()
+    t, weights = beside(tau=2, on_failure=way, normalize=True, weight_clean=3.0), list[nn.Module]()
     for _ in range(3):
         weights.append(copy.deepcopy(t.model))
         t.training_step()
     child = only_child()
     os.kill(child.pid, signal.SIGKILL)
     child.join(10)
-    begin, seen = time.monotonic(), list[tuple[Tensor, float]]()
+    begin, seen = time.monotonic(), list[tuple[Tensor, dict[str, Tensor]]]()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(4):
@@ -130,11 +130,15 @@ def test_a_killed_adversary(way: Any) -> None:
                         t.training_step()
                 break
             inputs, terms = t.training_step()
-            seen.append((inputs[ADV], float(terms["adversarial_cross_entropy"])))
+            seen.append((inputs[ADV], terms))
     assert time.monotonic() - begin < 10 and not multiprocessing.active_children()
     found = [str(w.message) for w in said if "adversary" in str(w.message)]
     assert len(found) == (way != "stop") and all("ended with exit code -9" in text for text in found)
-    crafted = [step for step, (_, term) in enumerate(seen, 3) if term > 0]
+    crafted = [step for step, (_, terms) in enumerate(seen, 3) if terms["adversarial_cross_entropy"] > 0]
+    for step, (_, terms) in enumerate(seen, 3):  # without its copy, the clean part counts in full
+        x, y = batches()[step]
+        plain = nn.functional.cross_entropy(weights[step].train()(x), y)
+        torch.testing.assert_close(terms["cross_entropy"].detach(), plain.detach() * (0.75 if step in crafted else 1.0))
     for step in crafted:
         x, y = batches()[step]
         assert torch.equal(seen[step - 3][0], by_hand(weights[step - 2], x, y, BOX))

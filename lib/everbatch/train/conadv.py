@@ -97,7 +97,7 @@ class ConAdv(TrainerMixin):
         weight_adversarial: float = 1.0
         """Weight of the adversarial term; >= 0, 0 switches the mixin off."""
         normalize: bool = False
-        """Divide both by the sum of the weights in use."""
+        """Divide both by the sum of the weights in use; a clean part whose copy is missing or lost counts in full."""
         split_bn: bool = True
         """Give batch norms a second set of weights and statistics for the adversarial part."""
         one_forward: bool = False
@@ -184,7 +184,7 @@ class ConAdv(TrainerMixin):
         split = convert_split_bn(model, (BRANCH,)) if config.split_bn and self.__active else 0
         if config.split_bn and not split:
             logging.getLogger("everbatch").info("ConAdv: the model has no batch norm, nothing to split")
-        self.__live, self.__pipeline = model, None
+        self.__live, self.__pipeline, self.__alone = model, None, False
         # Now, before an engine puts its hooks on it.
         self.__spare = copy.deepcopy(model) if config.placement in ("process", "ranks") and self.__active else None
         self.__branch = [name for name in branch_parameters(model, BRANCH)] if split else []
@@ -212,6 +212,7 @@ class ConAdv(TrainerMixin):
         check(clean.inputs.is_floating_point() or config.embedding is not None, "ConAdv", f"inputs of dtype {clean.inputs.dtype}",
               "be floating point", "name the module that embeds them (embedding=)")
         self.__order(clean)
+        self.__alone = self.__filling and config.first == "clean"
         if self.__filling and config.first != "clamp":
             if config.first == "clean":
                 self.optimizer.hold(self.__branch)
@@ -221,6 +222,7 @@ class ConAdv(TrainerMixin):
         assert self.__pipeline is not None
         payload = self.__pipeline.take(self.step, clean.ids)
         if payload is None:  # lost with its adversary: as many forwards as on other ranks, and no weight
+            self.__alone = True
             return [*parts, replace(clean, part=PART, weight=torch.zeros(len(clean), device=clean.targets.device))]
         inputs, delta = self.__attack.finish(payload, clean.inputs)
         extras = clean.extras if delta is None else {**clean.extras, "delta": delta}
@@ -258,17 +260,17 @@ class ConAdv(TrainerMixin):
         if not self.__active or batch.part not in ("stream", PART):
             return super().loss_terms(outputs, batch)  # type: ignore[misc, no-any-return]
         config: ConAdv.Config = self.configs[ConAdv]
-        alone = self.__filling and config.first == "clean"
         weight = config.weight_adversarial if batch.part == PART else config.weight_clean
         if config.normalize:
-            weight /= config.weight_clean + (0.0 if alone else config.weight_adversarial)
+            weight /= (config.weight_clean + (0.0 if self.__alone else config.weight_adversarial)) or 1.0
         terms = super().loss_terms(outputs, replace(batch, part="stream"))  # type: ignore[misc]
         prefix = "adversarial_" if batch.part == PART else ""
         terms = {prefix + name: term if weight == 1.0 else weight * term for name, term in terms.items()}
-        if alone and self.__whole_branch:
+        clean_alone = self.__filling and config.first == "clean"
+        if clean_alone and self.__whole_branch:
             # DDP waits for the gradient of every parameter; the step leaves these as they are (`hold`).
             terms["nothing"] = 0.0 * torch.stack([p.sum() for p in self.__whole_branch]).sum()
-        if batch.part == ("stream" if alone else PART):
+        if batch.part == ("stream" if clean_alone else PART):
             self.__watch(next(iter(terms.values())))
         return terms
 
