@@ -51,10 +51,20 @@ def torchrun(ranks: int, script: Path, *arguments: str, limit: float, restarts: 
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        out, err = end_launch(process)
         raise AssertionError(f"{script.name} hung for {limit} s:\n{out[-3000:]}\n{err[-3000:]}") from None
     return Job([process.returncode], out, err, time.monotonic() - begin)
+
+
+def end_launch(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a launcher that ran too long, and give what it printed. Asked first, since only the launcher knows its ranks, each a
+    session of its own: killed at once, it would leave them running, with its output held open."""
+    process.terminate()
+    try:
+        return process.communicate(timeout=60)  # ranks that ignore the signal are killed after 30
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
 
 
 class Zygote:

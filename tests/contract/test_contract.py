@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,10 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import plan
 
-pytestmark = pytest.mark.distributed
+from processes import end_launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(7500)]  # above all launches, which have limits of their own
 HERE = Path(__file__).parent
 LIB = HERE.parents[1] / "lib"
 TIMEOUT_S = {1: 240, 2: 600, 3: 400}
+"""Of a launch by world size; six times as much with `--wide`."""
 Launch = Callable[[int, bool], dict[str, Any]]
 
 
@@ -44,11 +46,10 @@ def worker(world: int, wide: bool, out: Path, store: Path) -> dict[str, Any]:
     process = subprocess.Popen(command + ["--wide"] * wide, env=environment, stdout=subprocess.PIPE, start_new_session=True,
                                stderr=subprocess.STDOUT, text=True, errors="replace")
     try:
-        printed, _ = process.communicate(timeout=TIMEOUT_S[world] * (4 if wide else 1))
+        printed, _ = process.communicate(timeout=TIMEOUT_S[world] * (6 if wide else 1))
         words = f"exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
+        printed, _ = end_launch(process)
         words = "timed out"
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     results[""] = "" if process.returncode == 0 else f"{words}\n{printed[-3000:]}"
@@ -88,25 +89,21 @@ def judge(results: dict[str, Any], key: str) -> None:
         pytest.fail(f"{key}: error {found['error']:.3g}, tolerance {found['tolerance']:.3g}: {found['problem']}", pytrace=False)
 
 
-@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("key", "wide"), promised(2))
 def test_two_ranks(launched: Launch, key: str, wide: bool) -> None:
     judge(launched(2, wide), key)
 
 
-@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("key", "wide"), promised(3))
 def test_three_ranks(launched: Launch, key: str, wide: bool) -> None:
     judge(launched(3, wide), key)
 
 
-@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("key", "wide"), promised(1))
 def test_one_rank(launched: Launch, key: str, wide: bool) -> None:
     judge(launched(1, wide), key)
 
 
-@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("world", [2, 3, 1])
 def test_a_launch_ends_well_and_does_what_it_promised(launched: Launch, world: int) -> None:
     results = launched(world, False)
