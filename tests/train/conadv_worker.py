@@ -57,6 +57,11 @@ def smooth() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 15), nn.Tanh(), nn.Linear(15, 6))
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 15), nn.BatchNorm1d(15), nn.Tanh(), nn.Linear(15, 6))
+
+
 def build(host: str, *, cls: type = Adversarial, model: nn.Module | None = None, optimizer: Any = SGD, folder: Path | None = None,
           after: int = -1, raw: dict[str, Any] | None = None, config: dict[str, Any] | None = None, **conadv: Any) -> Any:
     options: dict[str, Any] = {"batch_size": 8, "epochs": 2, "seed": 3, "checkpoint_every": 2} | (config or {})
@@ -114,6 +119,10 @@ def host_checks(record: Record, store: Path, host: str, wide: bool) -> None:
                 torch.save(mine, store.parent / f"{name}.pt")
             one = torch.load(store.parent / f"{name}.pt", weights_only=True)
             found.measure(max((mine[n] - one[n]).abs().max().item() for n in one if n.startswith("master")))
+    with record.check(f"batch norm in one forward/{host}", 1e-5) as found:  # rounding, which batch norm makes larger
+        two, one = (everything(run(host, model=normed(), one_forward=both)) for both in (False, True))
+        found.require(any("branches" in n and "running_var" in n for n in one), "no statistics of the branch")
+        found.measure(max((one[n].double() - two[n].double()).abs().max().item() for n in two if n != "matrix"))
     with record.check(f"off/{host}") as found:
         off = everything(run(host, weight_adversarial=0.0))
         plain = build_plain(host)

@@ -65,6 +65,11 @@ def test_absent_at_weight_zero(found: Callable[[str], Results], host: str) -> No
     passes(found(host), f"off/{host}")
 
 
+@pytest.mark.parametrize("host", ["plain", *DEFAULT, *(pytest.param(h, marks=pytest.mark.slow) for h in REST)])
+def test_batch_norms_in_one_forward_are_those_of_two(found: Callable[[str], Results], host: str) -> None:
+    passes(found(host), f"batch norm in one forward/{host}")
+
+
 @pytest.mark.parametrize(("host", "name"), [(h, n) for h in DEFAULT for n in FEW])
 def test_steps_of_one_process(found: Callable[[str], Results], host: str, name: str) -> None:
     passes(found(host), f"parity {name}/{host}")
