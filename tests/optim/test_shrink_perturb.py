@@ -12,7 +12,7 @@ import torch
 from quadratics import batch, same, small_net, train, weights
 from torch import nn
 
-from everbatch import seeds
+from everbatch import compose, seeds
 from everbatch.nn import bn_recalibrate
 from everbatch.optim import EMA, DynamicSparsity, OptimizerMixin, ShrinkPerturb
 from everbatch.optim.fresh import fresh_model
@@ -163,6 +163,26 @@ def test_without_a_factory_the_modules_draw() -> None:
         assert np.array_equal(np.random.get_state()[1], kept[2])  # noqa: NPY002
         ends.append(weights(model))
     assert same(*ends)
+
+
+class Block(nn.Module):
+    """A module with a parameter of its own that resets its child as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        self.inner.reset_parameters()
+
+
+def test_a_module_that_resets_its_children_leaves_the_live_ones() -> None:
+    model = Block()
+    opt = compose(ShrinkPerturb, base=torch.optim.SGD)(model, lr=0.1, shrink=1.0, perturb=1e-9)
+    before = weights(model)
+    opt.shrink_perturb()
+    assert all(torch.allclose(a, b, atol=1e-8) for a, b in zip(weights(model), before, strict=True))
 
 
 class Odd(nn.Module):

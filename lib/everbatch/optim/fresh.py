@@ -47,11 +47,12 @@ def fresh_model(factory: Callable[[], nn.Module], *key: int | str) -> nn.Module:
 def redraw(module: nn.Module, layout: Mapping[str, tuple[torch.dtype, torch.Size]], *key: int | str) -> dict[str, Tensor]:
     """New draws of the parameters in `layout` by their modules' own `reset_parameters`, whole, on the CPU, by bare name.
 
-    Each module is copied without its children, given empty parameters of the whole shape, and reset: the live module, which
-    an engine may have sharded, is only looked at. Modules go in the model's order under one stream seeded with `key`, so a
-    model whose constructor does nothing else draws as a new one does. Modules without `reset_parameters` are left out.
+    Each module is copied with its children, given empty parameters of the whole shape, and reset: the live module, which an
+    engine may have sharded, is only looked at. What it does to its children is dropped, since they are asked themselves.
+    Modules go in the model's order under one stream seeded with `key`, so a model whose constructor does nothing else draws as
+    a new one does. Modules without `reset_parameters` are left out.
 
-    Cost: one whole copy of the parameters at a time, plus those returned.
+    Cost: one whole copy of a module's parameters at a time, its children's included, plus those returned.
     """
     known = _names(module)
     draws: dict[str, Tensor] = {}
@@ -60,17 +61,25 @@ def redraw(module: nn.Module, layout: Mapping[str, tuple[torch.dtype, torch.Size
             own = {n: known[id(p)] for n, p in part._parameters.items() if p is not None}
             if not _resettable(part) or not any(name in layout for name in own.values()):
                 continue
-            twin = object.__new__(type(part))  # FSDP2's classes build a new module in their own __new__
-            twin.__dict__.update(part.__dict__)
-            twin.__dict__["_parameters"] = {n: None for n, p in part._parameters.items() if p is None}
-            for n, name in own.items():
-                whole = part._parameters[n]
-                dtype, shape = layout.get(name, (torch.float32, getattr(whole, "ds_shape", whole.shape)))  # type: ignore[union-attr]
-                twin.__dict__["_parameters"][n] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-            twin.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in part._buffers.items()}
+            twin = _twin(part, known, layout)
             twin.reset_parameters()  # type: ignore[operator]
             draws.update({name: twin._parameters[n].detach() for n, name in own.items() if name in layout})  # type: ignore[union-attr]
     return draws
+
+
+def _twin(part: nn.Module, known: Mapping[int, str], layout: Mapping[str, tuple[torch.dtype, torch.Size]]) -> nn.Module:
+    """A copy with parameters and buffers of its own, and so are its children, which `reset_parameters` may reset as well."""
+    twin = object.__new__(type(part))  # FSDP2's classes build a new module in their own __new__
+    twin.__dict__.update(part.__dict__)
+    twin.__dict__["_parameters"] = {}
+    for n, p in part._parameters.items():
+        if p is not None:
+            dtype, shape = layout.get(known[id(p)], (torch.float32, getattr(p, "ds_shape", p.shape)))
+            p = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        twin.__dict__["_parameters"][n] = p
+    twin.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in part._buffers.items()}
+    twin.__dict__["_modules"] = {n: None if m is None else _twin(m, known, layout) for n, m in part._modules.items()}
+    return twin
 
 
 def without_initialiser(module: nn.Module) -> dict[str, list[str]]:
