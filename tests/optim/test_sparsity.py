@@ -26,6 +26,9 @@ class SparseAdam(DynamicSparsity, torch.optim.AdamW): ...
 class Full(ClipGradNorm, EMA, DynamicSparsity, SAM, torch.optim.SGD): ...
 
 
+class Averaging(EMA, DynamicSparsity, torch.optim.SGD): ...
+
+
 class Warm(DynamicSparsity, ShrinkPerturb, torch.optim.SGD): ...
 
 
@@ -303,12 +306,50 @@ def test_masks_can_be_given() -> None:
     opt.set_masks(masks)
     assert opt.states[DynamicSparsity].active["0.weight"] == 10 and opt.densities()["0.weight"] == 1 / 16
     assert all(not t.any() for t in off(opt, weights(model)))
+    averaging, model = build(Averaging)
+    train(averaging, model, 0, 1)
+    averaging.set_masks(masks)
+    assert not averaging.states[EMA].average["0.weight"][~masks["0.weight"]].any()
     for bad, text in (({"1.weight": masks["0.weight"]}, "masks of \\['1.weight'\\].*did you mean"),
                       ({"0.weight": torch.ones(2, 2, dtype=torch.bool)}, "have shapes \\[\\(2, 2\\)\\]"),
                       ({"0.weight": torch.ones(16, 10)}, "must be bool tensors"),
                       ({"0.weight": torch.zeros(16, 10, dtype=torch.bool)}, "with an active entry")):
         with pytest.raises(ValueError, match=text):
             opt.set_masks(bad)
+
+
+@pytest.mark.parametrize("options", [{}, {"grow": "random_unfired"}, {"redistribute": "global"}, {"grow": "momentum"}])
+def test_a_layer_that_is_frozen_at_a_change_keeps_its_mask(options: dict[str, Any]) -> None:
+    opt, model = build(Averaging, **options)
+    train(opt, model, 0, 3)
+    state = opt.states[DynamicSparsity]
+    mask, active = opt.whole_masks()["2.weight"], dict(state.active)
+    model[2].requires_grad_(False)  # type: ignore[index, operator]
+    frozen, others = weights(model)["2.weight"], opt.whole_masks()
+    assert list(others) == ["0.weight", "4.weight"]
+    train(opt, model, 3, 5)
+    assert torch.equal(state.masks["2.weight"], mask) and torch.equal(weights(model)["2.weight"], frozen)
+    assert sum(state.active.values()) == sum(active.values()) and state.active["2.weight"] == active["2.weight"]
+    assert any(not torch.equal(opt.whole_masks()[n], m) for n, m in others.items())
+    model[2].requires_grad_(True)  # type: ignore[index, operator]
+    assert torch.equal(opt.whole_masks()["2.weight"], mask)
+    train(opt, model, 5, 7)
+    assert sum(int(m.sum()) for m in opt.whole_masks().values()) == sum(active.values())
+    assert not torch.equal(opt.whole_masks()["2.weight"], mask)
+    assert all(not t.any() for t in off(opt, weights(model)))
+
+
+def test_all_layers_frozen_at_a_change() -> None:
+    opt, model = build()
+    train(opt, model, 0, 1)
+    before = opt.whole_masks()
+    for i in (0, 2, 4):
+        model[i].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    train(opt, model, 1, 3)
+    for i in (0, 2, 4):
+        model[i].weight.requires_grad_(True)  # type: ignore[index, union-attr]
+    assert_same(opt.whole_masks(), before)
+    assert opt.states[DynamicSparsity].active == {n: int(m.sum()) for n, m in before.items()}
 
 
 def test_without_the_module_patterns_are_needed() -> None:

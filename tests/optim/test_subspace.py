@@ -11,8 +11,9 @@ import torch
 from quadratics import same, small_net, train, weights
 from torch import Tensor, nn
 
+from everbatch import compose
 from everbatch.errors import CompositionError
-from everbatch.optim import EMA, SAM, ClipGradNorm, Projection, Subspace, SubspaceProjection
+from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity, Projection, Subspace, SubspaceProjection
 from everbatch.optim.transforms import damped, high_block, inverse, null_space, rows, window_damped
 
 
@@ -269,3 +270,14 @@ def test_bad_options() -> None:
     late = type("Late", (SubspaceProjection, EMA, torch.optim.SGD), {})
     with pytest.raises(CompositionError, match="EMA must stand to the left of SubspaceProjection"):
         late(small_net(), lr=0.1, space="update")
+
+
+def test_pruned_weights_stay_zero_where_updates_are_projected() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    opt = compose(DynamicSparsity, SubspaceProjection, base=torch.optim.AdamW)(
+        model, lr=0.1, density=0.3, drop_fraction=0.0, space="update",
+        projections={"0.weight": Projection(right=null_space(basis(6, 2, dtype=torch.float32)))})
+    masks = opt.whole_masks()
+    train(model, opt, 0, 3)
+    assert not model[0].weight[~masks["0.weight"]].any() and model[0].weight[masks["0.weight"]].all()

@@ -241,6 +241,10 @@ class DynamicSparsity(OptimizerMixin):
         found = topology.digest(self._masked(), state.masks, layers, self.host.device)
         state.active = topology.verify(self.host, type(self).__name__, found, layers)
         self._enforce(moments=True)
+        if EMA in self.states:
+            for name, average in self.states[EMA].average.items():
+                if name in state.masks:
+                    average.masked_fill_(~state.masks[name], 0.0)
         self.host.publish_if_dirty()
 
     def _masked(self) -> list[Shard]:
@@ -294,11 +298,12 @@ class DynamicSparsity(OptimizerMixin):
 
     def edit_parameters(self) -> None:
         """Change the topology where it is due; put frozen weights back."""
+        edits = self.host.edits
         super().edit_parameters()
         config, state = self.configs[DynamicSparsity], self.states[DynamicSparsity]
         if state.active:
             step, schedule = self.step_count - state.task_start, self._schedule()
-            if config.dense_moments:
+            if config.dense_moments or self.host.edits != edits:  # a part to the right has moved weights
                 self._enforce()  # before the change: importances are of masked weights
             if schedule.due(step):
                 self._change(step, schedule.fraction(step))
