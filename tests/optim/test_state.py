@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from quadratics import same, small_net, train, weights
+from quadratics import closure_of, same, small_net, train, weights
 from torch import nn
 
-from everbatch import checkpoint
+from everbatch import checkpoint, compose
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim import EMA, SAM, ClipGradNorm, ShrinkPerturb
@@ -154,3 +154,55 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched() -> None:
 
     model = small_net()
     refuse(saved, (model, Other(model, **options)), "compose the same mixins")
+
+    class OverAdam(ClipGradNorm, EMA, ShrinkPerturb, SAM, torch.optim.AdamW):
+        pass
+
+    model = small_net()
+    refuse(saved, (model, OverAdam(model, lr=0.1, noise="gaussian", buffers="keep")), "of base SGD, this class has AdamW")
+
+
+def test_a_rate_in_a_tensor_and_the_seed_come_back() -> None:
+    pair, twin = build("adamw"), build("adamw", seed=1)
+    for _, opt in (pair, twin):
+        opt.param_groups[0]["lr"] = torch.tensor(0.1)
+    held = twin[1].param_groups[0]["lr"]
+    pair[1].param_groups[0]["lr"].fill_(0.25)
+    pair[1].seed = 5
+    twin[1].load_state_dict(pair[1].state_dict())
+    assert twin[1].param_groups[0]["lr"] is held and held == 0.25 and twin[1].seed == 5
+
+
+class Small(nn.Module):
+    """A parameter of one number, and one of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.nothing, self.rest = (nn.Parameter(torch.ones(s)) for s in ((), (0, 3), (3,)))
+
+    def forward(self) -> torch.Tensor:
+        return self.scale * self.rest.square().sum() + self.nothing.sum()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_parameters_of_one_number_and_of_none(base: str) -> None:
+    cls, defaults = BASES[base]
+    models = Small(), Small(), Small()
+    opts = [compose(ClipGradNorm, base=cls)(m, max_norm=9.0, **defaults) for m in models]
+
+    def steps(model: nn.Module, opt: Any, count: int) -> None:
+        for _ in range(count):
+            opt.step(closure_of(opt, model))
+
+    steps(models[0], opts[0], 2)
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+    steps(models[0], opts[0], 2)
+    steps(models[1], opts[1], 2)
+    assert same(weights(models[0]), weights(models[1]))
+    steps(models[2], opts[2], 2)
+    before = models[2].scale.clone(), {k: v.clone() for k, v in opts[2].host.shards[0].moments.items()}
+    opts[2].hold(["scale"])
+    steps(models[2], opts[2], 1)
+    assert torch.equal(models[2].scale, before[0])
+    assert all(torch.equal(v, before[1][k]) for k, v in opts[2].host.shards[0].moments.items())
+    assert "step" not in before[1] and ("momentum" in defaults) <= ("momentum_buffer" in before[1])

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["ByName", "Shard", "Vector", "inner"]
 
 
+COUNTERS = ("step", "mu_product", "eta", "mu")
+"""State of torch's optimizers that is one number per parameter: of a parameter of one number, only the name tells it apart."""
+
+
 class Shard:
     """One rank's slice of one parameter. Padding is never part of it.
 
@@ -53,7 +57,8 @@ class Shard:
     def moments(self) -> dict[str, Tensor]:
         """Views of the base optimizer's per-element state (`exp_avg`, `momentum_buffer`, ...); empty before the first step."""
         kept = self._state().get(self.owner, {})
-        return {k: self._view(v) for k, v in kept.items() if torch.is_tensor(v) and v.shape == self.owner.shape and v.dim()}
+        return {k: self._view(v) for k, v in kept.items() if torch.is_tensor(v) and v.shape == self.owner.shape
+                and (v.dim() or k not in COUNTERS)}
 
     @property
     def numel(self) -> int:

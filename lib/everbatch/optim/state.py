@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from everbatch.checkpoint import Checkpoint, Piece
-from everbatch.compose import parts_of
+from everbatch.compose import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim.shards import ByName, Shard
@@ -108,18 +108,19 @@ def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any]) -> None:
 def _plain(opt: OptimizerMixin) -> dict[str, Any]:
     index = opt.host.group_index()
     groups = [{"names": [n for n, i in index.items() if i == k],
-               "options": {k: v for k, v in g.items() if _is_plain(v) and k not in ("params", "param_names")}}
+               "options": {k: _encode(v) for k, v in g.items() if _is_option(v) and k not in ("params", "param_names")}}
               for k, g in enumerate(opt.host.groups())]
     mixins = {part.__name__: {n: _encode(v) for n, v in _fields(state).items() if not isinstance(v, ByName)}
               for part, state in opt.states.items()}
-    return {"class": [p.__name__ for p in parts_of(type(opt))], "groups": groups, "mixins": mixins, "seed": opt.seed,
-            "steps": opt.step_count, "skipped": opt.skipped_count}
+    base = base_of(type(opt)).__name__  # type: ignore[union-attr]
+    return {"class": [p.__name__ for p in parts_of(type(opt))], "base": base, "groups": groups, "mixins": mixins,
+            "seed": opt.seed, "steps": opt.step_count, "skipped": opt.skipped_count}
 
 
 def _match(opt: OptimizerMixin, meta: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse a state of another model, other groups or other mixins, before anything is touched."""
     who, host = type(opt).__name__, opt.host
-    ours = {n: tuple(shape) for n, (_, shape) in host.master_layout().items()}
+    ours = {n: tuple(shape) for n, (_, shape) in host.master_layout().items() if shape.numel()}  # an empty one has no piece
     odd = sorted(set(ours) ^ set(shapes)) or [n for n in ours if ours[n] != shapes[n]]
     if odd:
         raise CheckpointMismatch(f"{who}: parameters {odd[:5]} differ between the state and the model "
@@ -127,6 +128,9 @@ def _match(opt: OptimizerMixin, meta: dict[str, Any], shapes: dict[str, tuple[in
     here = [p.__name__ for p in parts_of(type(opt))]
     if here != meta["class"]:
         raise CheckpointMismatch(f"{who}: the state is of {meta['class']}, this class is {here}; compose the same mixins")
+    base = base_of(type(opt)).__name__  # type: ignore[union-attr]
+    if meta.get("base", base) != base:
+        raise CheckpointMismatch(f"{who}: the state is of base {meta['base']}, this class has {base}; compose with the same base")
     index = host.group_index()
     names = [[n for n, i in index.items() if i == k] for k in range(len(host.groups()))]
     if names != [g["names"] for g in meta["groups"]]:
@@ -139,7 +143,11 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
     host.reset_moments()
     for group, saved in zip(host.groups(), meta["groups"], strict=True):
         for name, value in saved["options"].items():
-            group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
+            value = _decode(value, host.device)
+            if torch.is_tensor(group.get(name)):
+                group[name].fill_(value)  # a schedule or a captured graph may hold it
+            else:
+                group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
     moments = sorted(k for k in kinds if k.startswith("moment."))
     state = host.state()
     for shard in host.shards:
@@ -157,7 +165,7 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
             kept[key] = value if kind == "value" else torch.tensor(value, dtype=getattr(torch, kind), device=device)
         if not kept:
             state.pop(shard.owner, None)
-    opt.step_count, opt.skipped_count = meta["steps"], meta["skipped"]
+    opt.seed, opt.step_count, opt.skipped_count = meta["seed"], meta["steps"], meta["skipped"]
     for part, fields in opt.states.items():
         for name, value in _fields(fields).items():
             count = meta["mixins"][part.__name__].get(name)
@@ -215,8 +223,11 @@ def _piece(name: str, shard: Shard, value: Tensor) -> Piece:
 def _scalars(opt: OptimizerMixin, shard: Shard) -> dict[str, Any]:
     """Per-parameter state that is not per element, such as a step count: name to (dtype or "value", number)."""
     result: dict[str, Any] = {}
+    moments = shard.moments
     for key, value in opt.host.state().get(shard.owner, {}).items():
         if torch.is_tensor(value):
+            if key in moments:
+                continue
             if value.dim() == 0:
                 result[key] = (str(value.dtype).removeprefix("torch."), value.item())
             elif value.shape != shard.owner.shape:
@@ -229,6 +240,11 @@ def _scalars(opt: OptimizerMixin, shard: Shard) -> dict[str, Any]:
 
 def _fields(state: Any) -> dict[str, Any]:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _is_option(value: Any) -> bool:
+    """Whether a group's option is kept: a plain value, or a number in a tensor (a learning rate)."""
+    return _is_plain(value) or (torch.is_tensor(value) and value.dim() == 0)
 
 
 def _is_plain(value: Any) -> bool:
