@@ -341,3 +341,11 @@ def test_on_apply_runs_for_applied_steps_only() -> None:
 def test_a_seed_is_an_integer(seed: Any) -> None:
     with pytest.raises(ValueError, match=f"Sharp: seed={seed!r}, must be an integer"):
         build(seed=seed)
+
+
+def test_a_base_with_passes_of_its_own_and_complex_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="base LBFGS, which runs passes of its own, must update once per step"):
+        compose(SAM, base=torch.optim.LBFGS)(small_net(), lr=0.1)
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"complex parameters \['weight', 'bias'\], must be real"):
+        compose(SAM, base=torch.optim.SGD)(model, lr=0.1)

@@ -58,6 +58,9 @@ class OptimizerMixin(Contract):
         module = params if isinstance(params, nn.Module) else None
         rest = self._start(options, seed)
         base = base_of(type(self))
+        once = inspect.signature(base.step).parameters["closure"].default is None  # type: ignore[union-attr]
+        check(once, type(self).__name__, f"base {base.__name__}, which runs passes of its own", "update once per step",  # type: ignore[union-attr]
+              "use a base whose step() needs no closure")
         allowed = set(inspect.signature(base.__init__).parameters) - {"self", "params"}  # type: ignore[misc]
         reject_unknown(type(self), rest, allowed | {"seed", "scaler"})
         super().__init__(_named_groups(type(self).__name__, params), **rest)  # type: ignore[call-arg]

@@ -49,6 +49,9 @@ class LocalHost(Host):
         check(len(set(names)) == len(names), type(optimizer).__name__, f"parameter names {_twice(names)} occur twice",
               "be unique", "pass the module, or named_parameters() with a prefix for each module")
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
+        imaginary = [n for n, p in self._named if p.is_complex()]
+        check(not imaginary, type(optimizer).__name__, f"complex parameters {imaginary[:3]}", "be real",
+              "store torch.view_as_real of them")
         self.device = _device(self._named[0][1])
         self.sync = True
         self._trained: list[str] = []
