@@ -163,8 +163,12 @@ def agreement(found: Found) -> None:
             found[f"differing {key}"] = "went through"
         except ValueError as error:
             found[f"differing {key}"] = str(error)
-    model = nn.Sequential(nn.BatchNorm1d(6).double())
-    bn_recalibrate(model, x.split(10)[rank::2])
+    model = nn.Sequential(nn.BatchNorm1d(6).double(), nn.BatchNorm1d(6).double(), nn.BatchNorm1d(6).double())
+    for layer in model[1:]:
+        layer.running_mean.fill_(7.0 + rank)
+    bn_recalibrate(model, x.split(10)[rank::2], forward=lambda rows: model[: 2 - rank](rows))
+    found["where one rank's forwards came"] = float(model[1].running_mean.abs().max())
+    found["where none came"] = model[2].running_mean.tolist() == [7.0 + rank] * 6
     means = torch.stack([b.mean(0) for b in x.split(10)]).mean(0)
     found["recalibrated"] = float((model[0].running_mean - means).abs().max())  # summed in float32
 

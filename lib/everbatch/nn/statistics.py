@@ -36,7 +36,8 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
         model: holds the layers.
         batches: inputs, at least one batch; as many on every rank.
         forward: runs one batch; `model` itself by default. Pass the engine's or wrapper's call where the model needs it.
-        average: mean over the ranks as well, so that all end with the same statistics; one all-reduce.
+        average: mean over the ranks whose forwards reached a layer as well, so that all end with the same statistics; one
+            all-reduce.
 
     Returns:
         The number of layers, split ones counted once per branch; 0 when there is none, and then no forward is run.
@@ -76,10 +77,13 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
             layer.momentum = momentum
     world = World.current()
     if average and world.size > 1:
-        kept = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-        flat = world.sum(torch.cat([b.reshape(-1).float() for b in kept])) / world.size
-        for buffer, mean in zip(kept, torch.split(flat, [b.numel() for b in kept]), strict=True):
-            buffer.copy_(mean.view(buffer.shape))
+        kept = [(m, b) for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        # A rank's share counts where its forwards reached the layer, so each has its number of such ranks beside it.
+        parts = [torch.zeros(b.numel() + 1) if m in idle else torch.cat([b.reshape(-1).float(), b.new_ones(1).float()])
+                 for m, b in kept]
+        flat = world.sum(torch.cat([p.to(kept[0][1].device) for p in parts]))
+        for (_, buffer), total in zip(kept, torch.split(flat, [p.numel() for p in parts]), strict=True):
+            buffer.copy_(torch.where(total[-1] > 0, (total[:-1] / total[-1]).view(buffer.shape), buffer))
     return len(layers)
 
 
