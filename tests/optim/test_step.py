@@ -349,3 +349,18 @@ def test_a_base_with_passes_of_its_own_and_complex_weights_are_refused() -> None
     model = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"complex parameters \['weight', 'bias'\], must be real"):
         compose(SAM, base=torch.optim.SGD)(model, lr=0.1)
+
+
+def test_methods_of_descent_refuse_a_base_that_maximises() -> None:
+    with pytest.raises(ValueError, match="maximize=True with SAM, must minimise"):
+        compose(ClipGradNorm, SAM, base=torch.optim.SGD)(small_net(), lr=0.1, maximize=True)
+    ends = []
+    for sign in (1.0, -1.0):
+        model = small_net()
+        opt = compose(ClipGradNorm, EMA, base=torch.optim.SGD)(model, lr=0.1, max_norm=0.1, maximize=sign < 0)
+        train(model, opt, 0, 3, scale=sign)
+        ends.append(weights(model))
+    assert same(*ends)
+    with pytest.raises(ValueError, match="maximize=True with SAM"):
+        opt = compose(SAM, base=torch.optim.SGD)([("a", nn.Parameter(torch.ones(2)))], lr=0.1)
+        opt.add_param_group({"params": [("b", nn.Parameter(torch.ones(2)))], "maximize": True})

@@ -28,6 +28,8 @@ class ClipGradNorm(OptimizerMixin):
 
     left_of = ("DynamicSparsity", "SubspaceProjection")
 
+    minimizes = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         max_norm: float = 1.0

@@ -108,6 +108,8 @@ class LAMB(OptimizerMixin):
 
     owns = ("trust ratio",)
 
+    minimizes = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         trust_clip: bool = False

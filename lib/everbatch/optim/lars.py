@@ -96,6 +96,8 @@ class LARS(OptimizerMixin):
 
     owns = ("trust ratio",)
 
+    minimizes = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         trust_coeff: float = 0.001

@@ -38,6 +38,8 @@ class OptimizerMixin(Contract):
                                         "edit_gradient", "update", "edit_parameters")
     needs: ClassVar[tuple[str, ...]] = ()
     """Auxiliary objectives that `step` must be given: "output", "data", "per_sample"."""
+    minimizes: ClassVar[bool] = True
+    """Whether what it does is right only where the update goes down the gradient: a base with maximize=True is refused."""
     moves_first: ClassVar[bool] = False
     """Whether the recorded pass runs at weights that this part has moved; what reads weights in that pass must know."""
     final: ClassVar[tuple[str, ...]] = ("step", "backward", "zero_grad", "state_dict", "load_state_dict")
@@ -105,9 +107,16 @@ class OptimizerMixin(Contract):
 
     def _attach(self, host: Host) -> None:
         self.host = host
+        self._check_direction()
         for part in parts_of(type(self)):
             if "on_attach" in vars(part):
                 part.on_attach(self)  # type: ignore[attr-defined]
+
+    def _check_direction(self) -> None:
+        down = [p.__name__ for p in parts_of(type(self)) if p.minimizes]  # type: ignore[attr-defined]
+        up = any(group.get("maximize") for group in self.host.groups())
+        check(not (down and up), type(self).__name__, f"maximize=True with {', '.join(down)}", "minimise",
+              "back-propagate the negative of the objective instead")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters, as `torch.optim.Optimizer.add_param_group` does.
@@ -121,6 +130,7 @@ class OptimizerMixin(Contract):
         super().add_param_group(param_group)  # type: ignore[misc]
         if host is not None:
             self.host = LocalHost(self, *host.recipe())
+            self._check_direction()
 
     # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
     @property

@@ -73,6 +73,8 @@ class ShrinkPerturb(OptimizerMixin):
     (every n steps) never fires at the commit read; for one that does see `everbatch.train.WarmStart`.
     """
 
+    minimizes = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         shrink: float = 0.4

@@ -52,6 +52,8 @@ class SubspaceProjection(OptimizerMixin):
 
     left_of = ("LARS", "LAMB")
 
+    minimizes = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         space: Literal["grad", "update"] = "grad"

@@ -59,6 +59,8 @@ class DynamicSparsity(OptimizerMixin):
     owns = ("masks",)
     left_of = ("SubspaceProjection", "Refresh")
 
+    minimizes = False
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         density: float = 0.1
