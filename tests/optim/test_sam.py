@@ -67,11 +67,30 @@ def test_the_second_pass_sees_the_perturbed_weights_and_the_first_its_own() -> N
     assert len(seen) == opt.last_passes == 2
 
 
-def test_a_zero_gradient_is_a_plain_step() -> None:
-    model = Quadratic([1.0, 10.0], [0.0, 0.0])
-    opt = SharpSGD(model, lr=1.0, rho=RHO, delta=0.0)
+@pytest.mark.parametrize("delta", [0.0, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_zero_gradient_is_a_plain_step(dtype: torch.dtype, delta: float) -> None:
+    model = Quadratic([1.0, 10.0], [0.0, 0.0], dtype)
+    opt = SharpSGD(model, lr=1.0, rho=RHO, delta=delta)
     opt.step(closure_of(opt, model))
-    assert torch.equal(model.weight.detach(), torch.zeros(2, dtype=torch.float64)) and opt.skipped_count == 0
+    assert torch.equal(model.weight.detach(), torch.zeros(2, dtype=dtype)) and opt.skipped_count == 0
+
+
+@pytest.mark.parametrize("delta", [0.0, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_gradient_has_no_direction(dtype: torch.dtype, delta: float) -> None:
+    model = Quadratic([1.0, 10.0], [0.0, 0.0], dtype)
+    opt = SharpSGD(model, lr=1.0)
+    model().backward()
+    (move,) = ascent(opt.host.gradient(), RHO, delta).tensors
+    assert torch.equal(move, torch.zeros(2, dtype=dtype))
+
+
+def test_a_gradient_that_is_not_a_number_skips_the_step() -> None:
+    model = Quadratic([1.0, float("nan")], [1.0, 0.0])
+    opt = SharpSGD(model, lr=1.0, rho=RHO)
+    opt.step(closure_of(opt, model))
+    assert torch.equal(model.weight.detach(), torch.tensor([1.0, 0.0], dtype=torch.float64)) and opt.skipped_count == 1
 
 
 def test_rho_zero_is_the_base_bit_for_bit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from everbatch import compose
 from everbatch.optim import ASAM, ESAM, GSAM, SAM, WSAM, GradientNorm, Ignite, LookSAM, StaleSAM
 from everbatch.optim.esam import select_samples
+from processes import Zygote
 
 CURVATURE = torch.tensor([1.0, 10.0], dtype=torch.float64)
 RHO = 0.1 * math.sqrt(2)
@@ -92,6 +94,9 @@ def test_gsam_radius_follows_the_learning_rate() -> None:
     options = {"rho": 0.4, "rho_min": 0.1, "lr_max": 0.2, "lr_min": 0.0, "alpha": 0.0}
     f = gradients(GSAM, options, lr=0.1)[0]  # radius 0.25
     same(f, (1 + 0.25 / math.sqrt(2), 1 + 2.5 / math.sqrt(2)))
+    options = {"rho": 0.5, "rho_min": 0.25, "lr_max": 0.5, "lr_min": 0.25}
+    for lr, rho in ((0.0, 0.25), (0.25, 0.25), (0.5, 0.5), (2.0, 0.5)):  # a warm-up begins below lr_min
+        assert torch.equal(gradients(GSAM, options, lr=lr)[0], gradients(GSAM, {"rho": rho}, lr=lr)[0])
 
 
 def test_adaptive_radius_is_measured_in_units_of_the_weights() -> None:
@@ -174,6 +179,99 @@ def test_ignite_multiplier_is_projected_unless_told() -> None:
         assert math.copysign(1.0, value) == -1.0 if sign else value == 0.0
 
 
+class Routed(nn.Module):
+    """Two experts, of which the sign of `router` picks one: the displaced pass picks the other. `dense` multiplies the one that
+    is not picked by 0, so that every pass reaches every parameter; otherwise it has no gradient."""
+
+    def __init__(self, *, dense: bool) -> None:
+        super().__init__()
+        self.dense = dense
+        self.router = nn.Parameter(torch.tensor([-0.01], dtype=torch.float64))
+        self.experts = nn.ParameterList([torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 1.0]).double()])
+
+    def forward(self) -> Tensor:
+        picked = int(self.router.item() > 0)
+        terms = [(w.square() * (3 + self.router)).sum() * float(i == picked) for i, w in enumerate(self.experts)]
+        return terms[0] + terms[1] if self.dense else terms[picked]
+
+
+def routed(part: type, options: dict[str, Any], *, dense: bool) -> tuple[dict[str, Tensor], Any]:
+    """The final gradient of one step by name, and the optimizer."""
+    seen: dict[str, Tensor] = {}
+
+    class Watched(part, torch.optim.SGD):  # type: ignore[misc, valid-type]
+        def update(self) -> None:
+            seen.update({s.name: g.clone() for s, g in self.host.gradient()})
+            super().update()
+
+    model = Routed(dense=dense)
+    opt: Any = Watched(model, lr=0.0, **options)
+    reached = []
+
+    def closure() -> Tensor:
+        loss = model()
+        opt.backward(loss)
+        reached.append([n for n, p in model.named_parameters() if p.grad is not None])
+        return loss
+
+    opt.step(closure, **({"output": closure} if part is Ignite else {}))
+    assert (reached[0] == reached[-1]) == dense
+    return seen, opt
+
+
+@pytest.mark.parametrize(("part", "options"), [
+    (GSAM, {"alpha": 0.5}), (GradientNorm, {}), (WSAM, {}), (LookSAM, {"norms": "model"}), (LookSAM, {"norms": "tensor"}),
+    (Ignite, {"multiplier": 1.0})])
+def test_a_parameter_that_one_pass_does_not_reach_has_a_zero_gradient_there(part: type, options: dict[str, Any]) -> None:
+    (got, ours), (want, theirs) = routed(part, options, dense=False), routed(part, options, dense=True)
+    for name, f in want.items():
+        assert torch.equal(got.get(name, torch.zeros_like(f)), f), name
+    if part is LookSAM:
+        kept, wanted = ours.states[part].direction, theirs.states[part].direction
+        assert set(kept) == set(wanted) and all(torch.equal(kept[n], v) for n, v in wanted.items())
+        assert kept["experts.1"].any()
+
+
+def test_what_only_the_first_pass_reaches_takes_no_part_where_its_weight_is_zero() -> None:
+    sam, wsam = routed(SAM, {}, dense=False)[0], routed(WSAM, {"gamma": 0.5}, dense=False)[0]
+    assert set(sam) == set(wsam) == {"router", "experts.1"} and all(torch.equal(wsam[n], f) for n, f in sam.items())
+
+
+@pytest.mark.parametrize("norms", ["model", "tensor"])
+def test_looksam_leaves_a_gradient_without_a_kept_direction_as_it_is(norms: str) -> None:
+    model = nn.ModuleDict({"trunk": nn.Linear(3, 2), "0": nn.Linear(2, 1), "1": nn.Linear(2, 1)}).double()
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain: dict[str, Tensor] = {}
+    final: dict[str, Tensor] = {}
+
+    class Watched(LookSAM, torch.optim.SGD):
+        def update(self) -> None:
+            final.clear()
+            final.update({s.name: g.clone() for s, g in self.host.gradient()})
+            super().update()
+
+    opt: Any = Watched(model, lr=0.0, norms=norms, every=5)
+    for head in "01":
+        def closure(head: str = head) -> Tensor:
+            loss = model[head](model["trunk"](x).tanh()).square().sum()
+            opt.backward(loss)
+            plain.clear()
+            plain.update({s.name: g.clone() for s, g in opt.host.gradient()})
+            return loss
+
+        opt.step(closure)
+    assert set(final) == set(plain) == {"trunk.weight", "trunk.bias", "1.weight", "1.bias"}
+    assert all(torch.equal(final[n], plain[n]) for n in ("1.weight", "1.bias"))
+    v = {n: opt.states[LookSAM].direction[n] for n in ("trunk.weight", "trunk.bias")}
+
+    def norm(of: dict[str, Tensor]) -> Tensor:
+        return torch.cat([t.flatten() for t in of.values()]).norm()
+
+    for n in v:
+        gain = norm(plain) / norm(v) if norms == "model" else plain[n].norm() / v[n].norm()
+        torch.testing.assert_close(final[n], plain[n] + 0.7 * gain * v[n], rtol=1e-6, atol=0)
+
+
 def test_a_missing_objective_is_an_error_before_the_first_pass() -> None:
     opt: Any = compose(Ignite, base=torch.optim.SGD)(Bowl(), lr=0.1)
     with pytest.raises(RuntimeError, match=r"Ignite needs opt.step\(closure, output="):
@@ -238,6 +336,21 @@ def test_bad_options_name_themselves(part: type, options: dict[str, Any], text: 
 def test_two_owners_of_the_perturbation_are_refused() -> None:
     with pytest.raises(TypeError, match="both own the perturbation"):
         compose(SAM, StaleSAM, base=torch.optim.SGD)
+
+
+@pytest.mark.distributed
+def test_a_group_averages_like_with_like_where_ranks_reach_different_parameters(tmp_path: Path, zygote: Zygote) -> None:
+    """Each rank perturbs every parameter along the group's mean, also one that its own rows, or any rows, do not reach."""
+    job = zygote.run(Path(__file__).parent / "sharpness_worker.py", str(tmp_path), limit=120.0)
+    assert job.codes == [0, 0], job.err[-3000:]
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert set(ours) == set(theirs) and len(ours) == 9
+    for case, (moves, mean, collectives) in ours.items():
+        length = torch.cat([m.flatten() for m in mean]).norm()
+        assert len(moves) == len(mean) == 3 and collectives == theirs[case][2] == 1, case
+        for e, other, g in zip(moves, theirs[case][0], mean, strict=True):
+            assert torch.equal(e, other), case
+            torch.testing.assert_close(e, g / length, rtol=1e-6, atol=0)
 
 
 def test_state_survives_a_resume_bit_for_bit() -> None:

@@ -22,7 +22,8 @@ class GSAM(OptimizerMixin):
         h = grad L(theta + e);  f = h - alpha * (g - <g,h>/||h||^2 h)
 
     To first order f descends L(theta + e) exactly as h does (<f,h> = ||h||^2) and ascends L(theta) orthogonally to it.
-    The radius may follow the learning rate: rho_t = rho_min + (rho - rho_min) * (lr_t - lr_min) / (lr_max - lr_min).
+    The radius may follow the learning rate: rho_t = rho_min + (rho - rho_min) * (lr_t - lr_min) / (lr_max - lr_min), the
+    quotient held in [0, 1] where a warm-up is below lr_min or a schedule above lr_max.
 
     Cost: one more pass; two copies of the owned masters and the direction; two all-reduces of scalars where sharded.
     Order: any. Limits: one owner of the perturbation; global scope.
@@ -42,9 +43,9 @@ class GSAM(OptimizerMixin):
         rho_min: float | None = None
         """Radius at the lowest learning rate; None: constant radius."""
         lr_max: float | None = None
-        """Learning rate at which the radius is rho; needed with rho_min."""
+        """Learning rate from which on the radius is rho; needed with rho_min."""
         lr_min: float = 0.0
-        """Learning rate at which the radius is rho_min."""
+        """Learning rate up to which the radius is rho_min."""
 
         def __post_init__(self) -> None:
             check_real("GSAM", "rho", self.rho, 0.0, cure="pass rho=0 to switch it off")
@@ -74,8 +75,9 @@ class GSAM(OptimizerMixin):
         if config.rho_min is None or config.lr_max is None:
             return config.rho
         lr = self.param_groups[0]["lr"]
-        share = (float(lr) if not isinstance(lr, Tensor) else lr.item()) - config.lr_min
-        return config.rho_min + (config.rho - config.rho_min) * share / (config.lr_max - config.lr_min)
+        span = config.lr_max - config.lr_min
+        above = min(max((float(lr) if not isinstance(lr, Tensor) else lr.item()) - config.lr_min, 0.0), span)
+        return config.rho_min + (config.rho - config.rho_min) * above / span
 
     def cost(self) -> Cost:
         """One more pass while rho > 0."""

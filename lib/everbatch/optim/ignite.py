@@ -13,7 +13,7 @@ from everbatch.errors import check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Vector
-from everbatch.optim.sharpness import ascent, masters_copy
+from everbatch.optim.sharpness import ascent, masters_copy, paired
 
 __all__ = ["Ignite"]
 
@@ -30,7 +30,7 @@ class Ignite(OptimizerMixin):
     and rewards sharpness. rate = 0 keeps lambda fixed (IGNITE-2).
 
     Cost: two more passes; two copies of the owned masters, the direction; one all-reduce of a scalar where sharded.
-    Order: any. Limits: one owner of the perturbation; global scope. Parameters G does not reach are left alone.
+    Order: any. Limits: one owner of the perturbation; global scope. Parameters that no pass of G reaches are left alone.
     Source: Dao et al. 2024, arXiv 2503.04242, and the authors' code.
     """
 
@@ -75,7 +75,8 @@ class Ignite(OptimizerMixin):
         norm = u.norm()
         with self.displaced(ascent(u, config.radius)):
             objective("output")
-        difference = masters_copy(self.host.gradient()).add_(u, -1.0)
+        there, here = paired(masters_copy(self.host.gradient()), u)
+        difference = there.add_(here, -1.0)
         self.host.set_gradient(_plus(g, difference, state.multiplier * (config.rho / config.radius)))
         after = state.multiplier + config.rate * (config.rho * norm - config.budget)
         self.metrics |= {"ignite_multiplier": state.multiplier, "ignite_output_gradient_norm": norm}

@@ -12,7 +12,7 @@ from everbatch.errors import check, check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import ByName, Vector, inner
-from everbatch.optim.sharpness import ascent, check_interval, masters_copy
+from everbatch.optim.sharpness import ascent, check_interval, masters_copy, paired
 
 __all__ = ["LookSAM", "StaleSAM"]
 
@@ -24,7 +24,8 @@ class LookSAM(OptimizerMixin):
         other steps:              f = g + alpha * ||g|| / (||g_v|| + delta) * g_v          one pass
 
     Norms and products are over the whole model, or per tensor (as the public implementations do). A run that resumes without
-    a g_v takes a full step first. With g_v = 0 (an isotropic quadratic) f = g.
+    a g_v takes a full step first. With g_v = 0 (an isotropic quadratic) f = g, as for a parameter that the last full step did
+    not reach.
 
     Cost: 1 + 1/k passes; one kept copy of the owned masters; three all-reduces of scalars at a full step, one otherwise, where
     sharded. Order: any. Limits: one owner of the perturbation; global scope.
@@ -73,7 +74,8 @@ class LookSAM(OptimizerMixin):
         return loss
 
     def _look_split(self, h: Vector, g: Vector) -> Vector:
-        """h minus its part along g."""
+        """h minus its part along g, over the parameters of both."""
+        h, g = paired(h, g)
         tiny = torch.finfo(torch.float64).tiny
         # What rounding leaves of h where it is parallel to g is no direction; normalised, it would act as one.
         noise = 4 * torch.finfo(h.tensors[0].dtype if h.tensors else torch.float32).eps
@@ -89,14 +91,17 @@ class LookSAM(OptimizerMixin):
 
     def _look_reuse(self, alpha: float) -> None:
         kept, gradient = self.states[LookSAM].direction, self.host.gradient()
-        v = Vector(self.host, gradient.shards, [kept[s.name] for s in gradient.shards])
+        # A parameter that the full step did not reach, or that did not exist then, keeps its plain gradient.
+        steered = [(s, g) for s, g in gradient if s.name in kept]
+        v = Vector(self.host, [s for s, _ in steered], [kept[s.name] for s, _ in steered])
+        into = Vector(self.host, v.shards, [g for _, g in steered])
         if self.configs[LookSAM].norms == "model":
             gg, vv = inner(self.host, (gradient, gradient), (v, v)).unbind()
-            gradient.add_(Vector(v.host, v.shards, [t.to(g.dtype) for t, g in zip(v.tensors, gradient.tensors, strict=True)]),
-                          alpha * gg.sqrt() / (vv.sqrt() + 1e-12))
+            into.add_(Vector(v.host, v.shards, [t.to(g.dtype) for t, g in zip(v.tensors, into.tensors, strict=True)]),
+                      alpha * gg.sqrt() / (vv.sqrt() + 1e-12))
             return
-        own, kept_norms = _by_tensor(self, (gradient, gradient), (v, v))
-        for (shard, g), t in zip(gradient, v.tensors, strict=True):
+        own, kept_norms = _by_tensor(self, (into, into), (v, v))
+        for (shard, g), t in zip(into, v.tensors, strict=True):
             # 1e-8 as in the public implementation whose per-tensor rule this is
             g.add_(t.to(g.dtype) * (alpha * own[shard.name].sqrt() / (kept_norms[shard.name].sqrt() + 1e-8)).to(g))
 

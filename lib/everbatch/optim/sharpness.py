@@ -9,14 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.shards import Vector, inner
+from everbatch.optim.hosts.base import Host, plain_name
+from everbatch.optim.hosts.local import LocalHost
+from everbatch.optim.shards import Shard, Vector, inner
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
     from everbatch.optim.objective import Objective
 
 __all__ = ["Scope", "adaptive_ascent", "ascent", "check_interval", "check_scope", "combine_", "first_gradient", "gap_direction",
-           "masters_copy"]
+           "masters_copy", "paired"]
 
 Scope = Literal["global", "local", "group"]
 
@@ -26,6 +28,25 @@ def masters_copy(vector: Vector) -> Vector:
     return Vector(vector.host, vector.shards, [t.to(s.data.dtype, copy=True) for s, t in vector])
 
 
+def paired(a: Vector, b: Vector) -> tuple[Vector, Vector]:
+    """Both vectors over the shards that either names, with zeros where it has none: passes of a step need not reach the same
+    parameters. The vectors themselves where they name the same shards."""
+    if a.shards == b.shards:  # by identity, so this costs nothing where it is so
+        return a, b
+    of_a, of_b = ({s.name: t for s, t in v} for v in (a, b))
+    shards = [*a.shards, *(s for s in b.shards if s.name not in of_a)]
+
+    def over(mine: dict[str, Tensor], other: dict[str, Tensor]) -> list[Tensor]:
+        return [mine[s.name] if s.name in mine else torch.zeros_like(other[s.name]) for s in shards]
+
+    return Vector(a.host, shards, over(of_a, of_b)), Vector(b.host, shards, over(of_b, of_a))
+
+
+def _step_length(rho: float | Tensor, norm: Tensor, delta: float) -> Tensor:
+    """rho / (norm + delta), and 0 where the norm is: the quotient may overflow in a narrower dtype, and 0 * inf is NaN."""
+    return (rho / (norm + delta).clamp_min(torch.finfo(torch.float64).tiny)).masked_fill(norm == 0, 0.0)
+
+
 @torch.no_grad()
 def ascent(gradient: Vector, rho: float | Tensor, delta: float = 1e-12) -> Vector:
     """Direction of steepest ascent, of length rho: e = rho * g / (||g|| + delta), the norm over the whole model.
@@ -33,14 +54,14 @@ def ascent(gradient: Vector, rho: float | Tensor, delta: float = 1e-12) -> Vecto
     Args:
         gradient: reduced and unscaled; not modified.
         rho: radius in parameter units, >= 0.
-        delta: guard against a zero gradient, whose result is zero.
+        delta: added to the norm. A zero gradient gives zero, whatever delta is.
 
     Returns:
         A new vector in the masters' dtype. Cost: one all-reduce of a scalar where weights are sharded, one copy.
 
     Source: Foret et al. 2021, arXiv 2010.01412, eq. 2.
     """
-    return masters_copy(gradient).mul_(rho / (gradient.norm() + delta).clamp_min(torch.finfo(torch.float64).tiny))
+    return masters_copy(gradient).mul_(_step_length(rho, gradient.norm(), delta))
 
 
 @torch.no_grad()
@@ -62,28 +83,31 @@ def adaptive_ascent(
         return weight.abs() + eta if "weight" in name else 1.0
 
     scaled = Vector(gradient.host, gradient.shards, [g.to(s.data.dtype) * scale(s.name, s.data) for s, g in gradient])
-    factor = rho / (scaled.norm() + delta).clamp_min(torch.finfo(torch.float64).tiny)
+    factor = _step_length(rho, scaled.norm(), delta)
     return scaled.map_(lambda s, t: t * scale(s.name, s.data)).mul_(factor)
 
 
 @torch.no_grad()
 def gap_direction(g: Vector, h: Vector, delta: float = 1e-12) -> Vector:
-    """The part of g that is orthogonal to h: g - <g,h>/||h||^2 h; one all-reduce of three scalars where sharded."""
+    """The part of g that is orthogonal to h: g - <g,h>/||h||^2 h, over the parameters of both; one all-reduce of three scalars
+    where sharded."""
+    g, h = paired(g, h)
     gh, gg, hh = inner(g.host, (g, h), (g, g), (h, h)).unbind()
     cosine = gh / (gg.sqrt() * hh.sqrt() + delta)
     return masters_copy(g).add_(masters_copy(h), -(cosine * gg.sqrt() / (hh.sqrt() + delta)))
 
 
 @torch.no_grad()
-def combine_(target: Vector, other: Vector, keep: float, add: float | Tensor) -> Vector:
-    """target <- keep * target + add * other, in place, by parameter; parameters that only `target` has are scaled alone."""
-    more = {s.name: t for s, t in other}
+def combine_(target: Vector, other: Vector, keep: float, add: float) -> None:
+    """target <- keep * target + add * other, by parameter, where target is the host's gradient: edited in place, and parameters
+    that only `other` has get their share of it as gradient (none if add is 0: they take no part then)."""
+    more = {s.name: (s, t) for s, t in other}
     for shard, t in target:
         t.mul_(keep)
         if shard.name in more:
-            factor = add.to(t.device, t.dtype) if isinstance(add, Tensor) else add
-            t.add_(more[shard.name].to(t.dtype) * factor)
-    return target
+            t.add_(more.pop(shard.name)[1].to(t.dtype) * add)
+    if more and add:
+        target.host.set_gradient(Vector(target.host, [s for s, _ in more.values()], [t * add for _, t in more.values()]))
 
 
 def check_interval(who: str, interval: int) -> None:
@@ -111,7 +135,7 @@ def first_gradient(opt: OptimizerMixin, objective: Objective, run: Any, scope: S
     """Run the recorded pass; returns its loss and the gradient the perturbation is made of.
 
     global: the reduced gradient of the whole batch. local: this rank's own, without any reduction. group: the mean over the
-    ranks of `group`, one all-reduce among them.
+    ranks of `group`, over all trained parameters, one all-reduce among them.
     """
     if scope == "global" or opt.host.world == 1:
         return run(objective), opt.host.gradient()
@@ -121,10 +145,22 @@ def first_gradient(opt: OptimizerMixin, objective: Objective, run: Any, scope: S
     finally:
         objective.local = False
     mine = opt.host.local_gradient()
-    if scope == "group" and mine.tensors:
-        flat = torch.cat([t.reshape(-1) for t in mine.tensors])
+    if scope == "group":
+        # Ranks may reach different parameters, so all take part, and each rank enters whatever it has.
+        has, shards = {s.name: t for s, t in mine}, _working_shards(opt.host)
+        tensors = [has[s.name] if s.name in has else torch.zeros_like(s.data) for s in shards]
+        flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        parts = flat.split_with_sizes([t.numel() for t in mine.tensors])
-        mine = Vector(mine.host, mine.shards, [p.view(t.shape) for p, t in zip(parts, mine.tensors, strict=True)])
+        parts = flat.split_with_sizes([t.numel() for t in tensors])
+        mine = Vector(mine.host, shards, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
     return loss, mine
+
+
+def _working_shards(host: Host) -> list[Shard]:
+    """The working weights of every trained parameter, whole: what `host.local_gradient()` is over, the same on every rank."""
+    if isinstance(host, LocalHost):
+        return host.shards
+    assert host.module is not None
+    return [Shard(plain_name(n), p.shape, 0, p, view=lambda t: t.data, grad=lambda: None, group=dict, state=dict)
+            for n, p in host.module.named_parameters() if p.requires_grad]
