@@ -58,6 +58,30 @@ def test_averaged_weights_are_in_the_model_inside_the_block_only() -> None:
     assert same(weights(model), now)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_of_half_precision_weights_is_kept_in_fp32(dtype: torch.dtype) -> None:
+    def go(opt: Any, model: Any, begin: int, end: int) -> None:
+        for i in range(begin, end):
+            with torch.no_grad():
+                model.weight.fill_(1.0 + (i > 0))
+            opt.step(lambda: opt.backward(model.weight.sum() * 0.0))
+
+    model, twin = (torch.nn.Linear(2, 1, bias=False).to(dtype) for _ in range(2))
+    opt, other = (AveragedSGD(m, lr=0.5, ema_decay=0.9998) for m in (model, twin))
+    go(opt, model, 0, 200)
+    expected = torch.ones(1, 2)
+    for _ in range(199):
+        expected.lerp_(torch.full((1, 2), 2.0), 1.0 - 0.9998)
+    assert torch.equal(opt.states[EMA].average["weight"], expected) and expected[0, 0] > 1.03
+    with opt.averaged():
+        assert torch.equal(model.weight, expected.to(dtype)) and model.weight.dtype == dtype
+    assert torch.equal(model.weight, torch.full((1, 2), 2.0, dtype=dtype))
+    other.load_state_dict(opt.state_dict())
+    for o, m in ((opt, model), (other, twin)):
+        go(o, m, 200, 203)
+    assert same(average(opt), average(other)) and average(other)[0].dtype == torch.float32
+
+
 def test_training_is_the_bases_bit_for_bit() -> None:
     averaged, bare = small_net(), small_net()
     train(averaged, AveragedSGD(averaged, lr=0.5, momentum=0.9, ema_decay=0.5), 0, 3)
@@ -85,3 +109,14 @@ def test_a_parameter_unfrozen_or_added_later_joins_at_its_value() -> None:
 def test_bad_values(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"EMA: {name}={value!r}, must be"):
         AveragedSGD(small_net(), lr=0.1, **{name: value})
+
+
+def test_the_average_is_shown_in_frozen_weights_too() -> None:
+    model = small_net()
+    opt = AveragedSGD(model, lr=0.1, ema_decay=0.5)
+    train(model, opt, 0, 3)
+    before, average = weights(model), {n: t.clone() for n, t in opt.states[EMA].average.items()}
+    model.requires_grad_(False)
+    with opt.averaged():
+        assert all(torch.equal(p, average[n]) for n, p in model.named_parameters())
+    assert same(weights(model), before)

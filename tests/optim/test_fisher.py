@@ -172,6 +172,30 @@ def test_frozen_and_tied_parameters() -> None:
     torch.testing.assert_close(got["first.weight"], total.detach(), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", [*ESTIMATORS, "sensitivity"])
+def test_a_mean_over_many_equal_rows_in_bf16_is_that_of_one(kind: Any) -> None:
+    """All numbers are powers of two, or 300 times one: no sum rounds in fp32; in bf16 it would stop at 256 terms."""
+    model = nn.Linear(1, 2, bias=False).bfloat16()
+    nn.init.constant_(model.weight, 0.5)
+    opt = SGD(model, lr=0.1)
+
+    def estimate(batches: int) -> dict[str, Tensor]:
+        data = [(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), IDS[:1])] * batches
+        return output_sensitivity(opt, data) if kind == "sensitivity" else diagonal_fisher(opt, data, kind)
+
+    one, many = estimate(1), estimate(300)
+    assert many["weight"].dtype == torch.float32 and torch.equal(many["weight"], one["weight"]) and many["weight"].all()
+    kept = slices(opt.host, {"weight": torch.full((2, 1), 257.0)}, "test")
+    assert kept["weight"].tolist() == [[257.0], [257.0]]
+
+
+def test_squares_of_small_gradients_do_not_vanish_in_fp16() -> None:
+    model = nn.Linear(1, 2, bias=False).half()
+    nn.init.zeros_(model.weight)
+    got = diagonal_fisher(SGD(model, lr=0.1), [(torch.full((2, 1), 2.0**-12), torch.tensor([0, 1]))])
+    assert torch.equal(got["weight"], torch.full((2, 1), 2.0**-26))
+
+
 def test_bad_input() -> None:
     opt, model = optimizer()
     before = weights(model)

@@ -14,7 +14,7 @@ from quadratics import Quadratic, batch, closure_of, same, small_net, train, wei
 from torch import Tensor, nn
 
 from everbatch.optim import EWC, MAS, SAM, SI, diagonal_fisher
-from everbatch.optim.quadratic import merge_quadratics
+from everbatch.optim.quadratic import merge_quadratics, path_importance
 
 
 class EwcSGD(EWC, torch.optim.SGD):
@@ -248,6 +248,101 @@ def test_what_has_no_gradient_is_not_pulled() -> None:
     before = model["spare"].weight.detach().clone()
     opt.step(closure_of(opt, lambda: model["used"](torch.ones(1, 2)).square().sum()))
     assert torch.equal(model["spare"].weight, before)
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "added"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_parameter_that_comes_later_starts_with_its_first_task(name: str, how: str) -> None:
+    """A task leaves for it what it leaves in an optimizer that begins there; the penalty is too small to count."""
+    opt, model = build(name, strength=1e-30)
+    late = ("0.weight", "0.bias") if how == "unfrozen" else ("3.weight", "3.bias")
+    if how == "unfrozen":
+        model[0].requires_grad_(False)  # type: ignore[index, operator]
+    train(model, opt, 0, 2)
+    CLASSES[name][2](opt)
+    if how == "unfrozen":
+        model[0].requires_grad_(True)  # type: ignore[index, operator]
+    else:
+        model.append(nn.Linear(3, 3))  # type: ignore[operator]
+        opt.add_param_group({"params": [(f"3.{n}", p) for n, p in model[3].named_parameters()]})  # type: ignore[index, union-attr]
+    opt.host.reset_moments()
+    twin = copy.deepcopy(model)
+    first = CLASSES[name][0](twin, lr=0.1, momentum=0.9, **{**CLASSES[name][1], "strength": 1e-30})
+    for o, m in ((opt, model), (first, twin)):
+        train(m, o, 2, 4)
+        CLASSES[name][2](o)
+    assert same(weights(model), weights(twin))
+    state, expected = (next(iter(o.states.values())) for o in (opt, first))
+    for n in late:
+        assert torch.equal(state.importance[n], expected.importance[n]) and torch.equal(state.anchor[n], expected.anchor[n])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_parameter_frozen_at_a_tasks_end_keeps_what_it_had(name: str) -> None:
+    opt, model = build(name)
+    train(model, opt, 0, 2)
+    CLASSES[name][2](opt)
+    state = next(iter(opt.states.values()))
+    before = {n: (state.importance[n].clone(), state.anchor[n].clone()) for n in ("0.weight", "0.bias")}
+    model[0].requires_grad_(False)  # type: ignore[index, operator]
+    train(model, opt, 2, 4)
+    CLASSES[name][2](opt)
+    assert all(torch.equal(state.importance[n], f) and torch.equal(state.anchor[n], a) for n, (f, a) in before.items())
+    model[0].requires_grad_(True)  # type: ignore[index, operator]
+    train(model, opt, 4, 5)
+
+
+def test_si_counts_a_path_on_when_a_parameter_was_frozen_at_a_tasks_end() -> None:
+    opt, model = build("SI", strength=1e-30)
+    train(model, opt, 0, 2)
+    path, anchor = opt.states[SI].contribution["0.bias"].clone(), opt.states[SI].anchor["0.bias"].clone()
+    model[0].requires_grad_(False)  # type: ignore[index, operator]
+    opt.consolidate_si()
+    model[0].requires_grad_(True)  # type: ignore[index, operator]
+    opt.consolidate_si()
+    expected = path_importance(torch.zeros(5), path, model[0].bias.detach(), anchor, 0.01)  # type: ignore[index, union-attr]
+    assert torch.equal(opt.states[SI].importance["0.bias"], expected)
+
+
+@pytest.mark.parametrize("rule", ["path_integral", "grad_square"])
+def test_si_sums_small_steps_of_bf16_weights(rule: str) -> None:
+    """A weight of constant gradient 1: the sum of its steps' contributions, which bf16 would stop taking in at 256 of them."""
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.zeros_(model.weight)
+    opt = SiSGD(model, lr=2.0**-9, rule=rule, strength=1e-30)
+    for _ in range(512):
+        with torch.no_grad():
+            model.weight.zero_()  # so that no step rounds
+        opt.step(closure_of(opt, lambda: model.weight.sum()))
+    assert opt.states[SI].contribution["weight"].item() == 1.0 and model.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_bf16_model_is_pulled_and_saved_with_sums_in_fp32(name: str) -> None:
+    cls, options, consolidate = CLASSES[name]
+
+    def fresh() -> tuple[Any, nn.Module]:
+        model = small_net().bfloat16()
+        return cls(model, lr=0.1, **options), model
+
+    def go(opt: Any, model: nn.Module, begin: int) -> None:
+        for i in range(begin, begin + 3):
+            x, y = batch(i)
+            opt.step(closure_of(opt, lambda x=x, y=y: nn.functional.cross_entropy(model(x.bfloat16()), y)))
+
+    (opt, model), (other, twin) = fresh(), fresh()
+    for task in range(2):
+        go(opt, model, 3 * task)
+        consolidate(opt)
+    go(opt, model, 6)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for o, m in ((opt, model), (other, twin)):
+        go(o, m, 9)
+        consolidate(o)
+    assert same(weights(model), weights(twin)) and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    state, again = (next(iter(o.states.values())) for o in (opt, other))
+    assert {t.dtype for t in state.importance.values()} == {torch.float32}
+    assert same(list(state.importance.values()), list(again.importance.values()))
 
 
 @pytest.mark.parametrize(("cls", "options", "text"), [

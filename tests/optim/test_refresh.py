@@ -282,6 +282,36 @@ def test_fisher_of_the_last_task_and_of_all() -> None:
         torch.testing.assert_close(opt.states[Refresh].fisher["weight"], decay * F + A, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("form", ["sde", "normalized"])
+def test_a_parameter_unfrozen_or_added_after_a_task_has_no_fisher_information(form: str) -> None:
+    def fresh() -> tuple[Any, nn.Module]:
+        model = small_net()
+        model[0].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+        opt = RefreshSGD([(n, p) for n, p in model.named_parameters() if n != "2.bias"], lr=0.1, estimator="given", form=form,
+                         damping=0.3, delta=0.1, fisher_coef=1.0)
+        opt.update_fisher(importance={n: torch.full_like(model.get_parameter(n), 2.0) for n in ("0.bias", "2.weight")})
+        model[0].weight.requires_grad_(True)  # type: ignore[index, union-attr]
+        opt.add_param_group({"params": [("2.bias", model[2].bias)]})  # type: ignore[index, union-attr]
+        return opt, model
+
+    (opt, model), (other, twin) = fresh(), fresh()
+    for name in ("0.weight", "2.bias"):
+        other.states[Refresh].fisher[name] = torch.zeros_like(twin.get_parameter(name))
+    train(model, opt, 0, 3)
+    train(twin, other, 0, 3)
+    assert same(weights(model), weights(twin))
+
+
+def test_a_frozen_parameter_keeps_its_fisher_information() -> None:
+    model = small_net()
+    opt = RefreshSGD(model, lr=0.1, estimator="given", fisher_decay=1.0)
+    opt.update_fisher(importance={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    model[0].requires_grad_(False)  # type: ignore[index, operator]
+    opt.update_fisher(importance={n: torch.ones_like(p) for n, p in model[2].named_parameters(prefix="2")})  # type: ignore[index, operator]
+    assert {n: t.unique().tolist() for n, t in opt.states[Refresh].fisher.items()} == {
+        "0.weight": [1.0], "0.bias": [1.0], "2.weight": [2.0], "2.bias": [2.0]}
+
+
 def test_resumed_is_uninterrupted() -> None:
     def fresh() -> tuple[Any, nn.Module]:
         model = small_net()

@@ -270,6 +270,50 @@ def test_dense_layers_are_frozen_too() -> None:
     assert torch.equal(shown(opt, model, 1), first) and opt.capacity()["6.weight"].free == 0
 
 
+def test_parameters_that_came_after_a_task_stay_as_they_are_in_it() -> None:
+    opt, model = build(density=0.2)
+    late = nn.Linear(3, 3)
+    opt.begin_task(1)
+    train(opt, model, 1, 2)
+    opt.keep_best(1.0)
+    best = logits(model)
+    train(opt, model, 1, 4, begin=2)
+    opt.add_param_group({"params": [(f"late.{n}", p) for n, p in late.named_parameters()]})
+    before = weights(late)
+    opt.end_task(select="best")
+    assert torch.equal(logits(model), best) and same(weights(late), before)
+    opt.states[DynamicSparsity].saved["1"]["parameters"] = {  # as if the task had ended before the group came
+        n: t for n, t in opt.states[DynamicSparsity].saved["1"]["parameters"].items() if not n.startswith("late.")}
+    opt.begin_task(2)
+    train(opt, model, 2, 2)
+    opt.end_task()
+    with torch.no_grad():
+        late.weight.add_(1.0)
+    after = weights(late)
+    with opt.task(1):
+        assert same(weights(late), after) and torch.equal(logits(model), best)
+    with opt.task(2):
+        assert same(weights(late), before)
+    assert same(weights(late), after)
+
+
+def test_a_layer_that_is_frozen_in_a_later_task() -> None:
+    opt, model = build(density=0.2)
+    opt.begin_task(1)
+    train(opt, model, 1)
+    opt.end_task()
+    first = logits(model)
+    model[3].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+    opt.begin_task(2)
+    train(opt, model, 2)
+    opt.end_task()
+    model[3].weight.requires_grad_(True)  # type: ignore[index, union-attr]
+    opt.begin_task(3)
+    train(opt, model, 3)
+    opt.end_task()
+    assert torch.equal(shown(opt, model, 1), first)
+
+
 def test_misuse_is_named() -> None:
     opt, model = build(density=0.2)
     for call, error, text in (

@@ -173,6 +173,31 @@ def test_a_rate_in_a_tensor_and_the_seed_come_back() -> None:
     assert twin[1].param_groups[0]["lr"] is held and held == 0.25 and twin[1].seed == 5
 
 
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_is_kept_of_frozen_parameters_comes_back(folder: bool, tmp_path: Path) -> None:
+    """A layer that is frozen for a while has its moments and average still, and a run resumed meanwhile has them too."""
+    pair, twin = build(), build(seed=1)
+    life(pair, 0, 2)
+    twin[0].load_state_dict(pair[0].state_dict())  # frozen weights come with the model
+    for model, _ in (pair, twin):
+        model[0].requires_grad_(False)
+    life(pair, 2, 3)
+    if folder:
+        tensors, meta = pieces(pair[1])
+        checkpoint.save(tmp_path, 3, tensors, meta, world=World())
+        kept = checkpoint.latest(tmp_path, world=World())
+        assert kept is not None
+        load_pieces(twin[1], kept, kept.meta)
+    else:
+        twin[1].load_state_dict(copy.deepcopy(pair[1].state_dict()))
+    for one in (pair, twin):
+        one[0].requires_grad_(True)
+        life(one, 3, 5)
+    ends = [p[1].state_dict()["everbatch"]["tensors"] for p in (pair, twin)]
+    assert ends[0].keys() == ends[1].keys() and "EMA.average/0.weight" in ends[0]
+    assert same(list(ends[0].values()), list(ends[1].values()))
+
+
 class Small(nn.Module):
     """A parameter of one number, and one of none."""
 

@@ -20,7 +20,8 @@ class EMA(OptimizerMixin):
     """Moving average of the masters:  a_1 = theta_1;  a_t = decay * a_{t-1} + (1 - decay) * theta_t  after each applied step.
 
     `with opt.averaged():` puts the average into the model, on every rank, and the weights back afterwards, bit for bit.
-    Buffers (BatchNorm statistics) are not averaged.
+    Buffers (BatchNorm statistics) are not averaged. The average is in fp32 at least: masters in bf16 would not take in steps of
+    1 - decay.
 
     Args (Config):
         ema_decay: in [0, 1).
@@ -31,6 +32,8 @@ class EMA(OptimizerMixin):
     """
 
     left_of = ("DynamicSparsity",)
+
+    minimizes = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -54,15 +57,18 @@ class EMA(OptimizerMixin):
         config, average = self.configs[EMA], self.states[EMA].average
         known = [s for s in self.host.shards if s.name in average]
         if known and self.step_count % config.ema_every == 0:
-            torch._foreach_lerp_([average[s.name] for s in known], [s.data for s in known], 1.0 - config.ema_decay)
+            kept = [average[s.name] for s in known]
+            torch._foreach_lerp_(kept, [s.data.to(a.dtype) for s, a in zip(known, kept, strict=True)], 1.0 - config.ema_decay)
         # At the first step, and where a parameter was unfrozen or added since.
-        average.update({s.name: s.data.clone() for s in self.host.shards if s.name not in average})
+        average.update({s.name: s.data.to(torch.promote_types(s.data.dtype, torch.float32), copy=True)
+                        for s in self.host.shards if s.name not in average})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Compute with the averaged weights inside the block. Collective: two publications; one if the block raises, and the
         next pass then publishes the weights."""
-        saved = {s.name: s.data.clone() for s in self.host.shards}
+        with self.host.frozen_too():
+            saved = {s.name: s.data.clone() for s in self.host.shards}
         try:
             self._write(saved | self.states[EMA].average)
             self.host.publish_if_dirty()
@@ -73,7 +79,9 @@ class EMA(OptimizerMixin):
 
     @torch.no_grad()
     def _write(self, values: dict[str, torch.Tensor]) -> None:
-        for shard in self.host.shards:
+        with self.host.frozen_too():
+            shards = self.host.shards
+        for shard in shards:
             shard.data.copy_(values[shard.name])
         self.host.touch()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
-           "require_replica", "sensitivity_sums", "slices"]
+           "require_replica", "sensitivity_sums", "slices", "wide"]
 
 Rows = tuple[Tensor, ...]
 """(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented; ids int64, unique in the data."""
@@ -42,6 +42,11 @@ Call = Callable[[Weights, Tensor], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
+def wide(t: Tensor) -> torch.dtype:
+    """The type of sums of many terms like `t`: bf16 stops at 256 equal ones, and fp16 has no squares below 6e-8."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
 def fisher_sums(
     call: Call, weights: Weights, inputs: Tensor, targets: Tensor, estimator: Estimator, *, chunk: int = 16,
     uniform: Tensor | None = None,
@@ -64,7 +69,7 @@ def fisher_sums(
         uniform: (n,) in (0, 1), for `sampled`: the label is the quantile of the predicted distribution.
 
     Returns:
-        Sums by name, in the weights' dtype.
+        Sums by name, in the weights' dtype, float32 at least.
 
     Raises:
         ValueError: a label outside the classes.
@@ -78,7 +83,7 @@ def fisher_sums(
     check(not odd.numel(), "fisher_sums", f"label {odd[:1].tolist()}", f"be in [0, {classes})")
     if estimator == "batch":
         gradient = grad(lambda w: functional.cross_entropy(call(w, inputs), targets))(weights)
-        return {name: g.square() for name, g in gradient.items()}
+        return {name: g.to(wide(g)).square() for name, g in gradient.items()}
     if estimator == "sampled":
         assert uniform is not None
         steps = logits.double().softmax(-1).cumsum(-1)
@@ -89,7 +94,7 @@ def fisher_sums(
         value = functional.log_softmax(call(w, x[None])[0], -1).gather(-1, y[None])[0]
         return value, value.exp()
 
-    sums = {name: torch.zeros_like(w) for name, w in weights.items()}
+    sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     for label in labels:
         _accumulate(sums, grad(log_probability, has_aux=True), weights, (inputs, label), chunk,
                     lambda g, p: g.square() if p is None else g.square() * p.view(-1, *(1,) * (g.dim() - 1)),
@@ -107,13 +112,13 @@ def sensitivity_sums(call: Call, weights: Weights, inputs: Tensor, *, per_sample
     """
     if not per_sample:
         gradient = grad(lambda w: call(w, inputs).square().sum(-1).mean())(weights)
-        return {name: g.abs() for name, g in gradient.items()}
+        return {name: g.to(wide(g)).abs() for name, g in gradient.items()}
 
     def output(w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
         value = call(w, x[None]).square().sum()
         return value, value
 
-    sums = {name: torch.zeros_like(w) for name, w in weights.items()}
+    sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     _accumulate(sums, grad(output, has_aux=True), weights, (inputs,), chunk, lambda g, _: g.abs(), weighted=False)
     return sums
 
@@ -131,7 +136,7 @@ def _accumulate(
         else:
             found, aux = many(weights, *part)
         for name, g in found.items():
-            sums[name] += size(g, aux if weighted else None).sum(0)
+            sums[name] += size(g.to(sums[name].dtype), aux if weighted else None).sum(0)
 
 
 # --------------------------------------------------------------------------------------------------- over an optimizer
@@ -153,8 +158,8 @@ def diagonal_fisher(
         draw: number of this estimate, so that `sampled` draws other labels for each.
 
     Returns:
-        Whole tensors by name, the same on every rank, in the masters' dtype. Pass them to `consolidate_ewc(importance=...)`
-        and `update_fisher(importance=...)` to pay for one estimate where two methods want it.
+        Whole tensors by name, the same on every rank, in the masters' dtype, float32 at least. Pass them to
+        `consolidate_ewc(importance=...)` and `update_fisher(importance=...)` to pay for one estimate where two methods want it.
 
     Raises:
         ValueError: on every rank: no rows at all, entries that are not finite. On one: labels outside the classes, no ids for
@@ -219,7 +224,7 @@ def _estimate(
     require_replica(host, factory, "importance")
     call, weights, root = _replica(host, factory)
     dtype = next(iter(weights.values())).dtype
-    totals = {name: torch.zeros_like(w) for name, w in weights.items()}
+    totals = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     problem = ""
     with _evaluating(root):
         try:
@@ -235,7 +240,8 @@ def _estimate(
     if failed:
         raise ValueError(next(text for text in world.gather(problem) if text))
     check(number.item() > 0, "importance", "no rows on any rank", "be given the task's data")
-    flat = world.sum(torch.cat([t.reshape(-1) for t in totals.values()])) / number.to(dtype)
+    flat = world.sum(torch.cat([t.reshape(-1) for t in totals.values()]))
+    flat = flat / number.to(torch.promote_types(dtype, torch.float32))
     result = {n: part.view(t.shape) for (n, t), part in zip(
         totals.items(), torch.split(flat, [t.numel() for t in totals.values()]), strict=True)}
     odd = [n for n, t in result.items() if not bool(torch.isfinite(t).all())]
@@ -244,7 +250,7 @@ def _estimate(
 
 
 def slices(host: Host, whole: Mapping[str, Tensor], who: str) -> ByName:
-    """This rank's slices of whole importances, in the masters' dtype.
+    """This rank's slices of whole importances, in the masters' dtype, float32 at least.
 
     Raises:
         ValueError: names or shapes that are not the model's, negative entries or entries that are not finite.
@@ -257,8 +263,8 @@ def slices(host: Host, whole: Mapping[str, Tensor], who: str) -> ByName:
           f"be {[tuple(layout[n][1]) for n in odd[:5]]}")
     odd = [n for n in layout if not bool((torch.isfinite(whole[n]) & (whole[n] >= 0)).all())]
     check(not odd, who, f"importance of {odd[:5]} is negative or not finite", "be finite numbers >= 0")
-    return ByName({s.name: whole[s.name].reshape(-1)[s.start : s.start + s.numel].to(s.data, copy=True).view(s.data.shape)
-                   for s in host.shards})
+    return ByName({s.name: whole[s.name].reshape(-1)[s.start : s.start + s.numel].to(
+        s.data.device, wide(s.data), copy=True).view(s.data.shape) for s in host.shards})
 
 
 def require_replica(host: Host, factory: Factory | None, who: str) -> None:

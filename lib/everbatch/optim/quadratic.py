@@ -20,6 +20,7 @@ from everbatch.optim.fisher import (
     output_sensitivity,
     require_replica,
     slices,
+    wide,
 )
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
@@ -53,7 +54,7 @@ def _pull(host: Host, strength: float, importance: ByName, anchor: ByName) -> No
         return
     data, grads, factors, anchors = (list(part) for part in zip(*held, strict=True))
     away = torch._foreach_sub(data, anchors)
-    if all(g.dtype == a.dtype and g.device == a.device for g, a in zip(grads, away, strict=True)):
+    if all(g.dtype == f.dtype == a.dtype and g.device == a.device for g, f, a in zip(grads, factors, away, strict=True)):
         torch._foreach_addcmul_(grads, factors, away, value=2.0 * strength)
     else:
         for g, f, a in zip(grads, factors, away, strict=True):
@@ -70,7 +71,8 @@ def _value(host: Host, importance: ByName, anchor: ByName) -> Tensor:
 
 
 def _weights(host: Host) -> ByName:
-    return ByName({s.name: s.data.clone() for s in host.shards})
+    """A copy of the masters, in fp32 at least, so that differences from it are."""
+    return ByName({s.name: s.data.to(wide(s.data), copy=True) for s in host.shards})
 
 
 # ------------------------------------------------------------------------------------------------------------ mixins
@@ -87,8 +89,10 @@ class EWC(OptimizerMixin):
     step returns is without the penalty, which `ewc_penalty()` gives. The sum of `separate` is kept as one quadratic, which it
     is: its memory does not grow with the tasks.
 
-    Call `opt.consolidate_ewc(batches)` after a task, with its un-augmented data. The first task is trained without penalty.
-    Compare strengths only between equal estimators: "reference" and "batch" give far smaller importances than "empirical".
+    Call `opt.consolidate_ewc(batches)` after a task, with its un-augmented data. The first task is trained without penalty, and
+    so is a parameter that was added or unfrozen until its own first task ends; a frozen one keeps what it has. Sums are in fp32
+    at least. Compare strengths only between equal estimators: "reference" and "batch" give far smaller importances than
+    "empirical".
 
     Args (Config): see the fields. Raises `UnsupportedHost` at construction where `estimator` needs a replica and has none.
 
@@ -160,15 +164,15 @@ class EWC(OptimizerMixin):
         state: EWC.State = self.states[EWC]
         new = slices(self.host, chosen_importance(self, "EWC", config, batches, importance, state.tasks), "EWC")
         constant = torch.zeros((), dtype=torch.float64, device=self.host.device)
-        old, anchor = state.importance, state.anchor
+        old, anchor, weights = state.importance, state.anchor, _weights(self.host)
         for s in self.host.shards:
             f = new[s.name]
-            if state.tasks and config.form == "separate":
-                old[s.name], anchor[s.name], rest = merge_quadratics(old[s.name], anchor[s.name], f, s.data)
+            if s.name in old and config.form == "separate":
+                old[s.name], anchor[s.name], rest = merge_quadratics(old[s.name].to(f), anchor[s.name].to(f), f, weights[s.name])
                 constant += rest.sum(dtype=torch.float64).to(constant)
             else:
                 old[s.name] = accumulate(old.get(s.name), f, config.form, config.gamma, state.tasks)
-                anchor[s.name] = s.data.clone()
+                anchor[s.name] = weights[s.name]
         state.constant += self.host.total(constant).item()
         state.tasks += 1
 
@@ -193,7 +197,8 @@ class SI(OptimizerMixin):
 
     g is the reduced gradient of the recorded pass (at theta, not where a sharpness mixin moves it); the displacement is that of
     the base's update. Call `opt.consolidate_si()` after a task; it needs no data. theta* of the first task is where training
-    began. The references clip gradients by value 1 before the update: compose with such a clip for their numbers.
+    began, for a parameter that was added or unfrozen where its own began; a frozen one keeps all three, Omega, omega and theta*,
+    in fp32 at least. The references clip gradients by value 1 before the update: compose with such a clip for their numbers.
 
     Cost: three copies of the owned masters, kept; two more inside a step (path_integral); no pass, no collective.
     Order: left of LARS and LAMB, whose update it measures; it reads the data gradient before any mixin adds a penalty.
@@ -239,7 +244,8 @@ class SI(OptimizerMixin):
         config, state = self.configs[SI], self.states[SI]
         if config.strength and config.rule == "path_integral" and self._si_gradient is None \
                 and self._objective is not None and self._objective.recorded:
-            self._si_gradient = {s.name: g.to(s.data, copy=True) for s in self.host.shards if (g := s.grad) is not None}
+            self._si_gradient = {s.name: g.to(s.data.device, wide(s.data), copy=True) for s in self.host.shards
+                                 if (g := s.grad) is not None}
         super().add_penalty()
         _pull(self.host, config.strength, state.importance, state.anchor)
 
@@ -249,15 +255,16 @@ class SI(OptimizerMixin):
         if not config.strength:
             super().update()
             return
-        if not state.anchor:
-            state.anchor = _weights(self.host)
+        if any(s.name not in state.anchor for s in self.host.shards):  # the first step, or parameters that came later
+            state.anchor = ByName({**_weights(self.host), **state.anchor})
         if config.rule == "path_integral":
             gradient, before = self._si_gradient or {}, _weights(self.host)
             super().update()
             added = {s.name: gradient[s.name] * (before[s.name] - s.data) for s in self.host.shards if s.name in gradient}
             self._si_gradient = None
         else:
-            added = {s.name: g.to(s.data).square() * s.group["lr"] for s in self.host.shards if (g := s.grad) is not None}
+            added = {s.name: g.to(s.data.device, wide(s.data)).square() * s.group["lr"] for s in self.host.shards
+                     if (g := s.grad) is not None}
             super().update()
         for name, value in added.items():
             state.contribution[name] = state.contribution[name] + value if name in state.contribution else value
@@ -266,13 +273,14 @@ class SI(OptimizerMixin):
     def consolidate_si(self) -> None:
         """Turn the path since the last call into importance. Between two steps, after a task. No collective, no data."""
         config, state = self.configs[SI], self.states[SI]
-        for s in self.host.shards if state.anchor else ():
-            if s.name in state.contribution:
-                old = state.importance.get(s.name, torch.zeros_like(s.data))
-                state.importance[s.name] = path_importance(old, state.contribution[s.name], s.data, state.anchor[s.name],
-                                                           config.xi)
+        weights = _weights(self.host)
+        for name, here in weights.items():
+            if name in state.contribution:
+                old = state.importance.get(name, torch.zeros_like(here))
+                state.importance[name] = path_importance(old, state.contribution[name], here, state.anchor[name], config.xi)
         if config.strength:
-            state.anchor, state.contribution = _weights(self.host), ByName()
+            state.anchor = ByName({**state.anchor, **weights})
+            state.contribution = ByName({n: kept for n, kept in state.contribution.items() if n not in weights})
 
     @torch.no_grad()
     def si_penalty(self) -> Tensor:
@@ -348,10 +356,10 @@ class MAS(OptimizerMixin):
         config, state = self.configs[MAS], self.states[MAS]
         new = slices(self.host, output_sensitivity(self, batches, per_sample=config.per_sample, chunk=config.chunk,
                                                    factory=config.factory), "MAS")
-        for s in self.host.shards:
-            if state.tasks:
-                new[s.name] = torch.lerp(new[s.name], state.importance[s.name], config.retain)
-        state.importance, state.anchor = new, _weights(self.host)
+        for name, old in state.importance.items():
+            # What was added or unfrozen since is in its first task; what is frozen keeps its importance and its anchor.
+            new[name] = torch.lerp(new[name], old.to(new[name]), config.retain) if name in new else old
+        state.importance, state.anchor = new, ByName({**state.anchor, **_weights(self.host)})
         state.tasks += 1
 
     @torch.no_grad()

@@ -68,8 +68,9 @@ class Refresh(OptimizerMixin):
         then         the ordinary step from there, with every other mixin
 
     F is the diagonal Fisher information of earlier tasks; call `opt.update_fisher(batches)` after a task. Before that P = 1 and
-    F = 0. "sde" is the paper's algorithm, "normalized" the released code's. The latter's own settings are
-    `form="normalized", loss="current_ce", every=1`, with the defaults of all else.
+    F = 0. After it F = 0 for a parameter that was added or unfrozen since, and a frozen one keeps its F. "sde" is the paper's
+    algorithm, "normalized" the released code's. The latter's own settings are `form="normalized", loss="current_ce", every=1`,
+    with the defaults of all else.
 
     The unlearning gradient is the one of the global batch (all micro-batches), with penalties for loss="full". It has dropout
     noise of its own and moves no statistics. Masters are moved in fp32. Noise is a function of (seed, step, name, position),
@@ -198,21 +199,23 @@ class Refresh(OptimizerMixin):
 
     def _unlearning(self, config: Refresh.Config, iteration: int) -> Vector:
         """The move along the present gradient, in the masters' dtype."""
-        shards, fisher = self.host.shards, self.states[Refresh].fisher
+        shards, state = self.host.shards, self.states[Refresh]
+        fisher = [state.fisher.get(s.name) for s in shards]
         # Parameters to which the pass gave no gradient take part in the noise, as in the released code.
         pairs = [(s, s.grad) for s in shards]
         gradient = [torch.zeros_like(s.data) if g is None else g.to(s.data) for s, g in pairs]
         scale = config.noise_scale if config.form == "sde" else config.noise_coef
         noise = [self.refresh_noise(s, iteration).to(s.data).view(s.data.shape) if scale else None for s in shards]
         if config.form == "sde":
-            inverse = [1.0 / (fisher[s.name] + config.damping) if fisher else torch.ones_like(s.data) for s in shards]
-            return Vector(self.host, shards, [sde_move(g, p, config.gamma, None if n is None else n * scale)
+            known = [torch.zeros_like(s.data) if f is None else f for s, f in zip(shards, fisher, strict=True)]
+            inverse = [1.0 / (f + config.damping) if state.tasks else torch.ones_like(f) for f in known]
+            return Vector(self.host, shards, [sde_move(g, p, config.gamma, None if n is None else n * scale).to(g)
                                               for g, p, n in zip(gradient, inverse, noise, strict=True)])
         weight_norms, norms = _norms(self.host, [s.data for s in shards], gradient)
         return Vector(self.host, shards, [
-            normalized_move(g, weight_norms[s.name], norms[s.name], fisher.get(s.name), n, delta=config.delta,
-                            fisher_coef=config.fisher_coef, noise_coef=scale)
-            for s, g, n in zip(shards, gradient, noise, strict=True)])
+            normalized_move(g, weight_norms[s.name], norms[s.name], f, n, delta=config.delta, fisher_coef=config.fisher_coef,
+                            noise_coef=scale).to(g)
+            for s, g, f, n in zip(shards, gradient, fisher, noise, strict=True)])
 
     def refresh_noise(self, shard: Shard, iteration: int) -> Tensor:
         """Standard normal noise of one slice, (numel,) float32, CPU: a function of (seed, step, iteration, name, position)."""
@@ -242,8 +245,8 @@ class Refresh(OptimizerMixin):
         config: Refresh.Config = self.configs[Refresh]
         state: Refresh.State = self.states[Refresh]
         new = slices(self.host, chosen_importance(self, "Refresh", config, batches, importance, state.tasks), "Refresh")
-        state.fisher = ByName({n: accumulate(state.fisher.get(n), f, "online", config.fisher_decay, state.tasks)
-                               for n, f in new.items()})
+        state.fisher = ByName({**state.fisher, **{
+            n: accumulate(state.fisher.get(n), f, "online", config.fisher_decay, state.tasks) for n, f in new.items()}})
         state.tasks += 1
 
     def cost(self) -> Cost:

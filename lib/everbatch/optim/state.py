@@ -28,18 +28,12 @@ def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
 
     Where every rank holds everything, only rank 0 has slices to write. Cost: no copy; one gather of small metadata.
     """
-    host, tensors = opt.host, []
+    host, tensors = opt.host, list[Piece]()
     writer = host.rank == 0 if not host.sharded else host.rank < host.world // host.replicas
-    scalars: dict[str, dict[str, Any]] = {}
-    for shard in host.shards:
-        kept = {"master": shard.data} | {f"moment.{k}": v for k, v in shard.moments.items()}
-        for kind, value in kept.items():
-            tensors.append(_piece(f"{kind}/{shard.name}", shard, value))
-        scalars[shard.name] = _scalars(opt, shard)
-    for part, state in opt.states.items():
-        for name, kept_by in _by_name(state).items():
-            tensors += [_piece(f"{part.__name__}.{name}/{s.name}", s, kept_by[s.name])
-                        for s in host.shards if s.name in kept_by]
+    for kind, held in _held(opt).items():
+        tensors += [_piece(f"{kind}/{s.name}", s, value) for s, value in held]
+    with host.frozen_too():
+        scalars = {s.name: _scalars(opt, s) for s in host.shards}
     merged: dict[str, Any] = {}
     for other in World.current().gather(scalars):
         merged.update(other)  # type: ignore[call-overload]
@@ -64,25 +58,19 @@ def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
     On plain torch, DDP and FSDP2 torch's own "state" and "param_groups" are there as well, for tools that look at them.
     """
     host = opt.host
-    slices: dict[str, list[tuple[Shard, Tensor]]] = {}
-    for shard in host.shards:
-        for kind, value in ({"master": shard.data} | {f"moment.{k}": v for k, v in shard.moments.items()}).items():
-            slices.setdefault(kind, []).append((shard, value))
-    for part, state in opt.states.items():
-        for name, kept_by in _by_name(state).items():
-            slices[f"{part.__name__}.{name}"] = [(s, kept_by[s.name]) for s in host.shards if s.name in kept_by]
+    slices = _held(opt)
     mine = {kind: {s.name: str(t.dtype).removeprefix("torch.") for s, t in held} for kind, held in slices.items()}
     layout: dict[str, dict[str, str]] = {}
     for other in World.current().gather(mine) if host.sharded else [mine]:
         for kind, held in other.items():  # type: ignore[attr-defined]
             layout.setdefault(kind, {}).update(held)
-    whole = {}
-    for kind in sorted(layout):
-        dtypes = {n: getattr(torch, layout[kind][n]) for n in host.names if n in layout[kind]}
-        whole.update({f"{kind}/{n}": t for n, t in host.gather(slices.get(kind, []), list(dtypes), dtypes).items()})
-    scalars: dict[str, Any] = {}
-    for other in World.current().gather({s.name: _scalars(opt, s) for s in host.shards}) if host.sharded else [
-            {s.name: _scalars(opt, s) for s in host.shards}]:
+    whole, scalars = {}, dict[str, Any]()
+    with host.frozen_too():
+        for kind in sorted(layout):
+            dtypes = {n: getattr(torch, layout[kind][n]) for n in host.names if n in layout[kind]}
+            whole.update({f"{kind}/{n}": t for n, t in host.gather(slices.get(kind, []), list(dtypes), dtypes).items()})
+        numbers = {s.name: _scalars(opt, s) for s in host.shards}
+    for other in World.current().gather(numbers) if host.sharded else [numbers]:
         scalars.update(other)  # type: ignore[call-overload]
     result: dict[str, Any] = {"everbatch": {"tensors": whole, "meta": {"scalars": scalars, **_plain(opt)}}}
     if getattr(host, "inner", None) is None:
@@ -138,9 +126,27 @@ def _match(opt: OptimizerMixin, meta: dict[str, Any], shapes: dict[str, tuple[in
                                  f"{len(names)} here; build the same groups")
 
 
+def _held(opt: OptimizerMixin) -> dict[str, list[tuple[Shard, Tensor]]]:
+    """This rank's slices by kind: masters of what is trained; moments and mixin state also of what is frozen just now."""
+    host, result = opt.host, dict[str, list[tuple[Shard, Tensor]]]()
+    trained = set(host.names)
+    with host.frozen_too():
+        shards = host.shards
+    for shard in shards:
+        master = {"master": shard.data} if shard.name in trained else {}
+        for kind, value in (master | {f"moment.{k}": v for k, v in shard.moments.items()}).items():
+            result.setdefault(kind, []).append((shard, value))
+    for part, state in opt.states.items():
+        for name, kept_by in _by_name(state).items():
+            result[f"{part.__name__}.{name}"] = [(s, kept_by[s.name]) for s in shards if s.name in kept_by]
+    return result
+
+
 def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[str]) -> None:
     host = opt.host
-    host.reset_moments()
+    with host.frozen_too():
+        shards = host.shards
+        host.reset_moments()
     for group, saved in zip(host.groups(), meta["groups"], strict=True):
         for name, value in saved["options"].items():
             value = _decode(value, host.device)
@@ -150,8 +156,10 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
                 group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
     moments = sorted(k for k in kinds if k.startswith("moment."))
     state = host.state()
-    for shard in host.shards:
-        shard.data.copy_(read("master", shard).view_as(shard.data))
+    for shard in shards:
+        master = read("master", shard)
+        if master is not None:  # frozen: kept with the model
+            shard.data.copy_(master.view_as(shard.data))
         kept = state[shard.owner] if shard.owner in state else state.setdefault(shard.owner, {})
         for kind in moments:
             value = read(kind, shard)
@@ -170,9 +178,9 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
         for name, value in _fields(fields).items():
             count = meta["mixins"][part.__name__].get(name)
             if isinstance(value, ByName):
-                setattr(fields, name, _read_by_name(host.shards, f"{part.__name__}.{name}", read))
+                setattr(fields, name, _read_by_name(shards, f"{part.__name__}.{name}", read))
             elif isinstance(count, dict) and count.keys() == {"list"}:
-                setattr(fields, name, [_read_by_name(host.shards, f"{part.__name__}.{name}.{i}", read)
+                setattr(fields, name, [_read_by_name(shards, f"{part.__name__}.{name}.{i}", read)
                                        for i in range(count["list"])])
             elif name in meta["mixins"][part.__name__]:
                 setattr(fields, name, _decode(meta["mixins"][part.__name__][name], host.device))

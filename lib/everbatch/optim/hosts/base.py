@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,6 +73,11 @@ class Host(abc.ABC):
     @abc.abstractmethod
     def names(self) -> list[str]:
         """Names of all trained parameters, the same list on every rank."""
+
+    def frozen_too(self) -> AbstractContextManager[None]:
+        """Inside the block, parameters that are frozen just now count as trained: for what is kept by name and must neither be
+        lost nor be left out. DeepSpeed's engines have no masters of parameters that were frozen when they were built."""
+        return nullcontext()
 
     @abc.abstractmethod
     def _build_shards(self) -> list[Shard]: ...
@@ -198,14 +204,17 @@ class Host(abc.ABC):
     ) -> dict[str, Tensor]:
         """Whole tensors from slices, on every rank: each rank adds the bits it owns to zeros, so every bit survives.
 
-        Collective: one all-reduce of the whole tensor per name; for exports and tests, not for the step.
+        Collective: one all-reduce of the whole tensor per name; for exports and tests, not for the step. Names of parameters that
+        are frozen are left out, on every rank alike: no rank sees their slices.
 
         Args:
             dtypes: element type by name, the same on every rank; by default that of the masters.
         """
         mine = {s.name: (s, t) for s, t in pieces}
-        result = {}
+        trained, result = self.master_layout(), {}
         for name in names:
+            if name not in trained:
+                continue
             dtype, shape = self._layout(name, mine)
             dtype = dtype if dtypes is None else dtypes[name]
             flat = torch.zeros(shape.numel(), dtype=dtype, device=self.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +56,7 @@ class LocalHost(Host):
         self.device = _device(self._named[0][1])
         self.sync = True
         self._trained: list[str] = []
+        self._frozen_too = False
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         for part in module.modules() if module is not None else ():
             if isinstance(part, FSDPModule | DistributedDataParallel):
@@ -88,10 +90,18 @@ class LocalHost(Host):
 
     @property
     def names(self) -> list[str]:
-        return [n for n, p in self._named if p.requires_grad]
+        return [n for n, p in self._named if p.requires_grad or self._frozen_too]
 
     def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        return {n: (p.dtype, p.shape) for n, p in self._named if p.requires_grad}
+        return {n: (p.dtype, p.shape) for n, p in self._named if p.requires_grad or self._frozen_too}
+
+    @contextmanager
+    def frozen_too(self) -> Iterator[None]:
+        before, self._frozen_too = self._frozen_too, True
+        try:
+            yield
+        finally:
+            self._frozen_too = before
 
     @property
     def shards(self) -> list[Shard]:
@@ -105,7 +115,7 @@ class LocalHost(Host):
         result = []
         for name, p in self._named:
             local, start = (p.to_local(), _start(p)) if isinstance(p, DTensor) else (p, 0)
-            if p.requires_grad and local.numel():
+            if (p.requires_grad or self._frozen_too) and local.numel():
                 index = index_of[name]
                 result.append(Shard(name, p.shape, start, p, view=_local_view, grad=_grad_of(p),
                                     group=lambda i=index: self.groups()[i], state=self.state))  # type: ignore[misc]
@@ -181,7 +191,7 @@ class LocalHost(Host):
 
     def group_index(self) -> dict[str, int]:
         place = {id(p): i for i, g in enumerate(self.groups()) for p in g["params"]}
-        return {n: place[id(p)] for n, p in self._named if p.requires_grad}
+        return {n: place[id(p)] for n, p in self._named if p.requires_grad or self._frozen_too}
 
     def recipe(self) -> tuple[Any, ...]:
         return (self._outer, self.scaler)

@@ -179,7 +179,8 @@ def end(opt: DynamicSparsity, select: str) -> None:
         if state.best_score is None:
             raise RuntimeError(f"{WHO}: end_task(select='best') without keep_best(score); call it after every epoch")
         for shard in opt.host.shards:
-            shard.data.copy_(state.best_weights[shard.name])
+            if shard.name in state.best_weights:  # not what came since
+                shard.data.copy_(state.best_weights[shard.name])
         _set_buffers(opt, state.best_buffers)
         opt._install(state.best_masks, list(opt._shapes))
     _check_frozen(opt)
@@ -191,7 +192,7 @@ def end(opt: DynamicSparsity, select: str) -> None:
         state.store[name] = torch.where(fresh, data, old)
     state.task_masks.append(ByName({n: m.clone() for n, m in state.masks.items()}))
     state.done, state.task = state.task, 0
-    state.checksums = _checksums(opt)
+    state.checksums = {**state.checksums, **_checksums(opt)}
     if config.per_task_params:
         state.saved[str(state.done)] = {"parameters": _bare(opt), "buffers": _buffers(opt)}
     state.best_score, state.best_masks, state.best_weights, state.best_buffers = None, ByName(), ByName(), {}
@@ -218,9 +219,11 @@ def _check_frozen(opt: DynamicSparsity) -> None:
 
 
 def _checksums(opt: DynamicSparsity) -> dict[str, int]:
-    """A sum over the stored bits that ended tasks use, each times an odd number of its position; the same at any sharding."""
+    """A sum over the stored bits that ended tasks use, each times an odd number of its position; the same at any sharding.
+    Of layers that are trained: of a frozen one no rank sees its slice."""
     _, state = _state(opt)
-    used, names = opt._used() or {}, list(opt._shapes)
+    trained = set(opt.host.names)
+    used, names = opt._used() or {}, [n for n in opt._shapes if n in trained]
     sums = torch.zeros(len(names), dtype=torch.int64, device=opt.host.device)
     for shard in opt._masked():
         if shard.name in used:
@@ -263,15 +266,18 @@ def showing(opt: DynamicSparsity, task: int) -> Iterator[None]:
     if not (isinstance(task, int) and 1 <= task <= state.done):
         known = f"1 to {state.done}" if state.done else "none"
         raise RuntimeError(f"{WHO}: task({task!r}) has no mask; tasks that ended: {known}, open: {state.task or 'none'}")
-    weights = {s.name: s.data.clone() for s in opt.host.shards}
+    with opt.host.frozen_too():
+        shards = opt.host.shards
+    weights = {s.name: s.data.clone() for s in shards}
     buffers = [(b, b.clone()) for _, b in _named_buffers(opt)]
     try:
-        _show(opt, task)
+        with opt.host.frozen_too():
+            _show(opt, task)
         opt.host.publish_if_dirty()
         yield
     finally:
         with torch.no_grad():  # locally: what raised on one rank must not start a collective
-            for shard in opt.host.shards:
+            for shard in shards:
                 shard.data.copy_(weights[shard.name])
             for buffer, kept in buffers:
                 buffer.copy_(kept)
@@ -286,7 +292,7 @@ def _show(opt: DynamicSparsity, task: int) -> None:
     for shard in opt.host.shards:
         if shard.name in masks:
             shard.data.copy_(torch.where(masks[shard.name].bool(), state.store[shard.name], torch.zeros_like(shard.data)))
-        elif saved is not None:
+        elif saved is not None and shard.name in saved["parameters"]:  # what came after the task stays as it is
             whole = _unpack(saved["parameters"][shard.name])
             shard.data.copy_(whole.view(-1)[shard.start : shard.start + shard.numel].view(shard.data.shape))
     if saved is not None:

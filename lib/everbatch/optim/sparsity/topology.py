@@ -64,16 +64,21 @@ def change(
         fraction: share of each layer's active entries to drop.
         key: (seed, purpose, task, step), for random growth.
         gradients, averages: dense gradient to grow by, and its running mean, by name; what is missing counts as zero.
+            A masked layer that is frozen is left out, and keeps its mask.
         fired: entries that were ever active (for "random_unfired"). used: entries of earlier tasks.
 
     Cost: at most 4 (float64: 8) all-reduces of 256 counts per layer for pruning and as many for growth (random: 8), up to 4 more
     for each where scores tie, and one of the counts of dropped entries. No tensor is gathered.
     """
-    names = list(active)
+    trained = host.master_layout()
+    frozen = {n: Change(m, torch.zeros_like(m)) for n, m in masks.items() if n not in trained}
+    names = [n for n in active if n in trained]
+    if not names:
+        return frozen
     sizes = [int(np.prod(shapes[n])) for n in names]
     place = {n: i for i, n in enumerate(names)}
     offset = np.concatenate([[0], np.cumsum(sizes)])
-    dtype = torch.float64 if any(host.master_layout()[n][0] == torch.float64 for n in names) else torch.float32
+    dtype = torch.float64 if any(trained[n][0] == torch.float64 for n in names) else torch.float32
     layers = []
     for s in shards:
         gradient, average = (kept.get(s.name, torch.zeros_like(s.data)) for kept in (gradients, averages))
@@ -106,8 +111,9 @@ def change(
         grown = grow(layers, left, counts, sizes, host.total, criterion=rules.grow, key=key, across=across, dtype=dtype,
                      priority=_priority(layers, rules, fired, barred), forbidden=forbidden, released=rules.released,
                      device=host.device)
-    return {x.name: Change((n := left[i] | grown[i]).view(masks[x.name].shape), (n & ~x.active).view(masks[x.name].shape))
-            for i, x in enumerate(layers)}
+    changed = {x.name: Change((n := left[i] | grown[i]).view(masks[x.name].shape), (n & ~x.active).view(masks[x.name].shape))
+               for i, x in enumerate(layers)}
+    return {**changed, **frozen}
 
 
 def _priority(
@@ -185,15 +191,18 @@ def _second_moment_means(
 def digest(shards: Sequence[Shard], masks: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
     """Per layer: active entries and a 63-bit sum of hashes of their positions. (2, layers) int64, of this rank's slices.
 
-    Sums over ranks do not depend on the sharding.
+    Sums over ranks do not depend on the sharding, but for layers that are frozen: masks are kept for them and shards are not, so
+    their positions count from the start of the slice. Copies of a model are sharded alike, so they still have equal sums.
     """
-    place = {n: i for i, n in enumerate(names)}
+    starts = {s.name: s.start for s in shards}
     result = torch.zeros(2, len(names), dtype=torch.int64, device=device)
-    for shard in shards:
-        at = masks[shard.name].reshape(-1).nonzero().view(-1) + shard.start
-        result[0, place[shard.name]] += at.numel()
+    for i, name in enumerate(names):
+        if name not in masks:
+            continue
+        at = masks[name].reshape(-1).nonzero().view(-1) + starts.get(name, 0)
+        result[0, i] += at.numel()
         for part in torch.split(at, CHUNK):
-            result[1, place[shard.name]] += _mixed(part, seeds.derive("mask", shard.name)).sum()
+            result[1, i] += _mixed(part, seeds.derive("mask", name)).sum()
     return result
 
 
