@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 recipes/class_incremental.py data.source=imagefolder
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from everbatch.distributed import init
 from everbatch.logging import Recorder, versions
 from everbatch.metrics import summary
 from everbatch.plots import accuracy_heatmap
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
+from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard, recorded, restarted
 from everbatch.strict_yaml import dump_text
 from everbatch.train import Consolidate, Replay, Trainer, WarmStart
 
@@ -81,16 +80,17 @@ def run(options: Recipe) -> None:
         options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
         config=options.trainer, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
         folder=None if options.dry_run else folder / "checkpoints", recorder=recorder, num_tasks=len(stream),
+        identity=options.data.identity,
         **{f"{part.__name__.lower()}_{k}": v for part, chosen in mixins.items() for k, v in vars(chosen).items()})
     if options.dry_run:
         if world.rank == 0:
             print(dump_text(config.resolved(options)) + trainer.describe())
         return
     assert recorder is not None
-    if world.rank == 0:
-        config.dump(options, folder / "config.yaml")
+    resume = options.resume or restarted()
     started = time.perf_counter()
-    matrix = trainer.fit(stream, resume=options.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+    with recorded(options, folder / "config.yaml", resume=resume, write=world.rank == 0):
+        matrix = trainer.fit(stream, resume=resume)
     if trainer.stopped:
         recorder.say("stopped by a signal; a checkpoint was written; go on with resume=true")
         recorder.close()

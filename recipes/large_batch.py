@@ -24,7 +24,7 @@ from everbatch.errors import check
 from everbatch.logging import Recorder, versions
 from everbatch.optim.rules import scaled_lr
 from everbatch.plots import compare_curves
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
+from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard, recorded, restarted
 from everbatch.strict_yaml import dump_text
 from everbatch.train import ConAdv, StepRecord, Trainer, TrainerMixin
 from everbatch.train.adversary import Role, serve, split_ranks
@@ -211,7 +211,7 @@ def run(options: Recipe, spare: int) -> None:
         options.engine.build(options.global_batch, accumulation, world.size),
         config=replace(options.trainer, accumulation=accumulation), augment=options.data.augmentation(shape[-1]),
         prepare=options.data.prepare, folder=None if options.dry_run else folder / "checkpoints", recorder=recorder,
-        progress_eval_every=options.eval_every, progress_devices=world.size + spare,
+        identity=options.data.identity, progress_eval_every=options.eval_every, progress_devices=world.size + spare,
         **({f"conadv_{k}": v for k, v in vars(adversary).items()} if adversary else {}))
     batch = (f"global batch {options.global_batch} = {world.size} rank{'s' * (world.size > 1)} x {accumulation} micro-batches x "
              f"{options.micro_batch}; peak learning rate {options.peak_lr:g}")
@@ -220,11 +220,11 @@ def run(options: Recipe, spare: int) -> None:
             print(f"{dump_text(config.resolved(options))}{batch}\n{trainer.describe()}")
         return
     assert recorder is not None
-    if world.rank == 0:
-        config.dump(options, folder / "config.yaml")
+    resume = options.resume or restarted()
     recorder.say(batch)
     started = time.perf_counter()
-    matrix = trainer.fit(stream, resume=options.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0")
+    with recorded(options, folder / "config.yaml", resume=resume, write=world.rank == 0):
+        matrix = trainer.fit(stream, resume=resume)
     if trainer.stopped:
         recorder.say("stopped by a signal; a checkpoint was written; go on with resume=true")
         recorder.close()

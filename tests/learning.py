@@ -47,6 +47,7 @@ class Ending(Recorder):
         """Leave without writing what waits, as a killed process does."""
         if self._file is not None:
             self._file.close()
+        self.active = False
         raise Abandoned
 
     def bar(self, *args: Any, **options: Any) -> None:

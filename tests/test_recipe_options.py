@@ -16,7 +16,7 @@ from everbatch.compose import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
-from everbatch.recipe import MIXINS, Factory, Model, Optimizer
+from everbatch.recipe import MIXINS, Engine, Factory, Model, Optimizer, recorded, restarted
 from everbatch.strict_yaml import load_text
 from everbatch.train import Trainer
 
@@ -119,3 +119,25 @@ def test_help_lists_every_option() -> None:
         for item in fields(part.Config):  # type: ignore[attr-defined]
             assert (f"--optimizer.{key}.{item.name}" in text) == (item.name != "factory"), (key, item.name)
     assert text.count("--optimizer.") > 100
+
+
+def test_options_of_another_engine_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine: stage=3, precision='bf16' with kind=ddp, must be left out"):
+        Engine(kind="ddp", precision="bf16", stage=3).build(64, 1, 2)
+
+
+def test_a_refused_resume_leaves_the_written_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    for old, new, resume in ((None, 0.1, True), (0.1, 0.2, False)):
+        assert (load_text(path.read_text())["lr"] if path.exists() else None) == old
+        with recorded(Optimizer(lr=new), path, resume=resume, write=True):
+            assert load_text(path.read_text())["lr"] == new
+    with pytest.raises(RuntimeError), recorded(Optimizer(lr=0.3), path, resume=True, write=True):
+        raise RuntimeError("another configuration")
+    assert load_text(path.read_text())["lr"] == 0.2
+    with recorded(Optimizer(lr=0.4), path, resume=True, write=True):
+        assert load_text(path.read_text())["lr"] == 0.2
+    assert load_text(path.read_text())["lr"] == 0.4
+    assert not restarted()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert restarted()

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from everbatch import seeds
 from everbatch.compose import compose
+from everbatch.config import dump
 from everbatch.data import Source, load
 from everbatch.errors import CheckpointMismatch, CompositionError, UnsupportedHost, check, nearest
 from everbatch.nn import SmallConv
@@ -48,7 +50,7 @@ from everbatch.optim import (
 )
 from everbatch.zero_config import deepspeed_config
 
-__all__ = ["MIXINS", "Data", "Engine", "Factory", "Model", "Optimizer", "guard"]
+__all__ = ["MIXINS", "Data", "Engine", "Factory", "Model", "Optimizer", "guard", "recorded", "restarted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,11 @@ class Data:
     def stds(self) -> tuple[float, ...]:
         """`std` as a tuple."""
         return self.std if isinstance(self.std, tuple) else (self.std,)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must repeat beside the samples, which the stream's fingerprint covers."""
+        return {f"data.{name}": getattr(self, name) for name in ("augment", "policy", "mean", "std")}
 
     def open(self) -> tuple[Source, Source]:
         """Training and test source."""
@@ -258,12 +265,32 @@ class Engine:
     def build(self, batch_size: int, accumulation: int, world_size: int) -> str | Mapping[str, Any]:
         """The engine argument of `Trainer`."""
         if self.kind != "deepspeed":
+            given = [f"{n}={v!r}" for n, v in vars(self).items() if n != "kind" and v is not None]
+            check(not given, "engine", f"{', '.join(given)} with kind={self.kind}", "be left out, they are DeepSpeed's",
+                  "for bf16 set trainer.precision=bf16")
             return self.kind
         micro, rest = divmod(batch_size, world_size * accumulation)
         check(rest == 0 and micro > 0, "engine", f"batch_size={batch_size}",
               f"be divisible by {world_size} ranks * {accumulation} micro-batches")
         return deepspeed_config(self.deepspeed, micro_batch=micro, accumulation=accumulation, world_size=world_size,
                                 stage=self.stage, precision=self.precision)
+
+
+def restarted() -> bool:
+    """Whether a launcher started this process again, or Slurm requeued its job."""
+    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+@contextmanager
+def recorded(options: Any, path: Path, *, resume: bool, write: bool) -> Iterator[None]:
+    """Keep a run's configuration beside its results: written before the run, but where it resumes, after it, so that a refused
+    one does not replace the configuration that must be repeated."""
+    late = resume and path.exists()
+    if write and not late:
+        dump(options, path)
+    yield
+    if write and late:
+        dump(options, path)
 
 
 EXPECTED = (ValueError, CompositionError, UnsupportedHost, CheckpointMismatch, RuntimeError, ImportError, OSError)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from torch import nn
 
 import learning
 from everbatch import checkpoint
-from everbatch.data import Batch, domain_incremental, task_incremental
+from everbatch.data import Batch, class_incremental, domain_incremental, task_incremental
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, CompositionError
+from everbatch.logging import Recorder
 from everbatch.train import Replay, Schedule, StepRecord, Trainer, TrainerMixin
 from everbatch.train.evaluate import allowed_classes
+from everbatch.train.trainer import _StopOnSignal
 from learning import Abandoned, stream
 
 
@@ -151,6 +155,66 @@ def test_a_second_run_in_the_folder_sets_the_first_aside(tmp_path: Path) -> None
     assert (tmp_path / "previous" / "step-00000024").exists()
     found = checkpoint.latest(tmp_path, world=World())
     assert found is not None and found.step == 2
+
+
+def test_a_second_fit_trains_all_its_tasks() -> None:
+    t = learning.trainer("plain", cls=Trainer)
+    first = t.fit(stream())
+    second = t.fit(stream())
+    assert t.step == 48 and len(first) == len(second) == 3 and first is not second and first != second
+    halves = class_incremental(stream().train, stream().test, tasks=2, seed=1, classes=range(6))
+    with pytest.raises(ValueError, match="a stream of 2 tasks after num_tasks=3, must have as many"):
+        t.fit(halves)
+
+
+def test_frozen_weights_are_resumed_and_what_the_caller_names_must_be_the_same(tmp_path: Path) -> None:
+    def frozen(seed: int) -> nn.Module:
+        model = learning.net(seed)
+        model[1].requires_grad_(False)
+        return model
+
+    whole = learning.trainer("plain", cls=Trainer, model=frozen(0), folder=tmp_path / "whole")
+    whole.fit(stream())
+    with pytest.raises(Abandoned):
+        learning.trainer("plain", cls=Trainer, model=frozen(0), folder=tmp_path / "cut",
+                         recorder=learning.recorder(tmp_path / "cut", 5)).fit(stream())
+    again = learning.trainer("plain", cls=Trainer, model=frozen(9), folder=tmp_path / "cut")
+    again.fit(stream(), resume=True)
+    assert all(torch.equal(v, again.module.state_dict()[n]) for n, v in whole.module.state_dict().items())
+    again.identity = {"data.std": 0.5}
+    with pytest.raises(CheckpointMismatch, match="made with identity.data.std=None, this run has 0.5"):
+        again.fit(stream(), resume=True)
+
+
+def test_a_head_that_is_too_narrow_is_told_in_the_first_step() -> None:
+    t = learning.trainer("plain", cls=Trainer, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
+    with pytest.raises(ValueError, match=r"logits of \(8, 4\), 6 classes, must be \(n, classes\)"):
+        t.fit(stream())
+    assert t.step == 0
+
+
+def test_a_final_rate_above_the_peak_is_told_before_the_first_step() -> None:
+    schedule = Schedule(kind="polynomial", first="zero", end_lr=0.5)
+    with pytest.raises(ValueError, match="Schedule: end_lr=0.5, must be at most the learning rate 0.1"):
+        learning.trainer("plain", cls=Trainer, schedule=schedule).fit(stream())
+
+
+def test_scalars_of_a_run_that_diverges_are_kept(tmp_path: Path) -> None:
+    with Recorder(tmp_path, 0, tensorboard=False) as recorder:
+        t = learning.trainer("plain", cls=Trainer, recorder=recorder, max_bad_steps=2,
+                             prepare=lambda x: x.float() * float("nan"))
+        with pytest.raises(RuntimeError, match="2 consecutive steps"):
+            t.fit(stream())
+        lines = (tmp_path / "scalars.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1]
+
+
+def test_a_signal_that_comes_twice_at_once_asks_once(tmp_path: Path) -> None:
+    t = learning.trainer("plain", cls=Trainer, folder=tmp_path)
+    with _StopOnSignal(t):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert t._stop_asked
 
 
 def test_a_batch_that_no_task_can_fill() -> None:

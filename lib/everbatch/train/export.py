@@ -11,6 +11,7 @@ from torch import Tensor
 from everbatch import checkpoint
 from everbatch.optim.hosts.base import plain_name
 from everbatch.train.evaluate import mean_buffers
+from everbatch.train.frozen import frozen_of
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
@@ -21,14 +22,17 @@ __all__ = ["export", "whole_state"]
 @torch.no_grad()
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """The bare model's state dict on every rank: masters of trained parameters (fp32 also where the model computes in bf16),
-    frozen parameters and buffers (floating ones: their mean over ranks). Collective: one all-reduce per sharded tensor."""
-    host = trainer.optimizer.host
-    state = dict(host.gather(list(host.weights()), host.names))
-    for name, p in trainer.module.named_parameters():
-        if not p.requires_grad:
-            state[plain_name(name)] = _frozen(p)
-    with mean_buffers(trainer.module, trainer.world):
-        state |= {plain_name(name): buffer.clone() for name, buffer in trainer.module.named_buffers()}
+    frozen parameters and persistent buffers (floating ones: their mean over ranks); a tied parameter under each of its names.
+    Collective: one all-reduce per sharded tensor."""
+    host, module = trainer.optimizer.host, trainer.module
+    state = dict(host.gather(list(host.weights()), host.names)) | frozen_of(module)
+    first = {id(p): plain_name(name) for name, p in module.named_parameters()}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if plain_name(name) not in state:
+            state[plain_name(name)] = state[first[id(p)]].clone()
+    passing = {f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in part._non_persistent_buffers_set}
+    with mean_buffers(module, trainer.world):
+        state |= {plain_name(name): b.clone() for name, b in module.named_buffers() if name not in passing}
     return {name: value.detach().cpu() for name, value in state.items()}
 
 
@@ -41,12 +45,3 @@ def export(trainer: Trainer, path: str | Path) -> Path:
     trainer.world.barrier()
     return Path(path)
 
-
-def _frozen(p: Tensor) -> Tensor:
-    if hasattr(p, "ds_id"):  # ZeRO-3 shards frozen parameters too
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([p]):
-            return p.data.clone()
-    full = getattr(p, "full_tensor", None)
-    return full() if full is not None else p.data.clone()

@@ -18,6 +18,7 @@ from everbatch.compose import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
+from everbatch.train.frozen import frozen_of, set_frozen
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
@@ -31,6 +32,8 @@ def save(trainer: Trainer) -> None:
     for name, buffer in trainer.module.named_buffers():
         key = f"buffer/{trainer.world.rank}/{name}"
         pieces.append(Piece(key, tuple(buffer.shape), 0, buffer))
+    for name, value in frozen_of(trainer.module).items():
+        pieces += [Piece(f"frozen/{name}", tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
     plain: dict[str, Any] = {}
     for part, state in getattr(trainer, "states", {}).items():
         for field, value in _fields(state).items():
@@ -68,6 +71,7 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     optimizer_state.load_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
     saved = kept.meta["trainer"]
     _load_buffers(trainer, kept)
+    set_frozen(trainer.module, {n.removeprefix("frozen/"): kept.whole(n) for n in kept.names() if n.startswith("frozen/")})
     for part, state in getattr(trainer, "states", {}).items():
         for field, value in _fields(state).items():
             key = f"{part.__name__}.{field}"
@@ -91,7 +95,7 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     assert trainer.stream is not None and base is not None
     classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(type(trainer.optimizer)), base)]]
     values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
-              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint()}
+              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint(), "identity": trainer.identity}
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +52,7 @@ class Trainer:
         num_tasks: tasks of the stream, for mixins that divide something among them; `fit` knows it itself.
         output_fn: maps the stream's logits (n, classes) and batch to a 0-dim tensor, a mean over the rows: the output whose
             gradient `Ignite` bounds. Only for optimizers that ask for it.
+        identity: plain values by name that a resumed run must have too, such as those `augment` and `prepare` were made from.
 
     Raises:
         ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
@@ -105,9 +108,11 @@ class Trainer:
         config: Config | None = None, augment: Callable[[Tensor], Tensor] | None = None,
         prepare: Callable[[Tensor], Tensor] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
         device: str | None = None, num_tasks: int | None = None, output_fn: OutputFn | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config or self.Config()
-        self.world, self.seed, self.num_tasks = init(device), self.config.seed, num_tasks
+        self.world, self.seed, self.num_tasks, self._tasks_told = init(device), self.config.seed, num_tasks, num_tasks
+        self.identity = dict(identity or {})
         share = self.world.size * self.config.accumulation
         check(self.config.batch_size % share == 0, "Trainer", f"batch_size={self.config.batch_size}",
               f"be divisible by {self.world.size} ranks * {self.config.accumulation} micro-batches")
@@ -169,7 +174,11 @@ class Trainer:
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of one part, (n, classes) float32."""
-        return self._logits(self.engine.call, batch.inputs)
+        outputs = self._logits(self.engine.call, batch.inputs)
+        known = self.stream.num_classes if self.stream is not None else 0
+        check(outputs.ndim == 2 and outputs.shape[1] >= known, "Trainer", f"logits of {tuple(outputs.shape)}, {known} classes",
+              "be (n, classes)", "give the model a head as wide as the stream")
+        return outputs
 
     def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
         """Logits of all parts of a micro-batch, one `forward` each; the losses of one are taken before the next runs."""
@@ -258,7 +267,8 @@ class Trainer:
         assert self.augment is not None
         with torch.random.fork_rng(devices=[]):
             for row, key in zip(part.inputs, part.ids.tolist(), strict=True):
-                torch.manual_seed(seeds.derive(self.seed, "augment", part.part, step, key))
+                # Not torch.manual_seed, which seeds devices as well: their dropout follows the step.
+                torch.default_generator.manual_seed(seeds.derive(self.seed, "augment", part.part, step, key))
                 rows.append(self.augment(row))
         return torch.stack(rows)
 
@@ -270,17 +280,22 @@ class Trainer:
             stream: the tasks.
             resume: go on from the newest good checkpoint in `folder`, if there is one.
 
-        Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous.
+        Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous. A second call trains on: tasks
+        and the matrix begin anew; weights, optimizer, what mixins remember and the count of steps go on.
 
         Raises:
-            ValueError: on every rank, when the ranks have different streams; a batch larger than a task.
+            ValueError: on every rank, when the ranks have different streams; a batch larger than a task; another number of tasks
+                than the constructor was told.
             CheckpointMismatch: a checkpoint of another configuration, stream or model.
             RuntimeError: too many consecutive steps without a finite gradient.
         """
+        check(self._tasks_told in (None, len(stream)), "Trainer", f"a stream of {len(stream)} tasks after num_tasks="
+              f"{self._tasks_told}", "have as many", "leave num_tasks out, or give the stream's")
         self.stream, self.num_tasks = stream, len(stream)
         self._validate(stream)
         persist.agree(self.world, persist.identity(self))
         self._stop_asked = self.stopped = False
+        self.task_index, self.task_step, self.bad_steps, self.matrix = 0, 0, 0, []
         if self.folder is not None and not resume:
             persist.set_aside(self.folder, self.world)
         kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
@@ -288,19 +303,24 @@ class Trainer:
             persist.load(self, kept)
             if self.recorder is not None:
                 self.recorder.rewind(self.step - 1)
-        with _StopOnSignal(self):
-            while self.task_index < len(stream):
-                self._run_task(stream, stream.tasks[self.task_index])
-                if self.stopped:
-                    break
+        try:
+            with _StopOnSignal(self):
+                while self.task_index < len(stream) and not self.stopped:
+                    self._run_task(stream, stream.tasks[self.task_index])
+        except BaseException:
+            if self.recorder is not None:
+                self.recorder.flush()  # what led to it
+            raise
         return self.matrix
 
     def _validate(self, stream: Stream) -> None:
         """Errors of any task before the first step of the first."""
         for task in stream.tasks:
             loader = Loader(stream, task, self.config.batch_size, self.config.epochs, self.seed, self.world)
-            self.config.schedule.build(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0), epochs=self.config.epochs,
-                                       steps_per_epoch=loader.steps_per_epoch, batch_size=self.config.batch_size)
+            for lr in self._base_lr:
+                self.config.schedule.build(
+                    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(lr)), epochs=self.config.epochs,
+                    steps_per_epoch=loader.steps_per_epoch, batch_size=self.config.batch_size)
 
     def _run_task(self, stream: Stream, task: Task) -> None:
         config = self.config
@@ -376,10 +396,6 @@ class Trainer:
 
     def _account(self, record: StepRecord) -> None:
         self.bad_steps = 0 if record.applied else self.bad_steps + 1
-        if self.bad_steps >= self.config.max_bad_steps:
-            raise RuntimeError(f"Trainer: {self.bad_steps} consecutive steps up to step {record.step} gave a gradient that is "
-                               "not finite, and were skipped on every rank; lower the learning rate or look at the data, or "
-                               "raise max_bad_steps")
         if self.recorder is not None:
             terms = {"loss/total": record.loss, **{f"loss/{name}": term for name, term in record.terms.items()}}
             shares = self.world.sum(torch.stack([term.float() for term in terms.values()])) / self.world.size
@@ -388,6 +404,10 @@ class Trainer:
             values |= {f"optimizer/{name}": value for name, value in self.optimizer.metrics.items()}
             self.recorder.scalars(record.step, values)
             self.recorder.advance()
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise RuntimeError(f"Trainer: {self.bad_steps} consecutive steps up to step {record.step} gave a gradient that is "
+                               "not finite, and were skipped on every rank; lower the learning rate or look at the data, or "
+                               "raise max_bad_steps")
 
     def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, targets and positions of the whole global batch: a function of the step, without communication."""
@@ -414,10 +434,13 @@ class Trainer:
 
 
 class _StopOnSignal:
-    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps and an end after it; a second one ends the process at once."""
+    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps and an end after it; one that comes `GRACE_S` later or more ends
+    the process at once. Not one that comes sooner: schedulers signal ranks and launcher, which passes its own on to the ranks."""
+
+    GRACE_S = 5.0
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.before = trainer, {}  # type: ignore[var-annotated]
+        self.trainer, self.before, self.asked = trainer, {}, math.inf  # type: ignore[var-annotated]
 
     def __enter__(self) -> None:
         import threading
@@ -429,8 +452,11 @@ class _StopOnSignal:
             self.before[sign] = signal.signal(sign, self._ask)
 
     def _ask(self, sign: int, _frame: object) -> None:
+        if time.monotonic() - self.asked >= self.GRACE_S:
+            signal.signal(sign, signal.SIG_DFL)
+            signal.raise_signal(sign)
         self.trainer._stop_asked = True
-        signal.signal(sign, signal.SIG_DFL)
+        self.asked = min(self.asked, time.monotonic())
 
     def __exit__(self, *error: object) -> None:
         for sign, handler in self.before.items():
