@@ -138,6 +138,21 @@ def test_torchvision_by_class_name(tmp_path: Path) -> None:
         load(f"torchvision:MNITS:{tmp_path}", train=True)
     with pytest.raises(ValueError, match="CIFAR10 .* pass download=True"):
         load(f"torchvision:CIFAR10:{tmp_path}", train=True)
+    with pytest.raises(ValueError, match="EMNIST has no part called train or trainval .*Valid values"):
+        load(f"torchvision:EMNIST:{tmp_path}", train=True)
+
+
+def test_torchvision_whose_test_part_is_called_val(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    for part, count in (("train", 2), ("val", 1)):
+        for k, code in enumerate(datasets.Imagenette._WNID_TO_CLASS):
+            folder = tmp_path / "imagenette2" / part / code
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (20 * k, i, 0)).save(folder / f"{i}.JPEG")
+    train, test = (load(f"torchvision:Imagenette:{tmp_path}", train=t) for t in (True, False))
+    assert (len(train), len(test)) == (20, 10) and train.classes == test.classes and test.classes[0] == "tench"
+    assert test.targets.tolist() == list(range(10)) and abs(int(test.fetch(torch.tensor([5]))[0, 0, 0, 0]) - 100) < 3
 
 
 def test_npz(tmp_path: Path) -> None:

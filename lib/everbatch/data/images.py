@@ -232,14 +232,12 @@ def open_torchvision(name: str, root: str, train: bool, look: Look, download: bo
     check(bool(root), "torchvision", f"no folder for {name}", "be 'torchvision:NAME:ROOT'")
     accepts = inspect.signature(kinds[name]).parameters
     options: dict[str, Any] = {"root": str(Path(root).expanduser())}
-    options["train" if "train" in accepts else "split"] = train if "train" in accepts else "train" if train else "test"
     if "download" in accepts:
         options["download"] = download
-    try:
-        dataset: Any = kinds[name](**options)
-    except RuntimeError as error:  # torchvision's "not found or corrupted"
-        raise ValueError(f"torchvision: {name} in {root!r}: {error}, must be there; pass download=True") from error
+    dataset = _part_of(kinds[name], name, options, train, "train" in accepts)
     found = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
+    if found is None and hasattr(dataset, "_samples"):
+        found = [target for _, target in dataset._samples]
     targets = torch.as_tensor(np.asarray([dataset[i][1] for i in range(len(dataset))] if found is None else found))
     check(targets.ndim == 1 and not targets.is_floating_point(), "torchvision", f"{name} has targets of shape "
           f"{tuple(targets.shape)} and type {targets.dtype}", "be one class index per image")
@@ -247,4 +245,20 @@ def open_torchvision(name: str, root: str, train: bool, look: Look, download: bo
     part = "train" if train else "test"
     labels = [f"{name}/{part}[{index}]" for index in range(len(dataset))]
     return ImageSource(f"torchvision:{name}/{part}", _Items(dataset), labels, targets.long(),
-                       [str(c) for c in classes], look, default_channels=None)
+                       [str(c[0] if isinstance(c, tuple) else c) for c in classes], look, default_channels=None)
+
+
+def _part_of(kind: Any, name: str, options: dict[str, Any], train: bool, by_flag: bool) -> Any:
+    """The training or the test part, under the first of its usual names that the data set knows."""
+    parts: tuple[Any, ...] = (train,) if by_flag else ("train", "trainval", "train-standard") if train else ("test", "val")
+    for part in parts:
+        try:
+            return kind(**options, **{"train" if by_flag else "split": part})
+        except RuntimeError as error:  # torchvision's "not found or corrupted"
+            raise ValueError(f"torchvision: {name} in {options['root']!r}: {error}, must be there; pass download=True") from error
+        except ValueError as error:
+            if "for argument split" not in str(error):
+                raise
+            known = str(error)
+    raise ValueError(f"torchvision: {name} has no part called {' or '.join(parts)} ({known}), must have one; open it yourself, "
+                     "and wrap it in a source")
