@@ -9,6 +9,7 @@ import torch
 from quadratics import Quadratic, batch, closure_of, same, small_net, train, weights
 from torch import nn
 
+from everbatch import compose
 from everbatch.optim import SAM
 from everbatch.optim.sam import ascent
 
@@ -209,3 +210,10 @@ def test_an_exception_in_the_second_pass_restores_the_weights() -> None:
 def test_bad_values(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"SAM: {name}={value!r}, must be a finite number >= 0"):
         SharpSGD(small_net(), lr=0.1, **{name: value})
+
+
+def test_a_perturbation_of_zero_is_no_loss_of_precision() -> None:
+    model = nn.Linear(3, 2, dtype=torch.bfloat16)
+    opt = compose(SAM, base=torch.optim.SGD)(model, lr=0.1, rho=0.05)
+    opt.step(closure_of(opt, lambda: 0.0 * model(torch.ones(1, 3, dtype=torch.bfloat16)).sum()))  # a warning would be an error
+    assert opt.metrics["perturbation_norm_ratio"] == 1.0 and opt.metrics["perturbation_cosine"] == 1.0

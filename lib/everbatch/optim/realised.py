@@ -29,7 +29,9 @@ def realised(requested: Vector, saved: Vector, working: torch.dtype) -> tuple[Te
                   zip(requested, saved, strict=True)])
     rr, ee, re = inner(requested.host, (got, got), (requested, requested), (got, requested)).unbind()
     tiny = torch.finfo(torch.float64).tiny
-    return (rr / ee.clamp_min(tiny)).sqrt(), re / (rr * ee).sqrt().clamp_min(tiny)
+    one = torch.ones_like(ee)  # of a displacement of zero, at a zero gradient, nothing is lost
+    return (torch.where(ee > 0, (rr / ee.clamp_min(tiny)).sqrt(), one),
+            torch.where(ee > 0, re / (rr * ee).sqrt().clamp_min(tiny), one))
 
 
 def report(who: str, ratio: Tensor, cosine: Tensor, rank: int) -> None:
