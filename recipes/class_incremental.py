@@ -22,6 +22,7 @@ from everbatch.plots import accuracy_heatmap
 from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard, recorded, restarted
 from everbatch.strict_yaml import dump_text
 from everbatch.train import Consolidate, Replay, Trainer, WarmStart
+from everbatch.train.evaluate import accuracies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ def run(options: Recipe) -> None:
         return
     assert recorder is not None
     resume = options.resume or restarted()
+    untrained = accuracies(trainer, stream, 0, list(stream.tasks)) if options.trainer.eval_future else None
     started = time.perf_counter()
     with recorded(options, folder / "config.yaml", resume=resume, write=world.rank == 0):
         matrix = trainer.fit(stream, resume=resume)
@@ -97,7 +99,7 @@ def run(options: Recipe) -> None:
         sys.exit(143)
     seconds = time.perf_counter() - started
     counts = [len(task.test_ids) for task in stream.tasks]
-    figures = summary(matrix, counts=counts)
+    figures = summary(matrix, counts=counts, random_init=untrained)
     recorder.figure("accuracy_matrix", accuracy_heatmap(matrix, title=f"{train.name}: {trainer.title}"), trainer.step)
     recorder.result({
         "accuracy_matrix": matrix, **figures, "test_samples": counts, "classes": stream.classes, "seconds": seconds,

@@ -107,8 +107,9 @@ def test_dry_run(zygote: Zygote, tmp_path: Path) -> None:
 
 
 def test_without_replay_the_first_task_is_forgotten(finished: tuple[Path, Job], zygote: Zygote, tmp_path: Path) -> None:
-    job = zygote.run(RECIPE, *SHORT, "replay=null", f"output={tmp_path}", limit=200)
+    job = zygote.run(RECIPE, *SHORT, "replay=null", "trainer.eval_future=true", f"output={tmp_path}", limit=200)
     assert job.codes == [0, 0], job.err
+    assert result(finished[0])["forward_transfer"] is None and -1 < result(tmp_path)["forward_transfer"] < 1
     plain, replay = (result(folder)["accuracy_matrix"] for folder in (tmp_path, finished[0]))
     assert plain[2][0] < 0.2 and replay[2][0] > plain[2][0] + 0.4
 
