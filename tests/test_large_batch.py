@@ -162,7 +162,7 @@ def test_published_settings(recipe: ModuleType, path: Path, tmp_path: Path, caps
     # Weights in bf16 with batch norm are refused on CPUs, and the model is a small one here; the rest is the file's.
     recipe.run(config.build(recipe.Recipe, load_file(path), {
         "dry_run": True, "data": {"source": f"imagefolder:{root}", "image_size": 32}, "model": {"name": "test_resnet"},
-        "engine": {"kind": "plain"}}), spare=0)
+        "engine": {"kind": "plain", "stage": None, "precision": None}}), spare=0)
     shown = capsys.readouterr().out
     count = options.global_batch // options.micro_batch
     assert f"1 rank x {count} micro-batches x {options.micro_batch}; peak learning rate {peak.lr:g}" in shown
