@@ -12,6 +12,12 @@ from processes import Zygote
 torch.set_num_threads(1)  # small tensors: more threads only fight, with each other and with the ranks of jobs
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Weights that a test does not seed itself are the same in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("jobs"))
