@@ -79,9 +79,9 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
     if average and world.size > 1:
         kept = [(m, b) for m in layers for b in (m.running_mean, m.running_var) if b is not None]
         # A rank's share counts where its forwards reached the layer, so each has its number of such ranks beside it.
-        parts = [torch.zeros(b.numel() + 1) if m in idle else torch.cat([b.reshape(-1).float(), b.new_ones(1).float()])
-                 for m, b in kept]
-        flat = world.sum(torch.cat([p.to(kept[0][1].device) for p in parts]))
+        parts = [b.new_zeros(b.numel() + 1, dtype=torch.float32) if m in idle else
+                 torch.cat([b.reshape(-1).float(), b.new_ones(1, dtype=torch.float32)]) for m, b in kept]
+        flat = world.sum(torch.cat(parts))
         for (_, buffer), total in zip(kept, torch.split(flat, [p.numel() for p in parts]), strict=True):
             buffer.copy_(torch.where(total[-1] > 0, (total[:-1] / total[-1]).view(buffer.shape), buffer))
     return len(layers)

@@ -11,7 +11,7 @@ import torch
 from everbatch.compose import Cost
 from everbatch.errors import check, check_real
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.shards import ByName
+from everbatch.optim.shards import ByName, wide
 
 __all__ = ["EMA"]
 
@@ -60,8 +60,7 @@ class EMA(OptimizerMixin):
             kept = [average[s.name] for s in known]
             torch._foreach_lerp_(kept, [s.data.to(a.dtype) for s, a in zip(known, kept, strict=True)], 1.0 - config.ema_decay)
         # At the first step, and where a parameter was unfrozen or added since.
-        average.update({s.name: s.data.to(torch.promote_types(s.data.dtype, torch.float32), copy=True)
-                        for s in self.host.shards if s.name not in average})
+        average.update({s.name: s.data.to(wide(s.data), copy=True) for s in self.host.shards if s.name not in average})
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

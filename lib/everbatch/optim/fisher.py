@@ -22,14 +22,14 @@ from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.hosts.base import plain_name, unwrap
-from everbatch.optim.shards import ByName
+from everbatch.optim.shards import ByName, wide
 
 if TYPE_CHECKING:
     from everbatch.optim.hosts.base import Host
     from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
-           "require_replica", "sensitivity_sums", "slices", "wide"]
+           "require_replica", "sensitivity_sums", "slices"]
 
 Rows = tuple[Tensor, ...]
 """(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented; ids int64, unique in the data."""
@@ -42,11 +42,6 @@ Call = Callable[[Weights, Tensor], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-def wide(t: Tensor) -> torch.dtype:
-    """The type of sums of many terms like `t`: bf16 stops at 256 equal ones, and fp16 has no squares below 6e-8."""
-    return torch.promote_types(t.dtype, torch.float32)
-
-
 def fisher_sums(
     call: Call, weights: Weights, inputs: Tensor, targets: Tensor, estimator: Estimator, *, chunk: int = 16,
     uniform: Tensor | None = None,
@@ -241,7 +236,7 @@ def _estimate(
         raise ValueError(next(text for text in world.gather(problem) if text))
     check(number.item() > 0, "importance", "no rows on any rank", "be given the task's data")
     flat = world.sum(torch.cat([t.reshape(-1) for t in totals.values()]))
-    flat = flat / number.to(torch.promote_types(dtype, torch.float32))
+    flat = flat / number.to(flat.dtype)
     result = {n: part.view(t.shape) for (n, t), part in zip(
         totals.items(), torch.split(flat, [t.numel() for t in totals.values()]), strict=True)}
     odd = [n for n, t in result.items() if not bool(torch.isfinite(t).all())]

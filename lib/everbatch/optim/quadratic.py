@@ -20,12 +20,11 @@ from everbatch.optim.fisher import (
     output_sensitivity,
     require_replica,
     slices,
-    wide,
 )
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
-from everbatch.optim.shards import ByName
+from everbatch.optim.shards import ByName, wide
 
 __all__ = ["EWC", "MAS", "SI", "merge_quadratics", "path_importance"]
 

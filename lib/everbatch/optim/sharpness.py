@@ -9,9 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Host, plain_name
-from everbatch.optim.hosts.local import LocalHost
-from everbatch.optim.shards import Shard, Vector, inner
+from everbatch.optim.shards import Vector, inner
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
@@ -147,7 +145,7 @@ def first_gradient(opt: OptimizerMixin, objective: Objective, run: Any, scope: S
     mine = opt.host.local_gradient()
     if scope == "group":
         # Ranks may reach different parameters, so all take part, and each rank enters whatever it has.
-        has, shards = {s.name: t for s, t in mine}, _working_shards(opt.host)
+        has, shards = {s.name: t for s, t in mine}, opt.host.working_shards()
         tensors = [has[s.name] if s.name in has else torch.zeros_like(s.data) for s in shards]
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat, group=group)
@@ -155,12 +153,3 @@ def first_gradient(opt: OptimizerMixin, objective: Objective, run: Any, scope: S
         parts = flat.split_with_sizes([t.numel() for t in tensors])
         mine = Vector(mine.host, shards, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
     return loss, mine
-
-
-def _working_shards(host: Host) -> list[Shard]:
-    """The working weights of every trained parameter, whole: what `host.local_gradient()` is over, the same on every rank."""
-    if isinstance(host, LocalHost):
-        return host.shards
-    assert host.module is not None
-    return [Shard(plain_name(n), p.shape, 0, p, view=lambda t: t.data, grad=lambda: None, group=dict, state=dict)
-            for n, p in host.module.named_parameters() if p.requires_grad]

@@ -184,7 +184,7 @@ class ConAdv(TrainerMixin):
         split = convert_split_bn(model, (BRANCH,)) if config.split_bn and self.__active else 0
         if config.split_bn and not split:
             logging.getLogger("everbatch").info("ConAdv: the model has no batch norm, nothing to split")
-        self.__live, self.__pipeline, self.__alone = model, None, False
+        self.__live, self.__pipeline, self.__lost = model, None, False
         # Now, before an engine puts its hooks on it.
         self.__spare = copy.deepcopy(model) if config.placement in ("process", "ranks") and self.__active else None
         self.__branch = [name for name in branch_parameters(model, BRANCH)] if split else []
@@ -212,9 +212,9 @@ class ConAdv(TrainerMixin):
         check(clean.inputs.is_floating_point() or config.embedding is not None, "ConAdv", f"inputs of dtype {clean.inputs.dtype}",
               "be floating point", "name the module that embeds them (embedding=)")
         self.__order(clean)
-        self.__alone = self.__filling and config.first == "clean"
+        self.__lost = False
         if self.__filling and config.first != "clamp":
-            if config.first == "clean":
+            if self.__clean_alone:
                 self.optimizer.hold(self.__branch)
                 return parts
             noise = self.__attack.noise(clean.inputs, step=self.step, rank=self.world.rank)
@@ -222,7 +222,7 @@ class ConAdv(TrainerMixin):
         assert self.__pipeline is not None
         payload = self.__pipeline.take(self.step, clean.ids)
         if payload is None:  # lost with its adversary: as many forwards as on other ranks, and no weight
-            self.__alone = True
+            self.__lost = True
             return [*parts, replace(clean, part=PART, weight=torch.zeros(len(clean), device=clean.targets.device))]
         inputs, delta = self.__attack.finish(payload, clean.inputs)
         extras = clean.extras if delta is None else {**clean.extras, "delta": delta}
@@ -262,15 +262,15 @@ class ConAdv(TrainerMixin):
         config: ConAdv.Config = self.configs[ConAdv]
         weight = config.weight_adversarial if batch.part == PART else config.weight_clean
         if config.normalize:
-            weight /= (config.weight_clean + (0.0 if self.__alone else config.weight_adversarial)) or 1.0
+            alone = self.__clean_alone or self.__lost
+            weight /= (config.weight_clean + (0.0 if alone else config.weight_adversarial)) or 1.0
         terms = super().loss_terms(outputs, replace(batch, part="stream"))  # type: ignore[misc]
         prefix = "adversarial_" if batch.part == PART else ""
         terms = {prefix + name: term if weight == 1.0 else weight * term for name, term in terms.items()}
-        clean_alone = self.__filling and config.first == "clean"
-        if clean_alone and self.__whole_branch:
+        if self.__clean_alone and self.__whole_branch:
             # DDP waits for the gradient of every parameter; the step leaves these as they are (`hold`).
             terms["nothing"] = 0.0 * torch.stack([p.sum() for p in self.__whole_branch]).sum()
-        if batch.part == ("stream" if clean_alone else PART):
+        if batch.part == ("stream" if self.__clean_alone else PART):
             self.__watch(next(iter(terms.values())))
         return terms
 
@@ -308,6 +308,11 @@ class ConAdv(TrainerMixin):
     def __filling(self) -> bool:
         """Whether this step's batch came before anything could be crafted for it."""
         return bool(self.step < self.states[ConAdv].begun + self.configs[ConAdv].tau)
+
+    @property
+    def __clean_alone(self) -> bool:
+        """Whether this step has no adversarial part at all."""
+        return self.__filling and bool(self.configs[ConAdv].first == "clean")
 
     def __order(self, clean: Batch) -> None:
         """Order this step's crafting; where a pipeline begins, policy "clamp" orders also what earlier steps would have."""

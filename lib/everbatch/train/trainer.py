@@ -317,10 +317,9 @@ class Trainer:
         """Errors of any task before the first step of the first."""
         for task in stream.tasks:
             loader = Loader(stream, task, self.config.batch_size, self.config.epochs, self.seed, self.world)
-            for lr in self._base_lr:
-                self.config.schedule.build(
-                    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(lr)), epochs=self.config.epochs,
-                    steps_per_epoch=loader.steps_per_epoch, batch_size=self.config.batch_size)
+            like = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(self._base_lr[0]))  # the group it looks at
+            self.config.schedule.build(like, epochs=self.config.epochs, steps_per_epoch=loader.steps_per_epoch,
+                                       batch_size=self.config.batch_size)
 
     def _run_task(self, stream: Stream, task: Task) -> None:
         config = self.config

@@ -129,6 +129,10 @@ class Host(abc.ABC):
             assert shard.grad is not None
             shard.grad.copy_(value)
 
+    def working_shards(self) -> list[Shard]:
+        """The working weights of every trained parameter, whole, the same list on every rank: what a rank may move apart."""
+        return self.shards
+
     def local_gradient(self) -> Vector:
         """After a local pass: this rank's own gradient over its working weights, whole on every rank. Its norms are this
         rank's own; a displacement along it moves working weights only.

@@ -90,10 +90,14 @@ class LocalHost(Host):
 
     @property
     def names(self) -> list[str]:
-        return [n for n, p in self._named if p.requires_grad or self._frozen_too]
+        return [n for n, _ in self._counted]
+
+    @property
+    def _counted(self) -> list[tuple[str, Tensor]]:
+        return [(n, p) for n, p in self._named if p.requires_grad or self._frozen_too]
 
     def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        return {n: (p.dtype, p.shape) for n, p in self._named if p.requires_grad or self._frozen_too}
+        return {n: (p.dtype, p.shape) for n, p in self._counted}
 
     @contextmanager
     def frozen_too(self) -> Iterator[None]:
@@ -113,9 +117,9 @@ class LocalHost(Host):
     def _build_shards(self) -> list[Shard]:
         index_of = self.group_index()
         result = []
-        for name, p in self._named:
+        for name, p in self._counted:
             local, start = (p.to_local(), _start(p)) if isinstance(p, DTensor) else (p, 0)
-            if (p.requires_grad or self._frozen_too) and local.numel():
+            if local.numel():
                 index = index_of[name]
                 result.append(Shard(name, p.shape, start, p, view=_local_view, grad=_grad_of(p),
                                     group=lambda i=index: self.groups()[i], state=self.state))  # type: ignore[misc]
@@ -191,7 +195,7 @@ class LocalHost(Host):
 
     def group_index(self) -> dict[str, int]:
         place = {id(p): i for i, g in enumerate(self.groups()) for p in g["params"]}
-        return {n: place[id(p)] for n, p in self._named if p.requires_grad or self._frozen_too}
+        return {n: place[id(p)] for n, p in self._counted}
 
     def recipe(self) -> tuple[Any, ...]:
         return (self._outer, self.scaler)

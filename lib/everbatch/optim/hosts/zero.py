@@ -246,11 +246,14 @@ class ZeroHost(Host):
     def apart(self) -> bool:
         return self.stage < 3
 
+    def working_shards(self) -> list[Shard]:
+        return [Shard(n, p.shape, 0, p, view=lambda t: t.data, grad=lambda n=n: self._own.get(n),  # type: ignore[misc]
+                      group=dict, state=dict) for n, p in self._named]
+
     def local_gradient(self) -> Vector:
         if self.stage == 3:
             return super().local_gradient()
-        shards = [Shard(n, p.shape, 0, p, view=lambda t: t.data, grad=lambda n=n: self._own.get(n),  # type: ignore[misc]
-                        group=dict, state=dict) for n, p in self._named if n in self._own]
+        shards = [s for s in self.working_shards() if s.name in self._own]
         return Vector(Alone(self), shards, [self._own[s.name] for s in shards])  # type: ignore[arg-type]
 
     def update(self) -> None:

@@ -243,11 +243,15 @@ class DynamicSparsity(OptimizerMixin):
         found = topology.digest(self._masked(), state.masks, layers, self.host.device)
         state.active = topology.verify(self.host, type(self).__name__, found, layers)
         self._enforce(moments=True)
-        if EMA in self.states:
-            for name, average in self.states[EMA].average.items():
-                if name in state.masks:
-                    average.masked_fill_(~state.masks[name], 0.0)
+        self._mask_averages()
         self.host.publish_if_dirty()
+
+    def _mask_averages(self, born: Mapping[str, Tensor] | None = None) -> None:
+        """Zero what masks leave out in EMA's averages, and entries that were born just now."""
+        masks = self.states[DynamicSparsity].masks
+        for name, average in self.states[EMA].average.items() if EMA in self.states else ():
+            if name in masks:
+                average.masked_fill_(~masks[name] if born is None else ~masks[name] | born[name], 0.0)
 
     def _masked(self) -> list[Shard]:
         """This rank's slices that have a mask."""
@@ -342,10 +346,7 @@ class DynamicSparsity(OptimizerMixin):
         state.masks = ByName({n: c.mask for n, c in changes.items()})
         for name, kept in state.fired.items():
             kept |= state.masks[name]
-        if EMA in self.states:
-            for name, average in self.states[EMA].average.items():
-                if name in state.masks:
-                    average.masked_fill_(~state.masks[name] | changes[name].born, 0.0)
+        self._mask_averages({n: c.born for n, c in changes.items()})
         state.scores, self._dense, state.changes = ByName(), {}, state.changes + 1
         found = topology.digest(shards, state.masks, names, host.device)
         state.active = topology.verify(host, type(self).__name__, found, names)
