@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +20,14 @@ SCRIPT = ROOT / "benchmarks" / "speed" / "conadv.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    # Under a name of its own, with the folder of `timing` on the path, as when the script is run.
-    spec = importlib.util.spec_from_file_location("conadv_speed", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["conadv_speed"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def speed() -> SimpleNamespace:
+    """The benchmark's modules, its folder on the path while they are imported, as when it is run."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        parts = ("arms", "costs", "stream", "timing")
+        return SimpleNamespace(**{part: importlib.import_module(f"conadv_{part}") for part in parts})
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
 
 
 def run(*arguments: str, path: Path) -> tuple[dict[str, Any], str]:
@@ -39,47 +40,50 @@ def run(*arguments: str, path: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("arm", ["sequential", "inline"])
-def test_flops_are_those_of_the_cost_model(script: ModuleType, arm: str, steps: int) -> None:
-    net = script.Net(lambda: script.conv_net(width=8), 2)
+def test_flops_are_those_of_the_cost_model(speed: SimpleNamespace, arm: str, steps: int) -> None:
+    net = speed.arms.Net(lambda: speed.arms.conv_net(width=8), 2)
     counted = {}
     for name, options in (("vanilla", {}), ("mixed", {}), (arm, {"steps": steps})):
-        t = script.learner(name, net, **options)
+        t = speed.arms.learner(name, net, **options)
         t.training_step()  # fills the pipeline
-        counted[name] = script.flops(t.training_step)
-        assert (counted[name], 0) == script.expected_flops(t.model, t.ring[0].inputs, name, steps)
+        counted[name] = speed.costs.flops(t.training_step)
+        assert (counted[name], 0) == speed.costs.expected_flops(t.model, t.ring[0].inputs, name, steps)
     assert counted["mixed"] == 2 * counted["vanilla"]
     assert counted[arm] / counted["vanilla"] == pytest.approx((6 + 2 * steps) / 3, rel=0.02)
     exact = torch.nn.Linear(4, 3)
-    assert script.flops(lambda: exact(torch.zeros(2, 4))) == 2 * 2 * 4 * 3
+    assert speed.costs.flops(lambda: exact(torch.zeros(2, 4))) == 2 * 2 * 4 * 3
 
 
-def test_the_nets_that_are_measured_keep_to_the_model_within_a_percent(script: ModuleType) -> None:
+def test_the_nets_that_are_measured_keep_to_the_model_within_a_percent(speed: SimpleNamespace) -> None:
     pytest.importorskip("timm")
-    for net in script.nets().values():
+    for net in speed.arms.nets().values():
         model, x = net.build(), torch.zeros(1, 3, net.side, net.side)
-        plain, crafted = (sum(script.expected_flops(model, x, arm)) for arm in ("vanilla", "process"))
+        plain, crafted = (sum(speed.costs.expected_flops(model, x, arm)) for arm in ("vanilla", "process"))
         assert crafted / plain == pytest.approx(8 / 3, rel=0.01)
 
 
-def test_bytes_of_a_fleet(script: ModuleType) -> None:
-    assert script.bytes_per_step("process", 100, 2, 12, 4) == (100 + 2 * 12 * 4 + 16, 24)
-    assert script.bytes_per_step("ranks", 128, 2, 12, 4) == (64 + 128 + 128 + 64, 64 + 64)
-    sizes = script.fleet(trainers=5, adversaries=2, weights=1000, batch=1, elements=10)
+def test_bytes_of_a_fleet(speed: SimpleNamespace) -> None:
+    assert speed.costs.bytes_per_step("process", 100, 2, 12, 4) == (100 + 2 * 12 * 4 + 16, 24)
+    assert speed.costs.bytes_per_step("ranks", 128, 2, 12, 4) == (64 + 128 + 128 + 64, 64 + 64)
+    sizes = speed.costs.fleet(trainers=5, adversaries=2, weights=1000, batch=1, elements=10)
     assert sizes["total"] == 5 * (3 * 64 + 2 * 64) + 2 * 1000
     assert sizes["into an adversary of 3 trainers"] == 3 * 192 + 1000 and sizes["out of an adversary of 3 trainers"] == 3 * 128
 
 
-def test_verdicts_name_a_disagreement(script: ModuleType) -> None:
+def test_verdicts_name_a_disagreement(speed: SimpleNamespace) -> None:
     rows = [{"arm": arm, "seconds_min": least, "seconds_median": middle} for arm, least, middle in (
         ("vanilla", 1.0, 1.0), ("mixed", 2.0, 2.0), ("process", 2.0, 2.2), ("sequential", 3.0, 3.0))]
-    assert {arm: v["verdict"] for arm, v in script.verdicts(rows).items()} == {
-        "mixed": "met", "process": "undecided", "sequential": "MISSED"}
+    found = speed.timing.verdicts(rows)
+    assert {arm: v["verdict"] for arm, v in found.items()} == {"mixed": "met", "process": "undecided", "sequential": "MISSED"}
+    assert "of_busy" not in found["process"]
+    rows.append({"arm": "mixed busy", "seconds_min": 2.5, "seconds_median": 2.0})
+    assert speed.timing.verdicts(rows)["process"] == {**found["process"], "of_busy": [0.8, 1.1]}
 
 
-def test_overlap(script: ModuleType) -> None:
-    assert script.overlap([(7, 0.0, 10.0), (7, 12.0, 20.0), (9, 8.0, 14.0)]) == pytest.approx(4.0 / 6.0)
-    assert script.overlap([(7, 0.0, 10.0), (9, 10.0, 12.0)]) == 0.0
-    assert script.overlap([(7, 0.0, 10.0)]) is None and script.overlap([]) is None
+def test_overlap(speed: SimpleNamespace) -> None:
+    assert speed.stream.overlap([(7, 0.0, 10.0), (7, 12.0, 20.0), (9, 8.0, 14.0)]) == pytest.approx(4.0 / 6.0)
+    assert speed.stream.overlap([(7, 0.0, 10.0), (9, 10.0, 12.0)]) == 0.0
+    assert speed.stream.overlap([(7, 0.0, 10.0)]) is None and speed.stream.overlap([]) is None
 
 
 def test_stream_on_a_cpu_is_inline(tmp_path: Path) -> None:
@@ -102,6 +106,9 @@ def test_without_cuda_it_says_so() -> None:
 def test_a_launch(launch: str, tmp_path: Path) -> None:
     result, out = run("--launch", launch, path=tmp_path / "result.json")
     rows = {row["arm"]: row for row in result[f"tiny, {launch}"]["rows"]}
+    busy = {arm for arm in rows if arm.endswith(" busy")}
+    assert busy == ({"mixed busy", "mixed split busy"} if launch == "beside" else {"mixed busy"})
+    assert out.count("of as much work on both cores") == len(busy)
     assert all(row["flops"] == row["expected"][0] and row["blocks"] == 2 and row["thread_cpu"] > 0 for row in rows.values())
     sent = {arm: row for arm, row in rows.items() if "bytes" in row}
     assert set(sent) == ({"process", "process split"} if launch == "beside" else {"ranks"})
