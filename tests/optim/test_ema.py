@@ -120,3 +120,15 @@ def test_the_average_is_shown_in_frozen_weights_too() -> None:
     with opt.averaged():
         assert all(torch.equal(p, average[n]) for n, p in model.named_parameters())
     assert same(weights(model), before)
+
+
+def test_the_average_of_a_frozen_weight_goes_on_towards_it() -> None:
+    model = small_net()
+    opt = AveragedSGD(model, lr=0.1, ema_decay=0.5)
+    train(model, opt, 0, 3)
+    model[0].requires_grad_(False)
+    expected = opt.states[EMA].average["0.weight"].clone()
+    for i in range(3, 6):
+        train(model, opt, i, i + 1)
+        expected.lerp_(model[0].weight, 0.5)
+    assert torch.equal(opt.states[EMA].average["0.weight"], expected)

@@ -292,6 +292,17 @@ def test_a_parameter_frozen_at_a_tasks_end_keeps_what_it_had(name: str) -> None:
     train(model, opt, 4, 5)
 
 
+def test_a_mean_counts_the_tasks_in_which_a_parameter_was_trained() -> None:
+    opt, model = build("EWC", form="mean", estimator="given")
+    for task, importance in enumerate((1.0, 4.0, 10.0)):
+        model[0].requires_grad_(task > 0)  # type: ignore[index, operator]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        opt.consolidate_ewc(importance={n: torch.full_like(p, importance) for n, p in trained.items()})
+    kept = opt.states[EWC].importance
+    assert {n: set(f.view(-1).tolist()) for n, f in kept.items()} == {
+        "0.weight": {7.0}, "0.bias": {7.0}, "2.weight": {5.0}, "2.bias": {5.0}}
+
+
 def test_si_counts_a_path_on_when_a_parameter_was_frozen_at_a_tasks_end() -> None:
     opt, model = build("SI", strength=1e-30)
     train(model, opt, 0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -217,3 +218,17 @@ def test_a_perturbation_of_zero_is_no_loss_of_precision() -> None:
     opt = compose(SAM, base=torch.optim.SGD)(model, lr=0.1, rho=0.05)
     opt.step(closure_of(opt, lambda: 0.0 * model(torch.ones(1, 3, dtype=torch.bfloat16)).sum()))  # a warning would be an error
     assert opt.metrics["perturbation_norm_ratio"] == 1.0 and opt.metrics["perturbation_cosine"] == 1.0
+
+
+def test_a_perturbation_that_bf16_swallows_is_told_once_also_after_one_of_zero() -> None:
+    model = nn.Linear(4, 4).bfloat16()
+    for p in model.parameters():
+        nn.init.ones_(p)
+    opt = compose(SAM, base=torch.optim.SGD)(model, lr=0.0, rho=1e-4)
+    for step in range(201):  # looked at in every hundredth step
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            opt.step(closure_of(opt, lambda s=float(step > 0): s * model(torch.ones(1, 4, dtype=torch.bfloat16)).sum()))
+        text = "SAMSGD: the working weights' precision swallows the perturbation: realised norm 0.00"
+        assert [str(w.message)[: len(text)] for w in told] == [text] * (step == 100)
+    assert opt.metrics["perturbation_norm_ratio"] == 0.0

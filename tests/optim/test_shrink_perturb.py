@@ -177,9 +177,25 @@ class Block(nn.Module):
         self.inner.reset_parameters()
 
 
-def test_a_module_that_resets_its_children_leaves_the_live_ones() -> None:
+class Stack(nn.Module):
+    """One that reaches its children, and a parameter they share, through plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.first, self.second = nn.Parameter(torch.ones(4)), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.bias = self.first.bias
+        self.stages = {"all": [(self.first, 2), (self.second, self.scale)]}
+
+    def reset_parameters(self) -> None:
+        for child, _ in self.stages["all"]:
+            child.reset_parameters()
+        nn.init.ones_(self.stages["all"][1][1])
+
+
+@pytest.mark.parametrize("build", [Block, Stack])
+def test_a_module_that_resets_its_children_leaves_the_live_ones(build: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    model = Block()
+    model = build()
     opt = compose(ShrinkPerturb, base=torch.optim.SGD)(model, lr=0.1, shrink=1.0, perturb=1e-9)
     before = weights(model)
     opt.shrink_perturb()

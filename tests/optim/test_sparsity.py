@@ -326,7 +326,7 @@ def test_a_layer_that_is_frozen_at_a_change_keeps_its_mask(options: dict[str, An
     mask, active = opt.whole_masks()["2.weight"], dict(state.active)
     model[2].requires_grad_(False)  # type: ignore[index, operator]
     frozen, others = weights(model)["2.weight"], opt.whole_masks()
-    assert list(others) == ["0.weight", "4.weight"]
+    assert list(others) == ["0.weight", "2.weight", "4.weight"] and torch.equal(others["2.weight"], mask)
     train(opt, model, 3, 5)
     assert torch.equal(state.masks["2.weight"], mask) and torch.equal(weights(model)["2.weight"], frozen)
     assert sum(state.active.values()) == sum(active.values()) and state.active["2.weight"] == active["2.weight"]

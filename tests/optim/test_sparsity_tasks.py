@@ -297,21 +297,41 @@ def test_parameters_that_came_after_a_task_stay_as_they_are_in_it() -> None:
     assert same(weights(late), after)
 
 
-def test_a_layer_that_is_frozen_in_a_later_task() -> None:
+FREEZES = {  # steps at which the parameters are frozen and trained again, of three tasks of 6
+    "from the start": (0, 6), "through the second task": (6, 12), "in the second task": (9, 18), "in the first": (3, 9)}
+
+
+@pytest.mark.filterwarnings("ignore:DynamicSparsity. .* layers have fewer free weights")
+@pytest.mark.parametrize("drop_fraction", [0.0, 0.3])
+@pytest.mark.parametrize("when", FREEZES)
+@pytest.mark.parametrize("names", [("3.weight",), ("0.weight", "3.bias", "4.weight"), ("6.weight",)])
+def test_what_is_frozen_for_a_while_is_not_forgotten(names: tuple[str, ...], when: str, drop_fraction: float) -> None:
+    opt, model = build(density=0.2, drop_fraction=drop_fraction, densities={"6.weight": 1.0})
+    seen, (begin, end) = {}, FREEZES[when]
+    for task in (1, 2, 3):
+        for i in range(6):
+            for name in names:
+                model.get_parameter(name).requires_grad_(not begin <= 6 * (task - 1) + i < end)
+            if i == 0:
+                opt.begin_task(task)
+            step(opt, model, task, i)
+        opt.end_task()
+        seen[task] = logits(model)
+        assert all(torch.equal(shown(opt, model, t), seen[t]) for t in seen)
+        assert all(int(m.sum()) == round(opt.densities()[n] * m.numel()) > 0 for n, m in opt.whole_masks().items())
+        assert all(room.used > 0 for room in opt.capacity().values())
+
+
+def test_the_best_weights_of_a_layer_that_was_frozen_since_come_back() -> None:
     opt, model = build(density=0.2)
     opt.begin_task(1)
-    train(opt, model, 1)
-    opt.end_task()
-    first = logits(model)
+    train(opt, model, 1, 3)
+    opt.keep_best(1.0)
+    best = logits(model)
+    train(opt, model, 1, 6, begin=3)
     model[3].weight.requires_grad_(False)  # type: ignore[index, union-attr]
-    opt.begin_task(2)
-    train(opt, model, 2)
-    opt.end_task()
-    model[3].weight.requires_grad_(True)  # type: ignore[index, union-attr]
-    opt.begin_task(3)
-    train(opt, model, 3)
-    opt.end_task()
-    assert torch.equal(shown(opt, model, 1), first)
+    opt.end_task(select="best")
+    assert torch.equal(logits(model), best) and torch.equal(shown(opt, model, 1), best)
 
 
 def test_misuse_is_named() -> None:

@@ -349,6 +349,7 @@ def test_a_base_with_passes_of_its_own_and_complex_weights_are_refused() -> None
     model = nn.Linear(2, 2, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"complex parameters \['weight', 'bias'\], must be real"):
         compose(SAM, base=torch.optim.SGD)(model, lr=0.1)
+    compose(SAM, base=torch.optim.SGD)(nn.Sequential(small_net(), model.requires_grad_(False)), lr=0.1)  # nothing trains them
 
 
 def test_methods_of_descent_refuse_a_base_that_maximises() -> None:
@@ -361,6 +362,27 @@ def test_methods_of_descent_refuse_a_base_that_maximises() -> None:
         train(model, opt, 0, 3, scale=sign)
         ends.append(weights(model))
     assert same(*ends)
+    opt = compose(SAM, base=torch.optim.SGD)([("a", nn.Parameter(torch.ones(2)))], lr=0.1)
     with pytest.raises(ValueError, match="maximize=True with SAM"):
-        opt = compose(SAM, base=torch.optim.SGD)([("a", nn.Parameter(torch.ones(2)))], lr=0.1)
         opt.add_param_group({"params": [("b", nn.Parameter(torch.ones(2)))], "maximize": True})
+    assert len(opt.param_groups) == 1 and opt.host.names == ["a"]
+
+
+@pytest.mark.parametrize("signature", ["self", "self, *args, **kwargs"])
+def test_a_base_may_take_no_closure(signature: str) -> None:
+    names: dict[str, Any] = {"torch": torch}
+    exec(f"""class Descent(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {{"lr": lr}})
+
+    @torch.no_grad()
+    def step({signature}):
+        for p in self.param_groups[0]["params"]:
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+""", names)
+    ends = []
+    for base in (names["Descent"], torch.optim.SGD):
+        model = small_net()
+        train(model, compose(SAM, base=base)(model, lr=0.1), 0, 3)
+        ends.append(weights(model))
+    assert same(*ends)

@@ -36,6 +36,8 @@ EXPECTED = {
     "stage 0 fp32 accumulation": "UnsupportedHost: DeepSpeed: stage 0 in bf16 with fp32 accumulation is not supported",
     "pipeline": "UnsupportedHost: DeepSpeed: pipeline parallelism is not supported",
     "other base": "UnsupportedHost: DeepSpeed: the engine's optimizer is SGD, the class is built on AdamW",
+    "passes of its own": "ValueError: SharpLBFGS: base LBFGS, which runs passes of its own, must update once per step",
+    "complex weights": "ValueError: DeepSpeed: complex parameters ['weight', 'bias'], must be real",
     "per tensor at stage 1": "UnsupportedHost: DeepSpeed: Lars uses norms of whole tensors, and stage 1 shows it slices",
     "per tensor at stage 0": "ok",
     "missing internal": "UnsupportedHost: DeepSpeed: DeepSpeedZeroOptimizer.micro_step_id is missing in this version",

@@ -40,6 +40,10 @@ class SharpLars(SAM, Lars):
     pass
 
 
+class SharpLBFGS(SAM, torch.optim.LBFGS):
+    pass
+
+
 class Bare(ShrinkPerturb, torch.optim.SGD):
     pass
 
@@ -92,6 +96,14 @@ def pipeline() -> None:
     engine = engine_of()
     engine.__class__ = type("PipelineEngine", (type(engine),), {})
     Sharp.on(engine)
+
+
+def complex_weights() -> None:
+    import deepspeed
+
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    config = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+    Sharp.on(deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)[0])
 
 
 def missing_internal() -> None:
@@ -191,6 +203,8 @@ CASES: dict[str, Callable[[], Any]] = {
                                                      config={"bf16": {"enabled": True}}),
     "pipeline": pipeline,
     "other base": lambda: SharpAdam.on(engine_of()),
+    "passes of its own": lambda: SharpLBFGS.on(engine_of(base=torch.optim.LBFGS, stage=0)),
+    "complex weights": complex_weights,
     "per tensor at stage 1": lambda: SharpLars.on(engine_of(base=Lars)),
     "per tensor at stage 0": lambda: SharpLars.on(engine_of(base=Lars, stage=0)),
     "missing internal": missing_internal,

@@ -55,7 +55,8 @@ class EMA(OptimizerMixin):
         """Fold the new weights into the average."""
         super().edit_parameters()
         config, average = self.configs[EMA], self.states[EMA].average
-        known = [s for s in self.host.shards if s.name in average]
+        with self.host.frozen_too():  # the average of a weight that was frozen on the way goes on towards it
+            known = [s for s in self.host.shards if s.name in average]
         if known and self.step_count % config.ema_every == 0:
             kept = [average[s.name] for s in known]
             torch._foreach_lerp_(kept, [s.data.to(a.dtype) for s, a in zip(known, kept, strict=True)], 1.0 - config.ema_decay)

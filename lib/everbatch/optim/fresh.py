@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from everbatch.optim.hosts.base import plain_name
 
 __all__ = ["digest", "fresh_model", "normalisers", "private_stream", "redraw", "without_initialiser"]
 
+SLOTS = frozenset(vars(nn.Module()))
+"""What torch keeps in every module."""
 NORMALISERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -61,25 +64,40 @@ def redraw(module: nn.Module, layout: Mapping[str, tuple[torch.dtype, torch.Size
             own = {n: known[id(p)] for n, p in part._parameters.items() if p is not None}
             if not _resettable(part) or not any(name in layout for name in own.values()):
                 continue
-            twin = _twin(part, known, layout)
+            twin = _twin(part, known, layout, {})
             twin.reset_parameters()  # type: ignore[operator]
             draws.update({name: twin._parameters[n].detach() for n, name in own.items() if name in layout})  # type: ignore[union-attr]
     return draws
 
 
-def _twin(part: nn.Module, known: Mapping[int, str], layout: Mapping[str, tuple[torch.dtype, torch.Size]]) -> nn.Module:
-    """A copy with parameters and buffers of its own, and so are its children, which `reset_parameters` may reset as well."""
-    twin = object.__new__(type(part))  # FSDP2's classes build a new module in their own __new__
-    twin.__dict__.update(part.__dict__)
-    twin.__dict__["_parameters"] = {}
+def _twin(part: nn.Module, known: Mapping[int, str], layout: Mapping[str, tuple[torch.dtype, torch.Size]],
+          twins: dict[int, Any]) -> nn.Module:
+    """A copy with parameters and buffers of its own, and so are its children, which `reset_parameters` may reset as well, also
+    where it finds them through a list or another plain attribute."""
+    twin = twins[id(part)] = object.__new__(type(part))  # FSDP2's classes build a new module in their own __new__
+    own: dict[str, nn.Parameter | None] = {}
     for n, p in part._parameters.items():
-        if p is not None:
+        if p is not None and id(p) not in twins:
             dtype, shape = layout.get(known[id(p)], (torch.float32, getattr(p, "ds_shape", p.shape)))
-            p = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        twin.__dict__["_parameters"][n] = p
-    twin.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in part._buffers.items()}
-    twin.__dict__["_modules"] = {n: None if m is None else _twin(m, known, layout) for n, m in part._modules.items()}
+            twins[id(p)] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        own[n] = None if p is None else twins[id(p)]
+    buffers = {n: None if b is None else b.clone() for n, b in part._buffers.items()}
+    for child in part._modules.values():
+        if child is not None and id(child) not in twins:
+            _twin(child, known, layout, twins)
+    children = {n: None if m is None else twins[id(m)] for n, m in part._modules.items()}
+    twin.__dict__.update({n: value if n in SLOTS else _replaced(value, twins) for n, value in part.__dict__.items()},
+                         _parameters=own, _buffers=buffers, _modules=children)
     return twin
+
+
+def _replaced(value: Any, twins: Mapping[int, Any]) -> Any:
+    """A plain attribute with modules and parameters exchanged for their twins."""
+    if type(value) is dict:
+        return {k: _replaced(v, twins) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(v, twins) for v in value)
+    return twins.get(id(value), value)
 
 
 def without_initialiser(module: nn.Module) -> dict[str, list[str]]:

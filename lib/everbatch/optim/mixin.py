@@ -59,11 +59,7 @@ class OptimizerMixin(Contract):
         """
         module = params if isinstance(params, nn.Module) else None
         rest = self._start(options, seed)
-        base = base_of(type(self))
-        once = inspect.signature(base.step).parameters["closure"].default is None  # type: ignore[union-attr]
-        check(once, type(self).__name__, f"base {base.__name__}, which runs passes of its own", "update once per step",  # type: ignore[union-attr]
-              "use a base whose step() needs no closure")
-        allowed = set(inspect.signature(base.__init__).parameters) - {"self", "params"}  # type: ignore[misc]
+        allowed = set(inspect.signature(base_of(type(self)).__init__).parameters) - {"self", "params"}  # type: ignore[misc]
         reject_unknown(type(self), rest, allowed | {"seed", "scaler"})
         super().__init__(_named_groups(type(self).__name__, params), **rest)  # type: ignore[call-arg]
         self._attach(LocalHost(self, module, scaler))
@@ -95,7 +91,11 @@ class OptimizerMixin(Contract):
         return self
 
     def _start(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
-        check(isinstance(seed, int), type(self).__name__, f"seed={seed!r}", "be an integer")
+        who, base = type(self).__name__, base_of(type(self))
+        check(isinstance(seed, int), who, f"seed={seed!r}", "be an integer")
+        closure = inspect.signature(base.step).parameters.get("closure")  # type: ignore[union-attr]
+        check(closure is None or closure.default is not inspect.Parameter.empty, who, f"base {base.__name__}, which runs passes "  # type: ignore[union-attr]
+              "of its own", "update once per step", "use a base whose step() needs no closure")
         self.seed, self.step_count, self.skipped_count, self.metrics = seed, 0, 0, {}
         self._on_apply: list[Callable[[], None]] = []
         self._on_skip: list[Callable[[], None]] = []
@@ -107,16 +107,16 @@ class OptimizerMixin(Contract):
 
     def _attach(self, host: Host) -> None:
         self.host = host
-        self._check_direction()
+        self._check_direction(host.groups())
         for part in parts_of(type(self)):
             if "on_attach" in vars(part):
                 part.on_attach(self)  # type: ignore[attr-defined]
 
-    def _check_direction(self) -> None:
+    def _check_direction(self, groups: Iterable[Mapping[str, Any]]) -> None:
         down = [p.__name__ for p in parts_of(type(self)) if p.minimizes]  # type: ignore[attr-defined]
-        up = any(group.get("maximize") for group in self.host.groups())
-        check(not (down and up), type(self).__name__, f"maximize=True with {', '.join(down)}", "minimise",
-              "back-propagate the negative of the objective instead")
+        up = any(group.get("maximize") for group in groups)
+        check(not (down and up), type(self).__name__, f"maximize=True with {', '.join(down)}", "minimise", "back-propagate the "
+              "negative of the objective instead; a part of your own for which it makes no difference says minimizes = False")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters, as `torch.optim.Optimizer.add_param_group` does.
@@ -127,10 +127,11 @@ class OptimizerMixin(Contract):
         host = self.__dict__.get("host")  # none yet while the base is being built
         if host is not None and not isinstance(host, LocalHost):
             raise UnsupportedHost(f"{host.title}: a built engine takes no more parameters; initialise it with all of them")
+        if host is not None:
+            self._check_direction([self.defaults | param_group])  # type: ignore[attr-defined]
         super().add_param_group(param_group)  # type: ignore[misc]
         if host is not None:
             self.host = LocalHost(self, *host.recipe())
-            self._check_direction()
 
     # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
     @property
@@ -294,9 +295,7 @@ class OptimizerMixin(Contract):
         if working.itemsize < 4 and self.step_count % 100 == 0:
             ratio, cosine = realised(vector, saved, working)
             self.metrics |= {"perturbation_norm_ratio": ratio, "perturbation_cosine": cosine}
-            if not self._warned:
-                report(type(self).__name__, ratio, cosine, self.host.rank)
-                self._warned = True
+            self._warned = self._warned or report(type(self).__name__, ratio, cosine, self.host.rank)
 
     def on_apply(self, commit: Callable[[], None]) -> None:
         """Run `commit` if this step is applied: how a part changes its state before it is known whether the step counts."""

@@ -81,7 +81,7 @@ class EWC(OptimizerMixin):
         penalty   strength * sum_k sum_i F_k,i (theta_i - theta*_k,i)^2        gradient  2 * strength * F (theta - theta*)
         separate: one (F, theta*) for each task, summed
         online:   F <- gamma * F + F_new;              theta* <- theta
-        mean:     F <- ((k - 1) F + F_new) / k;        theta* <- theta
+        mean:     F <- ((k - 1) F + F_new) / k;        theta* <- theta      k: tasks in which the parameter was trained
 
     There is no 1/2: `strength` is lambda of the papers' equations divided by 2, and lambda of most code (Mammoth's `e_lambda`).
     The gradient is added in closed form on shards after every pass, so a sharpness mixin and Refresh see it; the loss that the
@@ -131,6 +131,8 @@ class EWC(OptimizerMixin):
         importance: ByName = field(default_factory=ByName)
         anchor: ByName = field(default_factory=ByName)
         tasks: int = 0
+        averaged: dict[str, int] = field(default_factory=dict)
+        """Tasks in each parameter's importance: those in which it was trained."""
         constant: float = 0.0
         """form="separate": what the sum of the tasks' penalties is above the one quadratic that is kept."""
 
@@ -170,10 +172,11 @@ class EWC(OptimizerMixin):
                 old[s.name], anchor[s.name], rest = merge_quadratics(old[s.name].to(f), anchor[s.name].to(f), f, weights[s.name])
                 constant += rest.sum(dtype=torch.float64).to(constant)
             else:
-                old[s.name] = accumulate(old.get(s.name), f, config.form, config.gamma, state.tasks)
+                old[s.name] = accumulate(old.get(s.name), f, config.form, config.gamma, state.averaged.get(s.name, 0))
                 anchor[s.name] = weights[s.name]
         state.constant += self.host.total(constant).item()
         state.tasks += 1
+        state.averaged = {**state.averaged, **{n: state.averaged.get(n, 0) + 1 for n in self.host.names}}
 
     @torch.no_grad()
     def ewc_penalty(self) -> Tensor:

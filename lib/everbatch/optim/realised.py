@@ -34,8 +34,10 @@ def realised(requested: Vector, saved: Vector, working: torch.dtype) -> tuple[Te
             torch.where(ee > 0, re / (rr * ee).sqrt().clamp_min(tiny), one))
 
 
-def report(who: str, ratio: Tensor, cosine: Tensor, rank: int) -> None:
-    """Warn on rank 0 when a displacement is mostly lost. Reads two scalars from the device."""
-    if rank == 0 and min(ratio.item(), cosine.item()) < WARN_BELOW:
+def report(who: str, ratio: Tensor, cosine: Tensor, rank: int) -> bool:
+    """Warn on rank 0 when a displacement is mostly lost; whether it did. Reads two scalars from the device."""
+    lost = rank == 0 and min(ratio.item(), cosine.item()) < WARN_BELOW
+    if lost:
         warnings.warn(f"{who}: the working weights' precision swallows the perturbation: realised norm {ratio.item():.2f} of the "
                       f"requested, cosine {cosine.item():.2f}; raise the radius, or keep working weights in fp32", stacklevel=2)
+    return lost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,16 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.errors import UnsupportedHost
+from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.shards import Shard, Vector
 
-__all__ = ["Alone", "Host", "plain_name", "unwrap"]
+__all__ = ["Alone", "Host", "plain_name", "refuse_complex", "unwrap"]
 
 
 def plain_name(name: str, *, ddp: bool = False) -> str:
     """A name in the bare model: without what torch.compile and activation checkpointing add, and DDP where `ddp` says so."""
     bare = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
     return bare.removeprefix("module.") if ddp else bare
+
+
+def refuse_complex(who: str, trained: Iterable[tuple[str, Tensor]]) -> None:
+    """Norms, signs and penalties here are of real numbers."""
+    names = [n for n, p in trained if p.is_complex()]
+    check(not names, who, f"complex parameters {names[:3]}", "be real", "store torch.view_as_real of them")
 
 
 def unwrap(module: nn.Module) -> nn.Module:

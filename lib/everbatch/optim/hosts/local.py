@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_name, unwrap
+from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, unwrap
 from everbatch.optim.shards import Shard, Vector
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class LocalHost(Host):
         super().__init__()
         # The optimizer owns its host; a strong reference back would keep both alive until the garbage collector runs.
         self._optimizer = weakref.proxy(optimizer)
+        self._frozen_too = False
+        self._built: dict[bool, tuple[list[str], list[Shard]]] = {}
+        """Without and with frozen parameters: the names that count, and their shards."""
         self._outer = module
         self.module = None if module is None else unwrap(module)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -50,13 +53,9 @@ class LocalHost(Host):
         check(len(set(names)) == len(names), type(optimizer).__name__, f"parameter names {_twice(names)} occur twice",
               "be unique", "pass the module, or named_parameters() with a prefix for each module")
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
-        imaginary = [n for n, p in self._named if p.is_complex()]
-        check(not imaginary, type(optimizer).__name__, f"complex parameters {imaginary[:3]}", "be real",
-              "store torch.view_as_real of them")
+        refuse_complex(type(optimizer).__name__, self._counted)
         self.device = _device(self._named[0][1])
         self.sync = True
-        self._trained: list[str] = []
-        self._frozen_too = False
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         for part in module.modules() if module is not None else ():
             if isinstance(part, FSDPModule | DistributedDataParallel):
@@ -109,10 +108,10 @@ class LocalHost(Host):
 
     @property
     def shards(self) -> list[Shard]:
-        trained = self.names
-        if self._shards is None or trained != self._trained:
-            self._shards, self._trained = self._build_shards(), trained
-        return self._shards
+        names, kept = self.names, self._built.get(self._frozen_too)
+        if kept is None or kept[0] != names:
+            kept = self._built[self._frozen_too] = (names, self._build_shards())
+        return kept[1]
 
     def _build_shards(self) -> list[Shard]:
         index_of = self.group_index()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost
-from everbatch.optim.hosts.base import Alone, Host, plain_name
+from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Shard, Vector
 
@@ -36,7 +36,7 @@ NEEDED = {
                                       "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters",
                                       "clear_backward_seen_flag"),
 }
-PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "lbfgs", "muon", "novograd", "nvnovograd", "shampoo",
+PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo",
               "adamp", "sgdp", "fromage"}
 """Base optimizers whose update of an element depends on its whole tensor: wrong on slices."""
 
@@ -73,6 +73,7 @@ class ZeroHost(Host):
         self.rank, self.world, self.sharded = world.rank, world.size, self.stage > 0 and world.size > 1
         self.replicas = 1 if self.stage else self.world
         self._named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
+        refuse_complex("DeepSpeed", self._named)
         self.bf16 = bool(engine.bfloat16_enabled())
         self.title = f"ZeRO stage {self.stage} ({'bf16' if self.bf16 else 'fp32'})"
         self.pass_cost = {0: "one gradient all-reduce", 3: "one gradient reduction, parameter gathers of a forward and backward, "

@@ -453,9 +453,10 @@ class DynamicSparsity(OptimizerMixin):
     def whole_masks(self) -> dict[str, Tensor]:
         """Whole bool masks of all masked layers by name, on every rank (copies). Collective where weights are sharded."""
         state = self.states[DynamicSparsity]
-        held = [(s, state.masks[s.name]) for s in self._masked()]
         names = list(state.active)
-        return self.host.gather(held, names, dict.fromkeys(names, torch.bool))
+        with self.host.frozen_too():
+            held = [(s, state.masks[s.name]) for s in self._masked()]
+            return self.host.gather(held, names, dict.fromkeys(names, torch.bool))
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Use these whole bool masks instead, the same on every rank; names left out keep theirs. Collective where sharded.

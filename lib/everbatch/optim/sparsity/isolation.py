@@ -12,11 +12,12 @@ prediction).
 from __future__ import annotations
 
 import base64
+import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Capacity", "begin", "capacity", "end", "keep_best", "showing"]
 
 WHO = "DynamicSparsity"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ def _state(opt: DynamicSparsity) -> Any:
     return opt.configs[Part], opt.states[Part]
 
 
+def _frozen_too(function: Callable[Concatenate[DynamicSparsity, P], R]) -> Callable[Concatenate[DynamicSparsity, P], R]:
+    """What a task keeps and shows is the whole network, whatever the user has frozen by then or will have unfrozen."""
+    @functools.wraps(function)
+    def wrapped(opt: DynamicSparsity, *args: P.args, **kwargs: P.kwargs) -> R:
+        with opt.host.frozen_too():
+            return function(opt, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]  # mypy holds the name of the first argument against it
+
+
 # ---------------------------------------------------------------------------------------------------------- a task
 @torch.no_grad()
 def begin(opt: DynamicSparsity, task: int, steps: int | None, masks: Mapping[str, Tensor] | None) -> None:
@@ -79,8 +92,9 @@ def begin(opt: DynamicSparsity, task: int, steps: int | None, masks: Mapping[str
         fresh = _draw(opt, task, [n for n in names if masks is None or n not in masks])
     else:
         # The first task keeps what it was built with; layers that were left dense get a mask of ones, to be frozen by.
-        fresh = {s.name: state.masks.get(s.name, torch.ones_like(s.data, dtype=torch.bool)) for s in opt.host.shards
-                 if s.name in opt._shapes}
+        with opt.host.frozen_too():
+            fresh = {s.name: state.masks.get(s.name, torch.ones_like(s.data, dtype=torch.bool)) for s in opt.host.shards
+                     if s.name in opt._shapes}
     chosen = {**fresh, **given}
     if state.done:
         for shard in opt.host.shards:
@@ -154,6 +168,7 @@ def _warn(opt: DynamicSparsity, room: dict[str, Capacity]) -> None:
 
 
 @torch.no_grad()
+@_frozen_too
 def keep_best(opt: DynamicSparsity, score: float) -> bool:
     """See `DynamicSparsity.keep_best`."""
     _, state = _state(opt)
@@ -169,6 +184,7 @@ def keep_best(opt: DynamicSparsity, score: float) -> bool:
 
 
 @torch.no_grad()
+@_frozen_too
 def end(opt: DynamicSparsity, select: str) -> None:
     """See `DynamicSparsity.end_task`."""
     config, state = _state(opt)
@@ -219,11 +235,9 @@ def _check_frozen(opt: DynamicSparsity) -> None:
 
 
 def _checksums(opt: DynamicSparsity) -> dict[str, int]:
-    """A sum over the stored bits that ended tasks use, each times an odd number of its position; the same at any sharding.
-    Of layers that are trained: of a frozen one no rank sees its slice."""
+    """A sum over the stored bits that ended tasks use, each times an odd number of its position; the same at any sharding."""
     _, state = _state(opt)
-    trained = set(opt.host.names)
-    used, names = opt._used() or {}, [n for n in opt._shapes if n in trained]
+    used, names = opt._used() or {}, list(opt._shapes)
     sums = torch.zeros(len(names), dtype=torch.int64, device=opt.host.device)
     for shard in opt._masked():
         if shard.name in used:
@@ -235,6 +249,7 @@ def _checksums(opt: DynamicSparsity) -> dict[str, int]:
 
 
 @torch.no_grad()
+@_frozen_too
 def capacity(opt: DynamicSparsity) -> dict[str, Capacity]:
     """See `DynamicSparsity.capacity`. One all-reduce."""
     _, state = _state(opt)
@@ -271,8 +286,7 @@ def showing(opt: DynamicSparsity, task: int) -> Iterator[None]:
     weights = {s.name: s.data.clone() for s in shards}
     buffers = [(b, b.clone()) for _, b in _named_buffers(opt)]
     try:
-        with opt.host.frozen_too():
-            _show(opt, task)
+        _show(opt, task)
         opt.host.publish_if_dirty()
         yield
     finally:
@@ -286,6 +300,7 @@ def showing(opt: DynamicSparsity, task: int) -> Iterator[None]:
 
 
 @torch.no_grad()
+@_frozen_too
 def _show(opt: DynamicSparsity, task: int) -> None:
     _, state = _state(opt)
     masks, saved = state.task_masks[task - 1], state.saved.get(str(task))
