@@ -175,8 +175,8 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World) 
         optimizer = functools.partial(cls, **optimizer.keywords, shrinkperturb_shrink=shrink, shrinkperturb_perturb=perturb,
                                       shrinkperturb_factory=factory)
     learner = type("Learner", ((WarmStart,) if arm != "warm" else ()) + (Fitted, Trainer), {})
-    alone = options.engine.kind == "ddp" and world.size == 1
-    engine = "plain" if alone else options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size)
+    engine = options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size)
+    engine = "plain" if engine == "ddp" and world.size == 1 else engine
     trainer = learner(model(seed), optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
                       augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
     matrix = trainer.fit(stream)

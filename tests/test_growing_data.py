@@ -9,9 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
+from everbatch.data import TensorSource, growing
+from everbatch.distributed import World
+from everbatch.recipe import Engine
 from processes import ENVIRONMENT, ROOT, torchrun
 
 RECIPE = ROOT / "recipes" / "growing_data.py"
@@ -58,6 +63,15 @@ def test_a_difference_within_its_error_is_called_none(recipe: ModuleType) -> Non
     clear = recipe.gap([0.75, 0.76, 0.77], [0.70, 0.70, 0.70])
     assert recipe.verdict("fresh_minus_warm", clear, 3).endswith("more than 2 standard errors from zero")
     assert "no statement" in recipe.verdict("fresh_minus_warm", recipe.gap([0.7], [0.6]), 1)
+
+
+@pytest.mark.parametrize("option", [{"stage": 2}, {"precision": "bf16"}])
+def test_options_of_deepspeed_are_refused_without_it(recipe: ModuleType, option: dict[str, Any]) -> None:
+    """Also on one process, where ddp is plain torch."""
+    sources = [TensorSource(torch.zeros(n, 1, 8, 8), torch.arange(n) % 2, name=str(n)) for n in (8, 4)]
+    options = recipe.Recipe(engine=Engine(kind="ddp", **option))
+    with pytest.raises(ValueError, match=r"engine: .* with kind=ddp, must be left out, they are DeepSpeed's"):
+        recipe.one_run(options, growing(*sources, sizes=[4, 4], seed=0), "warm", 0, World())
 
 
 def test_sizes_and_bad_options(recipe: ModuleType) -> None:

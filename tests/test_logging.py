@@ -94,6 +94,16 @@ def test_a_fresh_run_drops_the_old_scalars(tmp_path: Path) -> None:
     assert read_scalars(tmp_path / "scalars.jsonl") == [{"step": 0, "a": 1.0}]
 
 
+def test_a_run_that_records_nothing_keeps_the_old_scalars(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as recorder:
+        recorder.scalars(0, {"loss": 1.0})
+    with Recorder(tmp_path) as recorder:
+        recorder.flush()
+        recorder.result({"accuracy": 0.5})
+    assert read_scalars(tmp_path / "scalars.jsonl") == [{"step": 0, "loss": 1.0}]
+    assert tensorboard_scalars(tmp_path / "tensorboard") == [(0, 1.0)]
+
+
 def test_other_ranks_do_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     with Recorder(folder, rank=1) as recorder:
@@ -144,7 +154,7 @@ def test_result_is_atomic_and_plain_json(tmp_path: Path) -> None:
         write_json(path, {"bad": object()})
     assert path.read_text() == text
     write_json(path, {"a": 1})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json", "scalars.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json"]
 
 
 def test_versions_imports_nothing() -> None:

@@ -132,6 +132,7 @@ def test_a_refused_resume_leaves_the_written_configuration(tmp_path: Path, monke
         assert (load_text(path.read_text())["lr"] if path.exists() else None) == old
         with recorded(Optimizer(lr=new), path, resume=resume, write=True):
             assert load_text(path.read_text())["lr"] == new
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
     with pytest.raises(RuntimeError), recorded(Optimizer(lr=0.3), path, resume=True, write=True):
         raise RuntimeError("another configuration")
     assert load_text(path.read_text())["lr"] == 0.2
@@ -141,3 +142,16 @@ def test_a_refused_resume_leaves_the_written_configuration(tmp_path: Path, monke
     assert not restarted()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert restarted()
+
+
+@pytest.mark.parametrize(("left", "kept"), [
+    (None, 0.2), (".tmp-step-00000002", 0.2), ("previous", 0.2), ("step-00000002", 0.1), (".old-step-00000002", 0.1)])
+def test_where_nothing_is_there_to_resume_the_configuration_is_the_new_one(tmp_path: Path, left: str | None, kept: float) -> None:
+    """A run that ended before its first checkpoint, then one with another rate that is killed."""
+    path = tmp_path / "config.yaml"
+    config.dump(Optimizer(lr=0.1), path)
+    if left is not None:
+        (tmp_path / "checkpoints" / left).mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt), recorded(Optimizer(lr=0.2), path, resume=True, write=True):
+        raise KeyboardInterrupt
+    assert load_text(path.read_text())["lr"] == kept

@@ -152,7 +152,8 @@ class Recorder:
         return path
 
     def flush(self) -> None:
-        """Read waiting scalars from the device (one transfer) and put them on disk. Call it before a checkpoint."""
+        """Read waiting scalars from the device (one transfer) and put them on disk. Call it before a checkpoint. Before the first
+        scalar it leaves the file of an earlier run as it is."""
         if not self.active:
             return
         tensors = [value for *_, value in self._pending if isinstance(value, Tensor)]
@@ -166,14 +167,14 @@ class Recorder:
         for step, tag, value in self._pending:
             rows.setdefault(step, {})[tag] = read[id(value)] if isinstance(value, Tensor) else value
         self._pending.clear()
-        lines = self._lines()
         for step, row in rows.items():
-            lines.write(json.dumps({"step": step, **{tag: _finite(value) for tag, value in row.items()}}) + "\n")
+            self._file.write(json.dumps({"step": step, **{tag: _finite(value) for tag, value in row.items()}}) + "\n")
             if self._tensorboard:
                 for tag, value in row.items():
                     self._events().add_scalar(tag, value, step)
-        lines.flush()
-        os.fsync(lines.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._writer is not None:
             self._writer.flush()
         if self._bar is not None and rows:
@@ -188,7 +189,8 @@ class Recorder:
         self.flush()
         if self._writer is not None:
             self._writer.close()
-        self._lines().close()
+        if self._file is not None:
+            self._file.close()
         self.active = False
 
     def __enter__(self) -> Recorder:

@@ -283,9 +283,10 @@ def restarted() -> bool:
 
 @contextmanager
 def recorded(options: Any, path: Path, *, resume: bool, write: bool) -> Iterator[None]:
-    """Keep a run's configuration beside its results: written before the run, but where it resumes, after it, so that a refused
-    one does not replace the configuration that must be repeated."""
-    late = resume and path.exists()
+    """Keep a run's configuration beside its results: written before the run, but where it resumes from one of the `checkpoints`
+    beside it, after it, so that a refused one does not replace the configuration that must be repeated."""
+    kept = path.parent / "checkpoints"
+    late = resume and path.exists() and any(any(kept.glob(f"{prefix}step-[0-9]*")) for prefix in ("", ".old-"))
     if write and not late:
         dump(options, path)
     yield

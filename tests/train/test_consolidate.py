@@ -105,6 +105,19 @@ def test_isolated_tasks_are_not_forgotten() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:DynamicSparsity. .* layers have fewer free weights")
+def test_isolated_tasks_are_not_trained_again(tmp_path: Path) -> None:
+    data = stream(task_incremental)
+    trainer = learner((DynamicSparsity,), {"density": 0.3}, tmp_path, isolate=True)
+    matrix, before = str(trainer.fit(data)), [p.detach().clone() for p in trainer.module.parameters()]
+    found = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="Consolidate: isolate=True in a run after 3 isolated tasks, must come before the first"):
+        trainer.fit(data)
+    assert sorted(tmp_path.rglob("*")) == found and str(trainer.matrix) == matrix and trainer.step == 36
+    assert all(torch.equal(p, q) for p, q in zip(trainer.module.parameters(), before, strict=True))
+    assert str(trainer.fit(data, resume=True)) == matrix  # it ended, and no task is left
+
+
+@pytest.mark.filterwarnings("ignore:DynamicSparsity. .* layers have fewer free weights")
 @pytest.mark.parametrize("case", ["refresh and ewc", "si", "isolated"])
 def test_a_resumed_run_repeats_no_call(tmp_path: Path, case: str) -> None:
     isolated = case == "isolated"

@@ -38,6 +38,28 @@ class Tied(nn.Module):
         return self.head(self.second(self.first(x.flatten(1)).tanh()).tanh() * self.scale)  # type: ignore[no-any-return]
 
 
+class Shared(nn.Module):
+    """A norm and a scale that are each registered under two names; the scale is no part of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
+        self.b = nn.Sequential(nn.Linear(64, 64), self.a[1])
+        self.head = nn.Linear(64, 6)
+        self.a[1].register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x.flatten(1)).tanh()).tanh())  # type: ignore[no-any-return]
+
+
+def test_a_module_under_two_names(tmp_path: Path) -> None:
+    trainer = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=Shared())
+    trainer.fit(stream())
+    saved, twin = load_file(trainer.export(tmp_path / "model.safetensors")), Shared()
+    twin.load_state_dict(saved)
+    assert all(torch.equal(v, twin.state_dict()[n]) for n, v in trainer.module.state_dict().items())
+
+
 def test_tied_weights_and_passing_buffers(tmp_path: Path) -> None:
     trainer = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=Tied())
     trainer.fit(stream())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.logging import Recorder
 from everbatch.train import Replay, Schedule, StepRecord, Trainer, TrainerMixin
 from everbatch.train.evaluate import allowed_classes
-from everbatch.train.trainer import _StopOnSignal
+from everbatch.train.signals import StopOnSignal
 from learning import Abandoned, stream
 
 
@@ -209,9 +210,33 @@ def test_scalars_of_a_run_that_diverges_are_kept(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
 
 
+@pytest.mark.parametrize("action", ["default", "error"])
+def test_scalars_that_cannot_be_written_hide_no_error(tmp_path: Path, action: Any) -> None:
+    class Full(Recorder):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    t = learning.trainer("plain", cls=Trainer, recorder=Full(tmp_path, tensorboard=False), max_bad_steps=2,
+                         prepare=lambda x: x.float() * float("nan"))
+    with pytest.warns(UserWarning, match="last scalars before RuntimeError were not written: OSError: .*No space left"):
+        warnings.simplefilter(action)
+        with pytest.raises(RuntimeError, match="2 consecutive steps"):
+            t.fit(stream())
+    t.recorder._file.close()
+
+
+def test_a_run_that_fails_in_its_first_step_keeps_the_scalars_of_the_last(tmp_path: Path) -> None:
+    with Recorder(tmp_path, 0, tensorboard=False) as recorder:
+        learning.trainer("plain", cls=Trainer, recorder=recorder).fit(stream())
+    lines, narrow = (tmp_path / "scalars.jsonl").read_text(), nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with Recorder(tmp_path, 0, tensorboard=False) as recorder, pytest.raises(ValueError, match="give the model a head"):
+        learning.trainer("plain", cls=Trainer, recorder=recorder, model=narrow).fit(stream())
+    assert (tmp_path / "scalars.jsonl").read_text() == lines and lines.count("\n") == learning.STEPS
+
+
 def test_a_signal_that_comes_twice_at_once_asks_once(tmp_path: Path) -> None:
     t = learning.trainer("plain", cls=Trainer, folder=tmp_path)
-    with _StopOnSignal(t):
+    with StopOnSignal(t):
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
         assert t._stop_asked

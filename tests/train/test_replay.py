@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,29 @@ def test_class_balanced_and_ring() -> None:
     for task in range(3):  # the last samples of the task
         positions = sorted(ring.positions[ring.filled][ring.tasks[ring.filled] == task].tolist())
         assert positions == list(range(64 * task + 58, 64 * task + 64))
+
+
+@pytest.mark.parametrize("memory", ["reservoir", "class_balanced"])
+def test_a_second_fit_goes_on_in_the_stream(tmp_path: Path, memory: str) -> None:
+    """Its samples are new visits with keys of their own, as in a run that never ended; also after a resume inside it."""
+    def run(folder: Path, after: int = 0) -> Any:
+        t = learning.trainer("plain", replay={"key": "stream", "memory": memory}, folder=folder,
+                             recorder=learning.recorder(folder, after) if after else None)
+        t.fit(stream())
+        first = sorted(t.states[Replay].store.buffer.positions.tolist())
+        assert len(set(first)) == 20 and 0 <= first[0] <= first[-1] < 192
+        t.fit(stream())
+        return t
+
+    whole = run(tmp_path / "whole")
+    positions = whole.states[Replay].store.buffer.positions.tolist()
+    assert len(set(positions)) == 20 and 192 <= max(positions) < 2 * 192
+    with pytest.raises(learning.Abandoned):
+        run(tmp_path / "cut", 24 + 13)
+    again = learning.trainer("plain", replay={"key": "stream", "memory": memory}, folder=tmp_path / "cut")
+    again.fit(stream(), resume=True)
+    one, other = learning.everything(whole), learning.everything(again)
+    assert one.keys() == other.keys() and all(torch.equal(one[k].nan_to_num(-1), other[k].nan_to_num(-1)) for k in one)
 
 
 def test_no_capacity_is_no_replay_bit_for_bit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 import learning
+from everbatch import compose
 from everbatch.logging import read_scalars
 from everbatch.optim.rules import IMAGENET, Peak, conadv_peak
-from everbatch.train import Schedule, Trainer
+from everbatch.train import Schedule, StepRecord, Trainer
 from learning import PER_TASK, STEPS, Abandoned, stream
 
 PEAK, WARM = 0.1, 2
@@ -62,6 +64,37 @@ def test_rates_of_every_step(tmp_path: Path, name: str) -> None:
         rows = read_scalars(folder / "scalars.jsonl")
         assert [row["step"] for row in rows] == list(range(STEPS))
         assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+class Noting(Trainer):
+    """Keeps the tensor that the rate is in, and the rate of every step."""
+
+    def after_step(self, record: StepRecord) -> None:
+        super().after_step(record)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.held = getattr(self, "held", rate)
+        assert rate is self.held or not isinstance(rate, torch.Tensor)
+        self.rates = [*getattr(self, "rates", []), torch.as_tensor(rate, dtype=torch.float32).item()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_rate_in_a_tensor_gives_what_a_number_gives(tmp_path: Path, name: str) -> None:
+    number = torch.tensor(PEAK).item()
+
+    def run(lr: float | torch.Tensor, folder: Path, after: int = 0) -> Noting:
+        optimizer = functools.partial(compose(base=torch.optim.SGD), lr=lr, momentum=0.9)
+        made = learning.trainer("plain", cls=Noting, optimizer=optimizer, schedule=CASES[name][0], folder=folder,
+                                recorder=learning.recorder(folder, after) if after else None)
+        made.fit(stream(), resume=not after)
+        return made  # type: ignore[no-any-return]
+
+    expected, found = run(number, tmp_path / "number"), run(torch.tensor(PEAK), tmp_path / "tensor")
+    assert found.rates == expected.rates and len(found.rates) == STEPS and isinstance(found.held, torch.Tensor)
+    with pytest.raises(Abandoned):
+        run(torch.tensor(PEAK), tmp_path / "cut", 13)
+    ends = [learning.everything(t) for t in (expected, found, run(torch.tensor(PEAK), tmp_path / "cut"))]
+    for end in ends[1:]:
+        assert all(torch.equal(end[k].nan_to_num(-1), ends[0][k].nan_to_num(-1)) for k in end)
 
 
 def test_a_warm_up_longer_than_the_training() -> None:

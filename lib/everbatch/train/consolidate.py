@@ -43,7 +43,8 @@ class Consolidate(TrainerMixin):
 
     Raises:
         ValueError: at the first task, before any training: an optimizer with nothing to call; importance that would have to be
-            handed in (estimator="given"); isolate without DynamicSparsity, or on a stream that is not task-incremental.
+            handed in (estimator="given"); isolate without DynamicSparsity, or on a stream that is not task-incremental. In a
+            second `Trainer.fit` with isolate: the tasks are frozen.
 
     Cost: nothing per step. At a task's end an estimate for each of EWC, MAS and Refresh: see `diagonal_fisher`; with isolate,
     two publications of the weights per predicted batch.
@@ -69,6 +70,13 @@ class Consolidate(TrainerMixin):
     """The trainer's, composed with at least one of the parts above."""
     stream: Stream | None
     module: Any
+
+    def before_fit(self) -> None:
+        """Called by `Trainer.fit`, before anything of a run that begins anew: an isolated task is trained once."""
+        state = self.optimizer.states.get(DynamicSparsity)
+        begun = max(state.done, state.task) if state is not None and self.configs[Consolidate].isolate else 0
+        check(not begun, "Consolidate", f"isolate=True in a run after {begun} isolated tasks", "come before the first",
+              "build a new trainer, or go on from its checkpoints with resume=True")
 
     def on_task_start(self, task: Task) -> None:
         """Check what can be checked, and begin an isolated task."""

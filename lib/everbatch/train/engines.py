@@ -65,7 +65,9 @@ def launch(
     elif engine == "fsdp2":
         shard_blocks(model)
     target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
-    return Engine(cls(target, seed=seed, **options), model, call, model)
+    made = cls(target, seed=seed, **options)
+    made.host.meet(call)  # given groups, it learns of modules in its first pass: too late for weights edited after an evaluation
+    return Engine(made, model, call, model)
 
 
 def shard_blocks(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ __all__ = ["export", "whole_state"]
 @torch.no_grad()
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """The bare model's state dict on every rank: masters of trained parameters (fp32 also where the model computes in bf16),
-    frozen parameters and persistent buffers (floating ones: their mean over ranks); a tied parameter under each of its names.
+    frozen parameters and persistent buffers (floating ones: their mean over ranks); what is tied under each of its names.
     Collective: one all-reduce per sharded tensor."""
     host, module = trainer.optimizer.host, trainer.module
     state = dict(host.gather(list(host.weights()), host.names)) | frozen_of(module)
@@ -30,9 +30,10 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     for name, p in module.named_parameters(remove_duplicate=False):
         if plain_name(name) not in state:
             state[plain_name(name)] = state[first[id(p)]].clone()
-    passing = {f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name in part._non_persistent_buffers_set}
+    passing = {f"{path}.{name}".lstrip(".") for path, part in module.named_modules(remove_duplicate=False)
+               for name in part._non_persistent_buffers_set}
     with mean_buffers(module, trainer.world):
-        state |= {plain_name(name): b.clone() for name, b in module.named_buffers() if name not in passing}
+        state |= {plain_name(name): b.clone() for name, b in module.named_buffers(remove_duplicate=False) if name not in passing}
     return {name: value.detach().cpu() for name, value in state.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,19 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from everbatch import checkpoint, seeds
 from everbatch.checkpoint import Checkpoint, Piece
+from everbatch.checkpoint.manifest import json_problem
 from everbatch.compose import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
-from everbatch.train.frozen import frozen_of, set_frozen
+from everbatch.optim.hosts.local import LocalHost
+from everbatch.train.frozen import frozen_as_in, frozen_of, set_frozen
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
 
-__all__ = ["agree", "identity", "layout", "load", "options_of", "save", "set_aside"]
+__all__ = ["agree", "check_plain", "identity", "layout", "load", "options_of", "save", "set_aside"]
 
 
 def save(trainer: Trainer) -> None:
@@ -56,19 +60,24 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     """Restore a checkpoint: bit for bit at the same world size.
 
     Another world size or ZeRO stage gets the same weights, moments, mixin state and memory; buffers that differed by rank become
-    their mean, and the order of samples follows the new number of ranks only where a batch is divided among them.
+    their mean, and the order of samples follows the new number of ranks only where a batch is divided among them. Parameters that
+    the run had frozen or unfrozen by then are so again, but on DeepSpeed, which trains what was trained when it was built.
 
     Raises:
-        CheckpointMismatch: another configuration, stream or class, naming what differs; nothing is touched then.
+        CheckpointMismatch: another configuration, stream, class or frozen part, naming what differs; nothing is touched then.
     """
+    for part in trainer.module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # after a forward the root stays gathered: in place of its parameters are copies
     ours, theirs = identity(trainer), kept.meta.get("identity", {})
-    differs = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+    differs = [k for k in {**ours, **theirs} if not _same(ours.get(k), theirs.get(k))]
     if differs:
-        k = differs[0]
+        k, more = differs[0], ", ".join(differs[1:6]) + ", ..." * (len(differs) > 6)
         raise CheckpointMismatch(f"checkpoint {kept.path}: made with {k}={theirs.get(k)!r}, this run has {ours.get(k)!r}"
-                                 + (f" (and {', '.join(differs[1:])} differ)" if differs[1:] else "")
+                                 + (f" (and {more} differ)" if more else "")
                                  + "; repeat the configuration, or use another folder")
-    optimizer_state.load_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
+    with frozen_as_in(kept, trainer.module, change=isinstance(trainer.optimizer.host, LocalHost)):
+        optimizer_state.load_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
     saved = kept.meta["trainer"]
     _load_buffers(trainer, kept)
     set_frozen(trainer.module, {n.removeprefix("frozen/"): kept.whole(n) for n in kept.names() if n.startswith("frozen/")})
@@ -85,8 +94,16 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
 
 
+def check_plain(identity: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a checkpoint can hold what the caller of `Trainer` names."""
+    for name, value in identity.items():
+        check(json_problem(_jsonable(value), name) is None, "Trainer", f"identity[{name!r}]={value!r}",
+              "be made of numbers, texts, lists and dicts", "give its text, or numbers that tell it from others")
+
+
 def identity(trainer: Trainer) -> dict[str, Any]:
     """What must be equal for a run to be the continuation of another: configuration, stream, classes and their options."""
+    check_plain(trainer.identity)
     free = {"keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation"}
     config = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in free}
     mixins = {part.__name__: _binding(part, c) for part, c in getattr(trainer, "configs", {}).items()}
@@ -95,7 +112,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     assert trainer.stream is not None and base is not None
     classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(type(trainer.optimizer)), base)]]
     values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
-              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint(), "identity": trainer.identity}
+              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint(), "identity": trainer.identity,
+              "frozen": trainer._begun_frozen}
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
 
@@ -171,6 +189,11 @@ def _store_state(key: str, plain: dict[str, Any], kept: Checkpoint) -> dict[str,
 
 def _fields(state: Any) -> dict[str, Any]:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; NaN is to itself here."""
+    return bool(one == other) or json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _jsonable(value: Any) -> Any:

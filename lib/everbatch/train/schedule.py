@@ -84,7 +84,7 @@ class Schedule:
         check(warm < total, "Schedule", given, f"be shorter than the {epochs} epochs of the task")
         if self.first == "zero":
             warm_epochs = self.warmup_samples / batch_size / steps_per_epoch if self.warmup_samples else self.warmup_epochs
-            peak = optimizer.param_groups[0]["lr"]
+            peak = float(optimizer.param_groups[0]["lr"])
             check(self.end_lr <= peak, "Schedule", f"end_lr={self.end_lr}", f"be at most the learning rate {peak:g}")
             return LambdaLR(optimizer, lambda step: lr_at(
                 step, peak=1.0, batch=1, samples=steps_per_epoch, warmup_epochs=warm_epochs, train_steps=total,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
-import signal
-import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +29,7 @@ from everbatch.train.mixin import TrainerMixin
 from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
+from everbatch.train.signals import StopOnSignal
 
 __all__ = ["Trainer"]
 
@@ -56,7 +55,8 @@ class Trainer:
 
     Raises:
         ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
-            an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM).
+            an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM); an
+            identity that JSON cannot hold.
 
     Seeds: torch's global generator is reseeded for every step from (seed, step, rank), and everything else is stateless, so a
     resumed run repeats an uninterrupted one bit for bit without any saved random state.
@@ -113,6 +113,7 @@ class Trainer:
         self.config = config or self.Config()
         self.world, self.seed, self.num_tasks, self._tasks_told = init(device), self.config.seed, num_tasks, num_tasks
         self.identity = dict(identity or {})
+        persist.check_plain(self.identity)
         share = self.world.size * self.config.accumulation
         check(self.config.batch_size % share == 0, "Trainer", f"batch_size={self.config.batch_size}",
               f"be divisible by {self.world.size} ranks * {self.config.accumulation} micro-batches")
@@ -128,8 +129,9 @@ class Trainer:
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
                              decay_vectors=self.config.decay_vectors)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
-        self._base_lr = [g["lr"] for g in self.optimizer.param_groups]
+        self._base_lr = [float(g["lr"]) for g in self.optimizer.param_groups]
         self._base_options = persist.options_of(self.optimizer)
+        self._begun_frozen = {n: True for n, p in self.module.named_parameters() if not p.requires_grad}
         self.step, self.task_index, self.task_step, self.bad_steps = 0, 0, 0, 0
         self.matrix: list[list[float]] = []
         self.stream: Stream | None = None
@@ -281,11 +283,12 @@ class Trainer:
             resume: go on from the newest good checkpoint in `folder`, if there is one.
 
         Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous. A second call trains on: tasks
-        and the matrix begin anew; weights, optimizer, what mixins remember and the count of steps go on.
+        and the matrix begin anew; weights, optimizer, what mixins remember, the count of steps and the samples' positions in the
+        stream go on.
 
         Raises:
             ValueError: on every rank, when the ranks have different streams; a batch larger than a task; another number of tasks
-                than the constructor was told.
+                than the constructor was told; a second call where Consolidate isolated tasks.
             CheckpointMismatch: a checkpoint of another configuration, stream or model.
             RuntimeError: too many consecutive steps without a finite gradient.
         """
@@ -294,44 +297,55 @@ class Trainer:
         self.stream, self.num_tasks = stream, len(stream)
         self._validate(stream)
         persist.agree(self.world, persist.identity(self))
+        kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
+        for part in parts_of(type(self)) if kept is None else ():
+            if "before_fit" in vars(part):
+                part.before_fit(self)  # type: ignore[attr-defined]
         self._stop_asked = self.stopped = False
         self.task_index, self.task_step, self.bad_steps, self.matrix = 0, 0, 0, []
         if self.folder is not None and not resume:
             persist.set_aside(self.folder, self.world)
-        kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
         if kept is not None:
             persist.load(self, kept)
             if self.recorder is not None:
                 self.recorder.rewind(self.step - 1)
         try:
-            with _StopOnSignal(self):
+            with StopOnSignal(self):
                 while self.task_index < len(stream) and not self.stopped:
                     self._run_task(stream, stream.tasks[self.task_index])
-        except BaseException:
-            if self.recorder is not None:
-                self.recorder.flush()  # what led to it
+        except BaseException as error:
+            self._keep_scalars(error)
             raise
         return self.matrix
+
+    def _keep_scalars(self, error: BaseException) -> None:
+        """Write what led to an error; where that fails as well, on a full disk, say so beside it and not in its place."""
+        try:
+            if self.recorder is not None:
+                self.recorder.flush()
+        except Exception as another:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")  # made an error by a filter, it would stand in the place of the first
+                warnings.warn(f"Trainer: the last scalars before {type(error).__name__} were not written: "
+                              f"{type(another).__name__}: {another}", stacklevel=3)
 
     def _validate(self, stream: Stream) -> None:
         """Errors of any task before the first step of the first."""
         for task in stream.tasks:
             loader = Loader(stream, task, self.config.batch_size, self.config.epochs, self.seed, self.world)
-            like = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(self._base_lr[0]))  # the group it looks at
-            self.config.schedule.build(like, epochs=self.config.epochs, steps_per_epoch=loader.steps_per_epoch,
-                                       batch_size=self.config.batch_size)
+            self._schedule(loader.steps_per_epoch)
 
     def _run_task(self, stream: Stream, task: Task) -> None:
         config = self.config
-        position = sum(len(t.train_ids) // config.batch_size for t in stream.tasks[: self.task_index]) * config.epochs
         self.loader = Loader(stream, task, config.batch_size, config.epochs, self.seed, self.world, start=self.task_step,
-                             workers=config.workers, position0=position * config.batch_size)
+                             workers=config.workers, position0=(self.step - self.task_step) * config.batch_size)
         self._source, self._ahead, self._prepared = iter(self.loader), deque(), {}
         if self.task_step == 0:
             if self.task_index and config.reset_optimizer:
                 self.optimizer.host.reset_moments()
             self.on_task_start(task)
-        schedule = self._schedule(self.loader.steps_per_epoch)
+        schedule = self._schedule(self.loader.steps_per_epoch, self.task_step)
+        self._set_rates(schedule)
         if self.recorder is not None:
             self.recorder.bar(len(self.loader), f"task {task.id + 1}/{len(stream)}", done=self.task_step, show=("loss/total",))
         while self._fetched(1):
@@ -341,6 +355,7 @@ class Trainer:
             self.task_step += 1
             self._account(record)
             schedule.step()
+            self._set_rates(schedule)
             if self._should_stop():
                 self._save()
                 return
@@ -381,17 +396,22 @@ class Trainer:
         assert self.loader is not None
         return len(self.loader) - self.task_step
 
-    def _schedule(self, steps_per_epoch: int) -> torch.optim.lr_scheduler.LRScheduler:
-        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = lr
-            group.pop("initial_lr", None)
-        schedule = self.config.schedule.build(
-            self.optimizer, epochs=self.config.epochs, steps_per_epoch=steps_per_epoch,  # type: ignore[arg-type]
-            batch_size=self.config.batch_size)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # a resumed run steps the schedule before the optimizer
-        for _ in range(self.task_step):
+    def _schedule(self, steps_per_epoch: int, done: int = 0) -> torch.optim.lr_scheduler.LRScheduler:
+        """A task's schedule, `done` steps on. Its groups are its own: each rate is made from the last, and a tensor rounds."""
+        like = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in self._base_lr])
+        schedule = self.config.schedule.build(like, epochs=self.config.epochs, steps_per_epoch=steps_per_epoch,
+                                              batch_size=self.config.batch_size)
+        like._opt_called = True  # type: ignore[attr-defined]  # it warns of a schedule that is stepped before its optimizer
+        for _ in range(done):
             schedule.step()
         return schedule
+
+    def _set_rates(self, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+        for group, like in zip(self.optimizer.param_groups, schedule.optimizer.param_groups, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(like["lr"])  # a captured graph may hold it
+            else:
+                group["lr"] = like["lr"]
 
     def _account(self, record: StepRecord) -> None:
         self.bad_steps = 0 if record.applied else self.bad_steps + 1
@@ -430,33 +450,3 @@ class Trainer:
             if self.recorder is not None:
                 self.recorder.flush()  # or a kill would lose scalars of steps that the checkpoint has behind it
             persist.save(self)
-
-
-class _StopOnSignal:
-    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps and an end after it; one that comes `GRACE_S` later or more ends
-    the process at once. Not one that comes sooner: schedulers signal ranks and launcher, which passes its own on to the ranks."""
-
-    GRACE_S = 5.0
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.before, self.asked = trainer, {}, math.inf  # type: ignore[var-annotated]
-
-    def __enter__(self) -> None:
-        import threading
-
-        if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
-            return
-        self.trainer._signals = True
-        for sign in (signal.SIGTERM, signal.SIGUSR1):
-            self.before[sign] = signal.signal(sign, self._ask)
-
-    def _ask(self, sign: int, _frame: object) -> None:
-        if time.monotonic() - self.asked >= self.GRACE_S:
-            signal.signal(sign, signal.SIG_DFL)
-            signal.raise_signal(sign)
-        self.trainer._stop_asked = True
-        self.asked = min(self.asked, time.monotonic())
-
-    def __exit__(self, *error: object) -> None:
-        for sign, handler in self.before.items():
-            signal.signal(sign, handler)
