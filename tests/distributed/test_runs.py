@@ -124,7 +124,7 @@ def test_kill_9_and_restart(zygote: Zygote, tmp_path: Path, hosts: tuple[str, ..
     that was never interrupted."""
     out = tmp_path / "out.json"
     jobs = [f"killed:{host}/{number}" for number, host in enumerate(hosts)]
-    job = torchrun(2, WORKER, str(out), str(tmp_path / "store"), *jobs, limit=300, restarts=len(hosts))
+    job = torchrun(2, WORKER, str(out), str(tmp_path / "store"), *jobs, limit=500, restarts=len(hosts))
     assert job.codes == [0], job.err[-5000:]
     results = json.loads(out.read_text())
     assert list(results) == [f"killed/{host}" for host in hosts]
