@@ -6,6 +6,7 @@ import configparser
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import everbatch
@@ -34,6 +35,21 @@ def test_import_pulls_in_no_extra() -> None:
 def test_import_is_cheap_beyond_torch() -> None:
     code = "import torch, time; start = time.perf_counter(); import everbatch; print(time.perf_counter() - start)"
     assert min(float(python(code)) for _ in range(3)) <= 0.3
+
+
+def test_import_needs_nothing_that_only_posix_has() -> None:
+    """There is no Windows here: these are the names that this package uses and Windows lacks."""
+    code = """
+        import os, signal, torch
+        for name in ("SIGUSR1", "SIGUSR2", "SIGKILL", "SIGHUP"):
+            delattr(signal, name)
+        for name in ("register_at_fork", "sched_setaffinity", "sched_getaffinity", "fork", "killpg", "getpgid", "O_DIRECTORY"):
+            delattr(os, name)
+        import everbatch, everbatch.data, everbatch.nn, everbatch.optim, everbatch.train
+        from everbatch.train.signals import StopOnSignal
+        print([int(s) for s in StopOnSignal.SIGNALS])
+    """
+    assert python(textwrap.dedent(code)) == "[15]\n"
 
 
 def test_compose_is_the_function_whatever_was_imported_before() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, ClassVar
@@ -21,11 +22,11 @@ class StopOnSignal:
     the process at once. Not one that comes sooner: schedulers signal ranks and launcher, which passes its own on to the ranks.
 
     A handler of Python's waits until the main thread is back from C, which a rank whose peer is gone never is. Hence a thread
-    that looks at the time: Python writes the numbers of signals into its pipe as they come.
+    that looks at the time: Python writes the numbers of signals to it as they come. Windows has no SIGUSR1.
     """
 
     GRACE_S = 5.0
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
     innermost: ClassVar[StopOnSignal | None] = None
     """The one that signals come to."""
 
@@ -36,12 +37,13 @@ class StopOnSignal:
         if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
             return
         self.trainer._signals = True
-        self.ends = os.pipe()
-        os.set_blocking(self.ends[1], False)
+        self.ends = socket.socketpair()
+        self.ends[0].settimeout(None)  # whatever socket.setdefaulttimeout says
+        self.ends[1].setblocking(False)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         self.outer, StopOnSignal.innermost = StopOnSignal.innermost, self
-        self.wakeup = signal.set_wakeup_fd(self.ends[1], warn_on_full_buffer=False)
+        self.wakeup = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
         self.before = {sign: signal.signal(sign, self._ask) for sign in self.SIGNALS}
 
     def _ask(self, sign: int, _frame: object) -> None:
@@ -49,7 +51,7 @@ class StopOnSignal:
 
     def _watch(self) -> None:
         first = math.inf
-        while sign := os.read(self.ends[0], 1)[0]:
+        while sign := self.ends[0].recv(1)[0]:
             if sign in self.SIGNALS and time.monotonic() - first >= self.GRACE_S:
                 ctypes.pythonapi.PyOS_setsig(sign, None)  # SIG_DFL; signal.signal() is for the main thread
                 signal.raise_signal(sign)
@@ -59,10 +61,10 @@ class StopOnSignal:
     def __exit__(self, *error: object) -> None:
         if StopOnSignal.innermost is self:
             self._put_back()
-            os.write(self.ends[1], b"\0")
+            self.ends[1].send(b"\0")
             self.thread.join()
             for end in self.ends:
-                os.close(end)
+                end.close()
 
     def _put_back(self) -> None:
         for sign, handler in self.before.items():
@@ -72,9 +74,10 @@ class StopOnSignal:
 
     @classmethod
     def _forked(cls) -> None:
-        """In a forked child, such as one that loads data: Python would write its signals into the same pipe."""
+        """In a forked child, such as one that loads data: Python would write its signals to the parent's thread."""
         while cls.innermost is not None:
             cls.innermost._put_back()
 
 
-os.register_at_fork(after_in_child=StopOnSignal._forked)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=StopOnSignal._forked)
