@@ -84,3 +84,10 @@ def test_seed_step_depends_on_seed_step_and_rank() -> None:
     first = draw(0, 1, 0)
     assert draw(0, 1, 0) == first
     assert len({first, draw(1, 1, 0), draw(0, 2, 0), draw(0, 1, 1)}) == 4
+
+
+def test_seed_step_is_torchs_own_seeding() -> None:
+    seeds.seed_step(3, 1, 0)
+    fast = torch.get_rng_state()
+    torch.manual_seed(seeds.derive(3, "step", 1, 0))
+    assert torch.equal(fast, torch.get_rng_state())

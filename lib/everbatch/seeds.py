@@ -65,4 +65,6 @@ def uniform_keys(ids: np.ndarray, *parts: int | str) -> np.ndarray:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's global generators for one training step of one rank (dropout, stochastic depth)."""
-    torch.manual_seed(derive(seed, "step", step, rank))
+    # Where there is no device, torch.manual_seed formats a stack trace for each kind of device that might come.
+    seed_all = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
+    seed_all(derive(seed, "step", step, rank))

@@ -191,12 +191,13 @@ def _adversary(pipe: Any, attack: Attack, bones: bytes, flat: list[Tensor], told
     torch.set_num_threads(threads)
     try:
         module = torch.load(io.BytesIO(bones), weights_only=False).train()
-        weights = [views(f, told) for f in flat]
+        # Once: a walk takes longer than copying a small net.
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        weights = [[(value, copy[name]) for name, value in named.items()] for copy in (views(f, told) for f in flat)]
         while True:
             step, version, at = pipe.recv()
-            current = weights[version % 2]
-            for name, value in [*module.named_parameters(), *module.named_buffers()]:
-                value.data = current[name]
+            for value, current in weights[version % 2]:
+                value.data = current
             results[at].copy_(attack.run(module, inputs[at], targets[at], step=step, rank=rank))
             if results[at].is_cuda:
                 torch.cuda.current_stream().synchronize()
