@@ -5,10 +5,9 @@ python benchmarks/speed/conadv.py --device cuda --json gpu.json    "stream" agai
 
 All arms of one launch alternate in blocks; a trainer has core 0 and one thread, its adversary core 1. FLOPs are counted per
 operator below autograd, and bytes by ConAdv itself; both are compared with what theory says exactly. "split" arms cut the batch,
-so that the trainer sees as many samples as plain training, and run both parts in one forward. A "busy" arm takes its step while
-core 1 crafts a batch and exchanges nothing: what two cores, which may be two threads of one, take from each other. The script
-starts itself again with glibc keeping its memory (see sharpness.py). A verdict is "undecided" where the least times and the
-medians disagree.
+so that the trainer sees as many samples as plain training, and run both parts in one forward. Blocks are short and many, and an
+arm is compared with its base in the same round (`timing.paired`). The script starts itself again with glibc keeping its memory
+(see sharpness.py). A verdict is "undecided" where the limit lies within what was measured.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ from everbatch.logging import versions
 from everbatch.train.adversary import serve, split_ranks
 
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "OMP_NUM_THREADS": "1"}
-LAUNCHES = {"beside": ("vanilla", "mixed", "mixed busy", "process", "sequential", "inline", "mixed once", "mixed split",
-                        "mixed split busy", "process split"),
-            "ranks": ("vanilla", "mixed", "mixed busy", "ranks"),
-            "ranks split": ("vanilla", "mixed split", "mixed split busy", "ranks split")}
+LAUNCHES = {"beside": ("inline", "sequential", "vanilla", "process split", "mixed split", "mixed once", "mixed", "process"),
+            "ranks": ("vanilla", "mixed", "ranks"), "ranks split": ("mixed split", "vanilla", "ranks split")}
+"""Arms in the order of a round: next to what they are compared with."""
 
 
 def launch(name: str, which: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -69,8 +67,8 @@ def rank_main(args: argparse.Namespace) -> None:
 def main() -> None:
     """Measure, print, and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5, help="steps per block; 5 times as many where latency-bound, 10 if short")
+    parser.add_argument("--blocks", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=1, help="steps of a block; 5 times as many where latency-bound, 10 if short")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--net", help="only this one: compute-bound, latency-bound or short steps")
     parser.add_argument("--launch", choices=list(LAUNCHES), help="only this one")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import multiprocessing
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,37 +137,3 @@ def learner(arm: str, net: Net, device: str = "cpu", **options: Any) -> Any:
     if kind in CONADV:
         return Learner(model, ring, net.precision, one_forward=arm != kind, **CONADV[kind], **options)
     return {"vanilla": Loop, "mixed": Mixed, "mixed once": MixedOnce, "mixed split": MixedOnce}[arm](model, ring, net.precision)
-
-
-class Neighbour:
-    """A process on another core that crafts once for each of a trainer's steps, at most one behind, and exchanges nothing."""
-
-    def __init__(self, trainer: Loop, cores: list[int]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.trainer, (self.tell, theirs) = trainer, context.Pipe()
-        model = copy.deepcopy(trainer.model).requires_grad_(False)
-        self.process = context.Process(target=craft, args=(model, trainer.ring[0], theirs, cores), daemon=True)
-        self.process.start()
-        self.tell.recv_bytes()  # it is ready
-
-    def step(self) -> None:
-        self.tell.send_bytes(b"craft")
-        self.trainer.training_step()
-        self.tell.recv_bytes()
-
-    def close(self) -> None:
-        self.tell.send_bytes(b"")
-        self.process.join(timeout=30)
-
-
-def craft(model: nn.Module, batch: Batch, told: Connection, cores: list[int]) -> None:
-    """What `Neighbour` runs."""
-    if cores:
-        os.sched_setaffinity(0, set(cores))
-    torch.set_num_threads(1)
-    inputs = batch.inputs.requires_grad_()
-    order = b"ready"
-    while order:
-        torch.autograd.grad(functional.cross_entropy(model(inputs), batch.targets), inputs)
-        told.send_bytes(b"done")
-        order = told.recv_bytes()

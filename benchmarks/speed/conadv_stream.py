@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from conadv_arms import Net, learner
 from conadv_timing import report, run_arms
-from timing import conv_net
+from timing import conv_net, paired
 from torch import nn
 
 
@@ -71,10 +71,12 @@ def stream_part(device: str, tiny: bool, blocks: int, steps: int) -> dict[str, A
         result = run_arms(("vanilla", "mixed", "inline", "stream"), net, blocks, steps, device)
         by = {row["arm"]: row for row in result["rows"]}
         result |= {"odd": odd_tensors(net, device), "overlap": profiled(learner("stream", net, device).training_step, cuda),
-                   "stream_to_inline": [by["stream"][k] / by["inline"][k] for k in ("seconds_min", "seconds_median")]}
+                   "stream_to_inline": [by["stream"]["seconds_min"] / by["inline"]["seconds_min"],
+                                        *paired(by["stream"]["seconds"], by["inline"]["seconds"])]}
         report(f"{batch} samples on {torch.cuda.get_device_name() if cuda else device}", result)
         seen = f"{result['overlap']} of crafting's kernel time overlaps training" if cuda else "no kernels to see without CUDA"
-        print("stream / inline {:.3f} (least times), {:.3f} (medians);".format(*result["stream_to_inline"]),
+        print("stream / inline",
+              "{:.3f} (least times), {:.3f} (pairs of blocks, {:.3f} to {:.3f});".format(*result["stream_to_inline"]),
               f"{seen}; {len(result['odd'])} tensors differ from inline")
         results[str(batch)] = result
     return results

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from conadv_arms import Neighbour, Net, learner
+from conadv_arms import Net, learner
 from conadv_costs import bytes_per_step, expected_flops, flops, lines
-from timing import measure, ratios
+from timing import measure, paired, ratios
 
 from everbatch.train import ConAdv
 
@@ -22,9 +22,6 @@ from everbatch.train import ConAdv
 LIMITS = {"mixed": ("vanilla", 2.0 * 1.05), "sequential": ("vanilla", 8 / 3 * 1.05), "inline": ("vanilla", 8 / 3 * 1.05),
           "process": ("mixed", 1.05), "ranks": ("mixed", 1.10), "process split": ("vanilla", 1.15),
           "ranks split": ("vanilla", 1.15)}
-BUSY = {arm: "mixed split busy" if arm.endswith("split") else "mixed busy" for arm in (
-    "process", "ranks", "process split", "ranks split")}
-"""The arm with as much work on either core, and nothing sent between them."""
 
 
 class Arm:
@@ -80,8 +77,7 @@ def run_arms(arms: tuple[str, ...], net: Net, blocks: int, steps: int, device: s
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     apart, steps = True, steps * net.more
     with pinned(0) as own:
-        trainers = {arm: learner(arm.removesuffix(" busy"), net, device) for arm in arms}
-        beside = {arm: Neighbour(trainers[arm], cores[1:2]) for arm in arms if arm.endswith(" busy")}
+        trainers = {arm: learner(arm, net, device) for arm in arms}
         try:
             counts: dict[str, Any] = {}
             for arm, t in trainers.items():
@@ -91,8 +87,7 @@ def run_arms(arms: tuple[str, ...], net: Net, blocks: int, steps: int, device: s
                     apart = move_adversaries(cores)
                 counts[arm] = {"flops": flops(t.training_step), "expected": expected_flops(t.model, t.ring[0].inputs, arm)}
                 t.before = (t.step, t.adversary_costs()["bytes_sent"]) if isinstance(t, ConAdv) else (t.step, 0)
-            timed = {arm: Arm(beside[arm].step if arm in beside else t.training_step, steps, discard)
-                     for arm, t in trainers.items()}
+            timed = {arm: Arm(t.training_step, steps, discard) for arm, t in trainers.items()}
             rows = ratios(measure(timed, blocks=blocks, steps=steps, discard=discard), "vanilla")
             for row in rows:
                 t, arm = trainers[row["arm"]], row["arm"]
@@ -109,21 +104,20 @@ def run_arms(arms: tuple[str, ...], net: Net, blocks: int, steps: int, device: s
             for t in trainers.values():
                 if isinstance(t, ConAdv):
                     t.close()
-            for neighbour in beside.values():
-                neighbour.close()
     return {"rows": rows, "pinned": own and apart and len(cores) > 1, "verdicts": verdicts(rows)}
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Every limit that these rows can be held against, by the ratio of the least times and of the medians."""
+    """Every limit that these rows can be held against, by the ratio of the least times and by `paired`: met or missed where the
+    whole interval lies on that side of the limit, and the least times do."""
     found, by = {}, {row["arm"]: row for row in rows}
     for arm, (base, limit) in LIMITS.items():
         if arm in by and base in by:
-            least, middle = (by[arm][k] / by[base][k] for k in ("seconds_min", "seconds_median"))
-            met = {2: "met", 0: "MISSED"}.get((least <= limit) + (middle <= limit), "undecided")
-            found[arm] = {"verdict": met, "base": base, "limit": limit, "minima": least, "medians": middle}
-            if arm in BUSY and (busy := by.get(BUSY[arm])):
-                found[arm]["of_busy"] = [by[arm][k] / busy[k] for k in ("seconds_min", "seconds_median")]
+            least = by[arm]["seconds_min"] / by[base]["seconds_min"]
+            middle, low, high = paired(by[arm]["seconds"], by[base]["seconds"])
+            verdict = "met" if max(least, high) <= limit else "MISSED" if min(least, low) > limit else "undecided"
+            found[arm] = {"verdict": verdict, "base": base, "limit": limit, "minima": least, "paired": middle,
+                          "interval": [low, high]}
     return found
 
 
@@ -131,7 +125,7 @@ def report(title: str, result: Mapping[str, Any]) -> None:
     """Print one launch. FLOPs: the trainer's as counted, its adversary's as expected; the ratio of their sum to plain training's
     with the trainer's as counted, as expected exactly, and by the model (6 + 2n) / 3."""
     rows = result["rows"]
-    plain = rows[0]
+    plain = next(row for row in rows if row["arm"] == "vanilla")
     print(f"\n{title}: {plain['blocks']} blocks, load {plain['load_average']:.1f}, trainer and adversary "
           f"{'on a core each' if result['pinned'] else 'NOT pinned: not possible here'}")
     heads = ("ms (min)", "median", "max", "ratio min", "median", "thread CPU", "process", "faults", "MFLOP", "adversary", "ratio",
@@ -152,7 +146,5 @@ def report(title: str, result: Mapping[str, Any]) -> None:
             equal = "equal" if row["bytes"] == row["bytes_expected"] else "NOT EQUAL"
             print(f"{'':<18}bytes per step {row['bytes']:.0f}, by the formula {row['bytes_expected']:.0f}: {equal}")
     for arm, v in result["verdicts"].items():
-        print(f"{arm:<18}{v['verdict']}: {v['minima']:.3f} (least times) and {v['medians']:.3f} (medians) of {v['base']}, limit "
-              f"{v['limit']:.3f}")
-        if "of_busy" in v:
-            print(f"{'':<18}{v['of_busy'][0]:.3f} and {v['of_busy'][1]:.3f} of as much work on both cores, nothing exchanged")
+        print(f"{arm:<18}{v['verdict']}: {v['minima']:.3f} (least times) and {v['paired']:.3f} (pairs of blocks, "
+              "{:.3f} to {:.3f})".format(*v["interval"]) + f" of {v['base']}, limit {v['limit']:.3f}")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["conv_net", "deepspeed_engine", "images", "measure", "ratios"]
+__all__ = ["conv_net", "deepspeed_engine", "images", "measure", "paired", "ratios"]
 
 
 def conv_net(seed: int = 0, width: int = 32, classes: int = 10) -> nn.Module:
@@ -67,4 +68,13 @@ def ratios(times: Mapping[str, list[float]], base: str) -> list[dict[str, Any]]:
     load = os.getloadavg()[0]
     return [{"arm": name, "seconds_min": min(t), "seconds_median": statistics.median(t), "seconds_max": max(t),
              "ratio_of_minima": min(t) / least, "ratio_of_medians": statistics.median(t) / middle, "blocks": len(t),
-             "load_average": load} for name, t in times.items()]
+             "load_average": load, "seconds": t} for name, t in times.items()]
+
+
+def paired(times: Sequence[float], base: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Median over the blocks of an arm's time to its base's of the same round, and a 95 % bootstrap interval of that median. A
+    machine that others slow for seconds at a time slows both of a pair, but not half the blocks of either."""
+    found = np.array(times) / np.array(base)
+    drawn = np.random.default_rng(seed).choice(found, (2000, len(found)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return float(np.median(found)), float(low), float(high)
