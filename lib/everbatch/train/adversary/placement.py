@@ -96,13 +96,16 @@ def whole_weights(slots: list[Slot]) -> Iterator[dict[str, Tensor]]:
     3 one gather of all, with the whole model in memory inside the block. Collective there.
     """
     held: dict[str, Any] = {name: values[key] for name, values, key in slots}
+    kinds = {type(value) for value in held.values()}  # asking each value takes longer than copying a small model
     with torch.no_grad():
-        if any(hasattr(value, "ds_id") for value in held.values()):
+        if hasattr(next(iter(held.values())), "ds_id"):  # all parameters, which come first, or none
             import deepspeed
 
             # Persistent parameters are there already, and gathering them twice is an error of the engine's.
             absent = [p for p in held.values() if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
             with deepspeed.zero.GatheredParameters(absent):
                 yield held
-        else:
+        elif any(issubclass(kind, DTensor) for kind in kinds):
             yield {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in held.items()}
+        else:
+            yield held
