@@ -72,12 +72,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--net", help="only this one: compute-bound, latency-bound or short steps")
     parser.add_argument("--launch", choices=list(LAUNCHES), help="only this one")
+    parser.add_argument("--arms", nargs="+", help="with 'beside', only these and 'vanilla': pairs lie closer together")
     parser.add_argument("--device", help="'stream' against 'inline' there, in place of the CPU placements")
     parser.add_argument("--tiny", action="store_true", help="a net that measures nothing, for tests")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         return rank_main(args)
+    beside = tuple(arm for arm in LAUNCHES["beside"] if arm in (args.arms or LAUNCHES["beside"]) or arm == "vanilla")
     result: dict[str, Any] = {"versions": versions(), "load_before": os.getloadavg()}
     if args.device is not None:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -88,7 +90,7 @@ def main() -> None:
             for which in LAUNCHES if args.net in (None, name) else ():
                 if args.launch not in (None, which):
                     continue
-                done = run_arms(LAUNCHES[which], net, args.blocks, args.steps) if which == "beside" else launch(name, which, args)
+                done = run_arms(beside, net, args.blocks, args.steps) if which == "beside" else launch(name, which, args)
                 report(f"{name}, {which}, batch {net.batch}", done)
                 result[f"{name}, {which}"] = done
         result["fleet"] = fleet()
