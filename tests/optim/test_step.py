@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from everbatch.compose import compose
 from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin
+from everbatch.optim.hosts.base import SMALL
 from everbatch.optim.shards import Vector
 
 
@@ -184,6 +185,41 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(value: float) -> N
     for m, o in runs:
         train(m, o, 3, 5)
     assert same(weights(model), weights(twin)) and same(list(model.buffers()), list(twin.buffers()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["few", "many", "narrow", "turned"])
+def test_one_odd_element_of_any_gradient_is_found(name: str, value: float) -> None:
+    sizes = {"few": torch.zeros(3), "many": torch.zeros(SMALL + 1), "narrow": torch.zeros(5, dtype=torch.bfloat16),
+             "turned": torch.zeros(4, 6).t()}
+    model = nn.ParameterDict({n: nn.Parameter(t) for n, t in sizes.items()})
+    opt = Plain(model, lr=0.1)
+    for p in model.values():
+        p.grad = torch.ones_like(p)
+    assert opt.host.finite()
+    model[name].grad[(-1,) * model[name].dim()] = value
+    assert not opt.host.finite()
+
+
+def test_statistics_are_kept_of_a_part_that_runs_before_its_whole() -> None:
+    """Repeated passes move none; a skipped step puts all back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    one = copy.deepcopy(model)
+    for m, cls in ((model, Sharp), (one, Plain)):
+        opt = cls(m, lr=0.0)
+
+        def closure(scale: float = 1.0, m: nn.Module = m, opt: Any = opt) -> torch.Tensor:
+            x = torch.arange(12.0).view(2, 6).sin()
+            loss = scale * (m[0](x).sum() + m(x).square().sum())
+            opt.backward(loss)
+            return loss
+
+        opt.step(closure)
+        before = [b.clone() for b in m.buffers()]
+        opt.step(lambda c=closure: c(float("nan")))
+        assert opt.skipped_count == 1 and same(list(m.buffers()), before)
+    assert same(list(model.buffers()), list(one.buffers()))
 
 
 def test_a_huge_finite_gradient_is_not_skipped() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from everbatch import seeds
-from everbatch.nn.statistics import hold_statistics, put_back
+from everbatch.nn.statistics import every_module, hold_statistics, put_back
 
 if TYPE_CHECKING:
     from everbatch.optim.hosts.base import Host
@@ -42,7 +42,6 @@ class Objective:
         self._noise: list[Tensor] = []
         self._after: list[Tensor] = []
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        self._known: set[int] = set()
 
     def __call__(self, of: str | Closure = "loss", *, probe: bool = False) -> Any:
         """Run one pass; returns the closure's result, detached. Collective.
@@ -94,11 +93,9 @@ class Objective:
         for entry in self._buffers:
             put_back(*entry)
 
-    def _keep_buffers(self, root: nn.Module) -> None:
-        for module, name, tensor in _buffers_of(root):
-            if id(module) not in self._known:
-                self._buffers.append((module, name, tensor, tensor.clone()))
-        self._known.update(id(m) for m in root.modules())
+    def keep_buffers(self, parts: list[nn.Module]) -> None:
+        """Copy the own buffers of these modules, for a rollback."""
+        self._buffers += [(m, n, b, b.clone()) for m in parts if m._buffers for n, b in m._buffers.items() if b is not None]
 
 
 class _Watch:
@@ -121,17 +118,14 @@ class _Watch:
     def _meet(self, module: nn.Module, _inputs: object) -> None:
         if id(module) in self.seen:
             return
-        self.seen.update(id(m) for m in module.modules())
-        self.objective.host.meet(module)
+        parts = [m for m in every_module(module) if id(m) not in self.seen]
+        self.seen.update(map(id, parts))
+        self.objective.host.meet(parts)
         if self.statistics:
-            self.objective._keep_buffers(module)
+            self.objective.keep_buffers(parts)
             return
-        for part in module.modules():
+        for part in parts:
             self.undo += hold_statistics(part)
-
-
-def _buffers_of(root: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    return [(m, name, b) for m in root.modules() for name, b in m._buffers.items() if b is not None]
 
 
 def _detach(value: Any) -> Any:

@@ -66,7 +66,8 @@ def launch(
         shard_blocks(model)
     target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
     made = cls(target, seed=seed, **options)
-    made.host.meet(call)  # given groups, it learns of modules in its first pass: too late for weights edited after an evaluation
+    # Given groups, it learns of modules in its first pass: too late for weights edited after an evaluation.
+    made.host.meet(call.modules())
     return Engine(made, model, call, model)
 
 

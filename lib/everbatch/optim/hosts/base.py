@@ -16,6 +16,9 @@ from everbatch.optim.shards import Shard, Vector
 
 __all__ = ["Alone", "Host", "plain_name", "refuse_complex", "unwrap"]
 
+SMALL = 16_384
+"""Elements up to which copying a tensor on a CPU takes less than one call."""
+
 
 def plain_name(name: str, *, ddp: bool = False) -> str:
     """A name in the bare model: without what torch.compile and activation checkpointing add, and DDP where `ddp` says so."""
@@ -156,8 +159,8 @@ class Host(abc.ABC):
         """Arguments after the optimizer that rebuild this host, for copying and pickling."""
         raise NotImplementedError
 
-    def meet(self, module: nn.Module) -> None:  # noqa: B027
-        """Called for every outermost module a pass runs, before its forward."""
+    def meet(self, parts: Iterable[nn.Module]) -> None:  # noqa: B027
+        """Called with all modules of every outermost module a pass runs, before its forward."""
 
     def touch(self) -> None:
         """Say that masters were edited."""
@@ -176,9 +179,12 @@ class Host(abc.ABC):
         bad = torch.zeros((), dtype=torch.float64, device=self.device)
         if grads:  # a rank may own nothing of a small model
             # Extremes are finite iff every element is; unlike a sum or a norm they cannot overflow. On CPUs a fused norm takes
-            # ten times as long as aminmax, on GPUs one kernel for all beats one for each.
-            peaks = list(torch._foreach_norm(grads, float("inf"))) if self.device.type != "cpu" \
-                else [extreme for g in grads for extreme in torch.aminmax(g)]
+            # ten times as long as aminmax, which is called once for all small tensors; on GPUs one kernel for all is best.
+            if self.device.type == "cpu":
+                large, small = [g for g in grads if g.numel() > SMALL], [g.reshape(-1) for g in grads if g.numel() <= SMALL]
+                peaks = [peak for g in (*large, *([torch.cat(small)] if small else [])) for peak in torch.aminmax(g)]
+            else:
+                peaks = list(torch._foreach_norm(grads, float("inf")))
             bad += (~torch.isfinite(torch.stack([p.float() for p in peaks]))).sum().to(bad)
         return self.total(bad) == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +155,8 @@ class LocalHost(Host):
         elif isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(self.sync)
 
-    def meet(self, module: nn.Module) -> None:
-        for part in module.modules():
+    def meet(self, parts: Iterable[nn.Module]) -> None:
+        for part in parts:
             if isinstance(part, FSDPModule | DistributedDataParallel) and part not in self._met:
                 self._met.add(part)
                 self._apply_sync(part)
