@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
+from conadv_arms import mixer
 from timing import conv_net, deepspeed_engine, images, measure, ratios
 
 from everbatch import compose
@@ -43,6 +44,7 @@ ARMS: dict[str, tuple[tuple[type, ...], dict[str, Any], float, float]] = {
     "StaleSAM": ((StaleSAM,), {"rho": 0.05}, 1.0, 1.08),
     "GradientNorm": ((GradientNorm,), {"radius": 0.05}, 2.0, 2.10),
 }
+NETS = {"compute-bound": conv_net, "latency-bound": mixer}
 LR = {"lr": 0.01, "momentum": 0.9}
 KEEPS = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} <= set(os.environ)
 
@@ -65,8 +67,8 @@ def naive_sam(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
     optimizer.step()
 
 
-def build(host: str, batch: int) -> dict[str, Callable[[], Any]]:
-    """An arm is a function that takes one step; every arm has a model of its own, from the same seed."""
+def build(host: str, batch: int, net: Callable[[], nn.Module]) -> dict[str, Callable[[], Any]]:
+    """An arm is a function that takes one step; every arm has a model of its own."""
     x, y = images(batch)
     arms: dict[str, Callable[[], Any]] = {}
 
@@ -74,7 +76,7 @@ def build(host: str, batch: int) -> dict[str, Callable[[], Any]]:
         return DistributedDataParallel(model) if host == "ddp" else model
 
     if host.startswith("zero"):
-        engine = deepspeed_engine(model := conv_net(), torch.optim.SGD(model.parameters(), **LR), int(host[-1]), batch)
+        engine = deepspeed_engine(model := net(), torch.optim.SGD(model.parameters(), **LR), int(host[-1]), batch)
 
         def bare() -> None:
             engine.backward(functional.cross_entropy(engine(x), y))
@@ -82,7 +84,7 @@ def build(host: str, batch: int) -> dict[str, Callable[[], Any]]:
 
         arms["torch.optim.SGD"] = bare
     else:
-        plain = wrap(conv_net())
+        plain = wrap(net())
         sgd = torch.optim.SGD(plain.parameters(), **LR)
 
         def bare() -> None:
@@ -90,22 +92,22 @@ def build(host: str, batch: int) -> dict[str, Callable[[], Any]]:
             functional.cross_entropy(plain(x), y).backward()
             sgd.step()
 
-        twin = wrap(conv_net())
+        twin = wrap(net())
         other = torch.optim.SGD(twin.parameters(), **LR)
         arms["torch.optim.SGD"] = bare
         arms["naive two-step SAM"] = lambda: naive_sam(twin, other, lambda: functional.cross_entropy(twin(x), y), 0.05)
     for name, (mixins, options, _, _) in ARMS.items():
-        arms[name] = _step(host, wrap, compose(*mixins, base=torch.optim.SGD), options, x, y, batch)
+        arms[name] = _step(host, wrap, compose(*mixins, base=torch.optim.SGD), options, x, y, net)
     return arms
 
 
 def _step(host: str, wrap: Callable[[nn.Module], nn.Module], cls: Any, options: dict[str, Any], x: torch.Tensor, y: torch.Tensor,
-          batch: int) -> Callable[[], Any]:
+          net: Callable[[], nn.Module]) -> Callable[[], Any]:
     if host.startswith("zero"):
-        engine = deepspeed_engine(model := conv_net(), torch.optim.SGD(model.parameters(), **LR), int(host[-1]), batch)
+        engine = deepspeed_engine(model := net(), torch.optim.SGD(model.parameters(), **LR), int(host[-1]), len(x))
         opt, forward = cls.on(engine, **options), engine.module
     else:
-        forward = wrap(conv_net())
+        forward = wrap(net())
         opt = cls(forward, **LR, **options)
 
     def closure() -> torch.Tensor:
@@ -127,6 +129,8 @@ def main() -> None:
     """Measure one host."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", choices=["plain", "ddp", "zero0", "zero1", "zero2", "zero3"], default="plain")
+    parser.add_argument("--net", choices=list(NETS), default="compute-bound",
+                        help="targets are for compute-bound; latency-bound takes --batch 4")
     parser.add_argument("--batch", type=int, default=32, help="samples per rank and step")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="steps per block; a multiple of 5, so that LookSAM's cycle fits")
@@ -134,11 +138,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = init()
-    times = measure(build(args.host, args.batch), blocks=args.blocks, steps=args.steps, discard=5)
+    times = measure(build(args.host, args.batch, NETS[args.net]), blocks=args.blocks, steps=args.steps, discard=5)
     if world.rank == 0:
         rows = ratios(times, "torch.optim.SGD")
-        print(f"{args.host}, {world.size} rank(s), batch {args.batch} each, {args.blocks} blocks of {args.steps} steps, "
-              f"load {rows[0]['load_average']:.1f}, malloc {'keeps its memory' if KEEPS else 'as it comes'}")
+        print(f"{args.net}, {args.host}, {world.size} rank(s), batch {args.batch} each, {args.blocks} blocks of {args.steps} "
+              f"steps, load {rows[0]['load_average']:.1f}, malloc {'keeps its memory' if KEEPS else 'as it comes'}")
         print(f"{'arm':<22}{'ms (min)':>10}{'median':>9}{'max':>9}{'ratio min':>11}{'median':>8}{'passes':>8}{'target':>8}")
         for row in rows:
             _, _, passes, target = ARMS.get(row["arm"], ((), {}, 2.0 if "SAM" in row["arm"] else 1.0, float("nan")))
