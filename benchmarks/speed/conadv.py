@@ -72,10 +72,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--net", help="only this one: compute-bound, latency-bound or short steps")
     parser.add_argument("--launch", choices=list(LAUNCHES), help="only this one")
-    parser.add_argument("--arms", nargs="+", help="with 'beside', only these and 'vanilla': pairs lie closer together")
+    parser.add_argument("--arms", nargs="+", choices=LAUNCHES["beside"], metavar="ARM",
+                        help="with 'beside', only these and 'vanilla': pairs lie closer together")
     parser.add_argument("--device", help="'stream' against 'inline' there, in place of the CPU placements")
     parser.add_argument("--tiny", action="store_true", help="a net that measures nothing, for tests")
     args = parser.parse_args()
+    if args.net not in (None, *(known := nets(args.tiny))):
+        parser.error(f"--net {args.net}: must be one of {', '.join(known)}")
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         return rank_main(args)

@@ -68,7 +68,7 @@ def naive_sam(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
 
 
 def build(host: str, batch: int, net: Callable[[], nn.Module]) -> dict[str, Callable[[], Any]]:
-    """An arm is a function that takes one step; every arm has a model of its own."""
+    """An arm is a function that takes one step; every arm has a model of its own, from the same seed."""
     x, y = images(batch)
     arms: dict[str, Callable[[], Any]] = {}
 
