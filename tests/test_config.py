@@ -193,12 +193,29 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[st
         ("updates: {lr: '0.1'}", "updates.lr='0.1', must be a number"),
         ("[1]", "'{file}': holds list, must hold keys and values"),
         ("data: [a", "{file}, line 1: expected ',' or ']', but got '<stream end>'"),
+        ("updates: {lr: 1}\nupdates.lr: 2", "duplicate key 'updates.lr': it is given in two spellings"),
+        ("dry-run: true\ndry_run: false", "duplicate key 'dry_run': it is given in two spellings"),
+        ("warmup: null\nwarmup.decay: 0.1", "duplicate key 'warmup.decay': it is given in two spellings"),
+        ("warmup.decay: 0.1\nwarmup: null", "duplicate key 'warmup': it is given in two spellings"),
+        ("deepspeed: {a: {b: 1}, a.b: 2}", "duplicate key 'deepspeed.a.b': it is given in two spellings"),
+        ("deepspeed: {a: 1}\ndeepspeed.a.b: 2", "duplicate key 'deepspeed.a.b': it is given in two spellings"),
     ],
 )
 def test_bad_files_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     assert fails(capsys, "--config", str(file)) == "recipe: " + message.format(file=file)
+
+
+def test_keys_of_one_group_may_be_dotted_and_nested(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("updates: {lr: 1}\nupdates.betas: [0, 0]\ndeepspeed: {a: 1}\ndeepspeed.b: 2\n")
+    config = parse(Recipe, ["--config", str(file)])
+    assert config.updates == Updates(lr=1.0, betas=(0.0, 0.0)) and config.deepspeed == {"a": 1, "b": 2}
+
+
+def test_a_key_of_thousands_of_parts_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nested too deep" in fails(capsys, f"deepspeed.{'a.' * 5000}b=1")
 
 
 def test_only_one_process_of_a_node_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

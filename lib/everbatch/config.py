@@ -53,6 +53,8 @@ def parse(
         config = build(recipe, *[_mapping(file) for file in files], *overrides, base=base)
     except ValueError as error:  # ConfigError, and what the strict loader raises
         fail(prog, str(error))
+    except RecursionError:
+        fail(prog, "a key or a value is nested too deep")
     if "print_config" in asked:
         _say(dump_text(resolved(config)), sys.stdout)
         raise SystemExit(0)
@@ -68,7 +70,7 @@ def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) ->
     root = tree(recipe, base)
     merged: dict[str, Any] = {}
     for layer in layers:
-        _merge(root, merged, layer)
+        _merge(root, merged, layer, _Claims())
     return grow(root, merged)  # type: ignore[no-any-return]
 
 
@@ -198,7 +200,33 @@ def _unknown(root: Group, key: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r}, {hint}")
 
 
-def _merge(root: Group, target: dict[str, Any], layer: Mapping[str, Any], group: Group | None = None) -> None:
+class _Claims:
+    """The options that one layer gives, so that none is given in two spellings: dotted and nested, dash and underscore."""
+
+    def __init__(self) -> None:
+        self._leaves: set[str] = set()
+        self._above: set[str] = set()
+
+    def add(self, path: str) -> None:
+        parts = path.split(".")
+        above = {".".join(parts[:n]) for n in range(1, len(parts))}
+        if path in self._leaves or path in self._above or above & self._leaves:
+            raise ConfigError(f"duplicate key {path!r}: it is given in two spellings")
+        self._leaves.add(path)
+        self._above |= above
+
+    def add_tree(self, path: str, value: Any) -> None:
+        """Every option of a free tree."""
+        if not isinstance(value, Mapping):
+            self.add(path)
+            return
+        for key, item in value.items():
+            self.add_tree(f"{path}.{key}", item)
+
+
+def _merge(
+    root: Group, target: dict[str, Any], layer: Mapping[str, Any], claims: _Claims, group: Group | None = None,
+) -> None:
     """Lay one nested mapping over another in place, checking every key against the tree."""
     group = group or root
     for raw, value in layer.items():
@@ -212,15 +240,22 @@ def _merge(root: Group, target: dict[str, Any], layer: Mapping[str, Any], group:
         if node is None:
             raise _unknown(root, f"{path}.{rest}" if rest else path)
         if isinstance(node, Leaf):
-            target[name] = _overlay(target.get(name, node.default), _opened(value)) if node.free else value
+            if node.free:
+                value = _opened(value)
+                claims.add_tree(path, value)
+                target[name] = _overlay(target.get(name, node.default), value)
+            else:
+                claims.add(path)
+                target[name] = value
             continue
         value = _opened(value)
         if value is None and node.optional:
+            claims.add(path)
             target[name] = None
         elif isinstance(value, Mapping):
             if target.get(name) is None:
                 target[name] = {}
-            _merge(root, target[name], value, node)
+            _merge(root, target[name], value, claims, node)
         else:
             kinds = "keys and values, the name of a file of them" + (", or null" if node.optional else "")
             raise ConfigError(f"{path}={value!r}, must be {kinds}; its keys: {', '.join(node.children)}")

@@ -27,10 +27,38 @@ _RESOLVERS = [
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
 ]
 """The YAML 1.2 core schema, in order of trial. PyYAML's own (YAML 1.1) reads `no` as false, 1e-3 as text, 010 as 8."""
+_PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")} | {None}
+"""Tags that may be written; None is what PyYAML does with all others, an error."""
+_ESCAPED = re.compile("[^\t\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd]")
+"""Characters that a plain or single-quoted scalar folds, loses or cannot hold."""
+
+
+_MOST_VALUES = 10_000
+"""Values that a text with aliases may hold when they are written out; a configuration has some hundreds."""
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_constructors = {tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in _PLAIN}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose, and count what an alias stands for: a text of 400 bytes can denote 10^9 values."""
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if node is None:
+            return node
+        counts = self.__dict__.setdefault("_counts", {})
+        if alias is None:
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            pairs = [n for child in children for n in (child if isinstance(child, tuple) else (child,))]
+            counts[id(node)] = 1 + sum(counts[id(child)] for child in pairs)
+        elif id(node) not in counts:  # not composed to its end: the alias stands inside of what it names
+            raise yaml.composer.ComposerError(None, None, f"alias {alias.anchor!r} stands for itself", alias.start_mark)
+        self.__dict__["_shared"] = self.__dict__.get("_shared", False) or alias is not None
+        if self.__dict__["_shared"] and counts[id(node)] > _MOST_VALUES:
+            problem = f"aliases stand for more than {_MOST_VALUES} values"
+            raise yaml.composer.ComposerError(None, None, problem, (alias or node).start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -38,9 +66,10 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
             key = self.construct_object(key_node)
-            if key in seen:
+            name = str(key)  # 1 and "1" name one option
+            if key in seen or name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
+            seen |= {key, name}
         return super().construct_mapping(node, deep=deep)
 
 
@@ -51,12 +80,23 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
+_LINE = 2**31
+"""One line for each scalar: folding loses what stands at a fold."""
+
+
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True  # anchors would be noise in a file meant for reading
 
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if _ESCAPED.search(text) or "\t" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
 
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
@@ -72,10 +112,14 @@ def load_text(text: str, where: str = "") -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader: tags such as !!python/object are errors
-    except yaml.YAMLError as error:
+    except Exception as error:  # whatever the parser meets in a text: KeyError for "!!bool x", recursion for "[[[[..."
         mark = getattr(error, "problem_mark", None)
         place = f"{where or 'YAML'}" + (f", line {mark.line + 1}" if mark is not None and where else "")
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        problem = next(iter(str(getattr(error, "problem", None) or error).splitlines()), type(error).__name__)
+        if isinstance(error, RecursionError):
+            problem = "nested too deep"
+        elif not isinstance(error, yaml.YAMLError):
+            problem = f"a value that cannot be read ({problem})"
         if "could not determine a constructor for the tag" in problem:
             tag = problem.split("'")[1].replace("tag:yaml.org,2002:", "!!")
             problem = f"the tag {tag!r} is refused: only plain values are read, never objects"
@@ -90,7 +134,7 @@ def load_file(path: str | os.PathLike[str]) -> Any:
     """
     where = os.fspath(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"cannot read {where!r}: {reason}") from None
@@ -109,8 +153,13 @@ def load_file(path: str | os.PathLike[str]) -> Any:
         return json.loads(text, object_pairs_hook=unique)  # not YAML: JSON may be indented with tabs
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}, line {error.lineno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deep") from None
+    except ValueError as error:  # a duplicate, or a number of more digits than Python reads
+        text = str(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: a value that cannot be read ({text})") from None
 
 
 def dump_text(value: Mapping[str, Any]) -> str:
     """YAML text that `load_text` reads back as the same value, keys in the given order."""
-    return str(yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
+    return str(yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_LINE))
