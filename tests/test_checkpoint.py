@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -243,6 +244,13 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "parent": (lambda b: b["files"].update({f"../{FILE}": b["files"][FILE]}), "a name in files is '../rank-00000"),
     "absolute": (lambda b: b["files"].update({f"/tmp/{FILE}": b["files"][FILE]}), "a name in files is '/tmp/rank"),
     "line end": (lambda b: b["files"].update({f"{FILE}\n": b["files"][FILE]}), "a name in files is"),
+    "many ranks": (lambda b: b.update(world_size=10**17), "world_size is 100000000000000000, must be at most"),
+    "other ranks": (lambda b: b.update(world_size=7), "world_size is 7, must be the number of files, 1"),
+    "late": (lambda b: b.update(step=10**17), "step is 100000000000000000, must be at most"),
+    "large": (lambda b: b["tensors"]["a"].update(shape=[10**17]), f"{TENSOR}.shape is 100000000000000000, must be at most"),
+    "large in all": (lambda b: b["tensors"]["a"].update(shape=[2**31] * 60), f"{TENSOR}.shape is .*2147483648, .* elements"),
+    "dimensions": (lambda b: b["tensors"]["a"].update(shape=[10**15] * 100_000), f"{TENSOR}.shape has 100000 dimensions"),
+    "health": (lambda b: b.update(healthy=1), "healthy is 1, must be true or false"),
 }
 
 
@@ -251,8 +259,80 @@ def test_manifest_keys_are_checked_even_when_signed(tmp_path: Path, kind: str) -
     folder = save_value(tmp_path, 1, 1)
     change, text = WRONG[kind]
     rewrite(folder, change)
+    started = time.perf_counter()
     with pytest.raises(CheckpointMismatch, match=text):
         checkpoint.open(folder)
+    assert time.perf_counter() - started < 1, "sizes that a manifest claims cost time"
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    folder = save_value(tmp_path, 1, 1)
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"step": 1,', '"step": 1, "step": 1,'))
+    with pytest.raises(CheckpointMismatch, match="key 'step' occurs twice"):
+        checkpoint.open(folder)
+
+
+def test_latest_passes_over_missing_elements(tmp_path: Path) -> None:
+    save_value(tmp_path, 1, 1)
+    folder = save_value(tmp_path, 2, 2)
+    rewrite(folder, lambda body: body["tensors"]["b"].update(pieces=[]))
+    with pytest.warns(UserWarning, match="b lacks elements 0 to 7; no file holds them"):
+        assert saved_value(checkpoint.latest(tmp_path, world=ONE)) == 1
+
+
+def save_sick(root: Path, step: int) -> Path:
+    return checkpoint.save(root, step, [whole("a", torch.ones(2))], {}, world=ONE, keep_last=2, healthy=False)
+
+
+def test_what_was_saved_while_steps_were_skipped_pushes_out_nothing(tmp_path: Path) -> None:
+    save_value(tmp_path, 1, 1)
+    save_value(tmp_path, 2, 2)
+    for step in (3, 4, 5, 6):
+        save_sick(tmp_path, step)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000005", "step-00000006"]
+    newest = latest_quietly(tmp_path)
+    assert newest is not None and (newest.step, newest.healthy) == (6, False)
+    checkpoint.withdraw(tmp_path)
+    assert saved_value(latest_quietly(tmp_path)) == 2 and checkpoint.failed(tmp_path) == [5, 6]
+    checkpoint.withdraw(tmp_path)
+    save_value(tmp_path, 3, 3)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000003"]
+
+
+def test_a_manifest_without_health_is_healthy(tmp_path: Path) -> None:
+    rewrite(save_sick(tmp_path, 1), lambda body: body.pop("healthy"))
+    found = latest_quietly(tmp_path)
+    assert found is not None and found.healthy
+
+
+@pytest.mark.parametrize("left", [".del-step-00000001", ".old-step-00000002", "step-00000001"])
+def test_what_cannot_be_deleted_is_a_warning(tmp_path: Path, left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save_value(tmp_path, step, step)
+    if left.startswith(".del"):
+        (tmp_path / "step-00000001").rename(tmp_path / left)
+    elif left.startswith(".old"):
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / left)
+    whole_tree = shutil.rmtree
+
+    def refusing(path: Path, *args: Any, **options: Any) -> None:
+        if Path(path).name.endswith(left.removeprefix(".del-").removeprefix(".old-")):
+            raise PermissionError(13, "Permission denied", str(path))
+        whole_tree(path, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    with pytest.warns(UserWarning, match=r"step 3 is saved, but an old one could not be deleted: .*Permission denied"):
+        save_value(tmp_path, 3, 3)
+    assert saved_value(latest_quietly(tmp_path)) == 3
+
+
+def test_a_folder_is_tried_before_it_is_needed(tmp_path: Path) -> None:
+    checkpoint.try_writing(tmp_path / "a" / "b", world=ONE)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"cannot be written to: rank 0: (NotADirectory|FileExists)Error"):
+        checkpoint.try_writing(tmp_path / "file", world=ONE)
 
 
 def test_missing_elements_are_named(tmp_path: Path) -> None:

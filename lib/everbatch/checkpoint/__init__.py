@@ -16,6 +16,6 @@ from __future__ import annotations
 from everbatch.checkpoint.export import export_weights
 from everbatch.checkpoint.files import Piece
 from everbatch.checkpoint.reader import Checkpoint, open
-from everbatch.checkpoint.store import latest, save
+from everbatch.checkpoint.store import failed, latest, save, try_writing, withdraw
 
-__all__ = ["Checkpoint", "Piece", "export_weights", "latest", "open", "save"]
+__all__ = ["Checkpoint", "Piece", "export_weights", "failed", "latest", "open", "save", "try_writing", "withdraw"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ __all__ = ["MANIFEST", "Manifest", "Report", "Stored", "build", "dump", "json_pr
 MANIFEST = "manifest.json"
 FORMAT = "everbatch-checkpoint"
 VERSION = 1
+MOST = 2**53
+"""Above it no JSON reader need keep an integer exactly; no size, place or step comes near."""
+MAX_DIMENSIONS = 64
 
 Report = tuple[int, str, list[tuple[str, tuple[int, ...], str, int, int]]]
 """What a rank tells of its file: bytes, SHA-256, and (name, whole shape, element type, start, numel) of its pieces."""
@@ -44,6 +48,18 @@ class Manifest:
     tensors: dict[str, Stored]
     meta: dict[str, Any]
     digest: str
+    healthy: bool = True
+    """False: saved while steps were being skipped."""
+
+    def gap(self) -> str | None:
+        """The first elements that no file holds, or None where every tensor is whole."""
+        for name, stored in self.tensors.items():
+            reached = 0
+            for _, start, numel in [*stored.pieces, ("", math.prod(stored.shape), 0)]:
+                if start > reached:
+                    return f"{name} lacks elements {reached} to {start}; no file holds them"
+                reached = start + numel
+        return None
 
     def check_files(self, folder: Path, names: Sequence[str]) -> None:
         """Check some of the files: size, hash, header. Raises CheckpointMismatch naming the first bad one."""
@@ -83,7 +99,7 @@ def json_problem(value: object, where: str) -> str | None:
     return f"{where}: a {type(value).__name__}, must be a JSON value; tensors go into pieces"
 
 
-def build(step: int, reports: Sequence[Report], meta: Mapping[str, Any]) -> dict[str, Any]:
+def build(step: int, reports: Sequence[Report], meta: Mapping[str, Any], healthy: bool = True) -> dict[str, Any]:
     """The manifest of what all ranks wrote, as a JSON object.
 
     Raises:
@@ -111,7 +127,7 @@ def build(step: int, reports: Sequence[Report], meta: Mapping[str, Any]) -> dict
     files = {rank_file(rank): {"bytes": size, "sha256": digest} for rank, (size, digest, _) in enumerate(reports)}
     return {
         "format": FORMAT, "version": VERSION, "everbatch": __version__, "step": step, "world_size": len(reports),
-        "files": files, "tensors": {name: tensors[name] for name in sorted(tensors)}, "meta": dict(meta),
+        "healthy": healthy, "files": files, "tensors": {name: tensors[name] for name in sorted(tensors)}, "meta": dict(meta),
     }
 
 
@@ -139,12 +155,21 @@ def load(folder: Path) -> Manifest:
         raise CheckpointMismatch(f"{folder}: is a symbolic link, must be the folder itself")
     plain_size(path)
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except OSError as error:
         raise CheckpointMismatch(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointMismatch(f"{path}: is not JSON: {error}") from error
     return _Parser(str(path)).manifest(body)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; readers differ in which of two equal keys they take, so there may be none."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice[:80]!r} occurs twice in one object")
+    return result
 
 
 @dataclass(frozen=True)
@@ -169,7 +194,18 @@ class _Parser:
     def whole(self, value: object, key: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self.wrong(key, value, "an integer >= 0")
+        if value > MOST:
+            raise self.wrong(key, value, f"at most {MOST}")
         return value
+
+    def shape(self, value: object, key: str) -> tuple[int, ...]:
+        rows = self.rows(value, key)
+        if len(rows) > MAX_DIMENSIONS:
+            raise CheckpointMismatch(f"{self.where}: {key} has {len(rows)} dimensions, must have at most {MAX_DIMENSIONS}")
+        shape = tuple(self.whole(n, key) for n in rows)
+        if math.prod(shape) > MOST:
+            raise self.wrong(key, rows, f"of at most {MOST} elements")
+        return shape
 
     def sha(self, value: object, key: str) -> str:
         if not isinstance(value, str) or re.fullmatch("[0-9a-f]{64}", value) is None:
@@ -192,15 +228,20 @@ class _Parser:
         tensors = {name: self.stored(entry, f"tensors.{name}", files)
                    for name, entry in self.table(body.get("tensors"), "tensors").items()}
         step, size = self.whole(body.get("step"), "step"), self.whole(body.get("world_size"), "world_size")
+        if size != len(files):
+            raise self.wrong("world_size", size, f"the number of files, {len(files)}")
+        healthy = body.get("healthy", True)
+        if not isinstance(healthy, bool):
+            raise self.wrong("healthy", healthy, "true or false")
         meta = self.table(body.get("meta"), "meta")
         # last, so that a wrong type is named by its key; what is left is a value altered within its type
         if _digest(body) != digest:
             raise self.wrong("sha256", digest, "the hash of the rest: the manifest was altered after it was written")
-        return Manifest(step, size, files, tensors, meta, digest)
+        return Manifest(step, size, files, tensors, meta, digest, healthy)
 
     def stored(self, value: object, key: str, files: Mapping[str, object]) -> Stored:
         entry = self.table(value, key)
-        shape = tuple(self.whole(n, f"{key}.shape") for n in self.rows(entry.get("shape"), f"{key}.shape"))
+        shape = self.shape(entry.get("shape"), f"{key}.shape")
         dtype, total, reached, pieces = entry.get("dtype"), math.prod(shape), 0, []
         if not isinstance(dtype, str) or dtype not in CODES:
             raise self.wrong(f"{key}.dtype", dtype, f"one of {', '.join(CODES)}")

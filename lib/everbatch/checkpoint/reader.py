@@ -44,6 +44,11 @@ class Checkpoint:
         return self._manifest.meta
 
     @property
+    def healthy(self) -> bool:
+        """Whether it was saved after a step that was applied; False while steps were being skipped."""
+        return self._manifest.healthy
+
+    @property
     def world_size(self) -> int:
         """Ranks that wrote it."""
         return self._manifest.world_size

@@ -7,6 +7,7 @@ Entries of a root, N being the step. Wherever a kill strikes, what is left is am
     .old-step-N     the earlier step-N while its successor takes the name. If there is no step-N, the kill came between
                     the two renames and this one counts: `latest` reads it here, the next save renames it back
     .del-step-N     being deleted
+    failed-step-N   a checkpoint of steps that were all skipped, of a run that ended so; see `withdraw`
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from everbatch.checkpoint.reader import Checkpoint, verify
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, check
 
-__all__ = ["latest", "save"]
+__all__ = ["failed", "latest", "save", "try_writing", "withdraw"]
 
-_ENTRY = re.compile(r"(\.tmp-|\.old-|\.del-|)step-([0-9]{8,})")
+_ENTRY = re.compile(r"(\.tmp-|\.old-|\.del-|failed-|)step-([0-9]{8,15})")
 T = TypeVar("T")
 
 
 def save(
     root: str | Path, step: int, pieces: Sequence[Piece], meta: Mapping[str, Any], *, world: World, keep_last: int = 2,
+    healthy: bool = True,
 ) -> Path:
     """Write the checkpoint of `step`; when it returns, it is on the disk and `latest` finds it. A collective.
 
@@ -44,8 +46,9 @@ def save(
         pieces: what this rank contributes. Over all ranks, every element of every tensor is given exactly once.
         meta: JSON values with string keys (NaN and infinities allowed); rank 0's is kept.
         keep_last: >= 1; afterwards the oldest complete checkpoints beyond this many are deleted, but never this one.
-            Damaged ones neither count nor are deleted. To go on from an older step use another root: the highest step
-            is what `latest` returns.
+            Damaged ones neither count nor are deleted, and the newest healthy one stays beside them. To go on from an
+            older step use another root: the highest step is what `latest` returns.
+        healthy: False while steps are being skipped: what is saved then does not push out the last one before.
 
     Returns:
         The folder, root/step-00000012.
@@ -63,7 +66,7 @@ def save(
     """
     root = Path(root)
     whole = isinstance(step, int) and not isinstance(step, bool)
-    check(whole and step >= 0, "checkpoint.save", f"step={step!r}", "be an integer >= 0")
+    check(whole and 0 <= step < 10**15, "checkpoint.save", f"step={step!r}", "be an integer >= 0 and below 10**15")
     check(isinstance(keep_last, int) and keep_last >= 1, "checkpoint.save", f"keep_last={keep_last!r}",
           "be an integer >= 1", "the only good checkpoint is never deleted")
     final, partial, old = (root / f"{prefix}step-{step:08d}" for prefix in ("", ".tmp-", ".old-"))
@@ -78,7 +81,7 @@ def save(
             if not root.exists():
                 root.mkdir(parents=True)
                 fsync_folder(root.parent)
-            _recover(root)
+            _recover(root)  # what cannot be deleted now is said by `_retire`
             partial.mkdir()
         return step
 
@@ -87,7 +90,7 @@ def save(
 
     def commit() -> None:
         if first:
-            text = dump(build(step, reports, meta))
+            text = dump(build(step, reports, meta, healthy))
             write_bytes(partial / MANIFEST, lambda append: append(memoryview(text)))
             fsync_folder(partial)
             if os.path.lexists(final):
@@ -140,6 +143,8 @@ def latest(root: str | Path, *, world: World) -> Checkpoint | None:
         outcome = verify(root / name, world)
         if not isinstance(outcome, str) and outcome.step != step:
             outcome = f"{root / name}: its manifest is of step {outcome.step}"
+        gap = None if isinstance(outcome, str) else outcome.gap()
+        outcome = outcome if gap is None else f"{root / name}: {gap}"
         if not isinstance(outcome, str):
             for problem in problems if world.rank == 0 else []:
                 warnings.warn(f"damaged checkpoint skipped: {problem}; {root / name} is used", stacklevel=2)
@@ -149,6 +154,48 @@ def latest(root: str | Path, *, world: World) -> Checkpoint | None:
         raise CheckpointMismatch(f"checkpoint {root}: none is good: {'; '.join(problems)}; to start afresh move them "
                                  "away")
     return None
+
+
+def try_writing(root: str | Path, *, world: World) -> None:
+    """Write and delete a small file in `root`, which is created, from every rank: before a run, not after it. A collective.
+
+    Raises:
+        RuntimeError: on every rank, naming the ranks that could not.
+    """
+    root = Path(root)
+
+    def attempt() -> None:
+        probe = root / f".probe-{world.rank:05d}"
+        root.mkdir(parents=True, exist_ok=True)
+        probe.unlink(missing_ok=True)  # of a process that was killed in between
+        write_bytes(probe, lambda append: append(memoryview(b"everbatch")))
+        probe.unlink()
+
+    _together(world, f"{root}: cannot be written to", attempt)
+
+
+def withdraw(root: str | Path) -> None:
+    """Rename checkpoints that are not healthy and newer than the last healthy one, so that `latest` does not find them: call it
+    on one rank, when a run has ended because step after step was skipped. The next `save` deletes them.
+
+    Warns:
+        UserWarning: one could not be renamed; the next run then goes on from it.
+    """
+    for step, path, healthy in reversed(_found(Path(root))):
+        if healthy:
+            break
+        try:
+            doomed = path.with_name(f"failed-{path.name}")
+            _remove(doomed)
+            os.rename(path, doomed)
+        except OSError as error:
+            warnings.warn(f"checkpoint {root}: step {step}, of skipped steps, could not be set aside: {error}", stacklevel=2)
+
+
+def failed(root: str | Path) -> list[int]:
+    """Steps of the checkpoints under `root` that `withdraw` renamed, ascending."""
+    root = Path(root)
+    return [step for prefix, step, _ in _entries(root) if prefix == "failed-"] if root.exists() else []
 
 
 def _together(world: World, failure: str, action: Callable[[], T]) -> list[T]:
@@ -173,16 +220,22 @@ def _entries(root: Path) -> list[tuple[str, int, Path]]:
     return sorted(((match[1], int(match[2]), path) for match, path in named), key=lambda entry: entry[1])
 
 
-def _recover(root: Path) -> None:
-    """Bring `root` into a state without a trace of an interrupted save; see the table at the top."""
+def _recover(root: Path) -> list[str]:
+    """Bring `root` into a state without a trace of an interrupted save; see the table at the top. Returns what would not go."""
+    problems = []
     for prefix, _, path in _entries(root):
         final = path.with_name(path.name.removeprefix(prefix))
         if prefix == ".old-" and not os.path.lexists(final):
             os.rename(path, final)
-        elif prefix == ".old-":
-            _delete(path, final.name)
-        elif prefix:
-            _remove(path)
+            continue
+        try:
+            if prefix == ".old-":
+                _delete(path, final.name)
+            elif prefix:
+                _remove(path)
+        except OSError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _remove(path: Path) -> None:
@@ -200,22 +253,32 @@ def _delete(path: Path, name: str) -> None:
     _remove(doomed)
 
 
-def _complete(folder: Path) -> bool:
-    """Whether the manifest is good and all files have their size: what shows without reading everything again."""
-    try:
-        return all((folder / file).lstat().st_size == size for file, (size, _) in load(folder).files.items())
-    except (CheckpointMismatch, OSError):
-        return False
+def _found(root: Path) -> list[tuple[int, Path, bool]]:
+    """(step, path, healthy) of the checkpoints that are complete, by step: their manifest is good and all files have their
+    size, which shows without reading everything again."""
+    result = []
+    for prefix, step, path in _entries(root):
+        try:
+            manifest = None if prefix else load(path)
+            if manifest and all((path / file).lstat().st_size == size for file, (size, _) in manifest.files.items()):
+                result.append((step, path, manifest.healthy))
+        except (CheckpointMismatch, OSError):
+            continue
+    return result
 
 
 def _retire(root: Path, saved: int, keep_last: int) -> None:
     """Delete what the save replaced and the oldest complete checkpoints; a failure only costs space, so it warns."""
+    problems = []
     try:
-        _recover(root)
-        complete = [(step, path) for prefix, step, path in _entries(root) if not prefix and _complete(path)]
-        for step, path in complete[:-keep_last]:
-            if step != saved:
+        problems = _recover(root)
+        complete = _found(root)
+        last_healthy = max((step for step, _, healthy in complete if healthy), default=None)
+        for step, path, _ in complete[:-keep_last]:
+            if step not in (saved, last_healthy):
                 _delete(path, path.name)
     except OSError as error:
-        what = f"checkpoint {root}: step {saved} is saved, but an old one could not be deleted: {error}"
+        problems.append(str(error))
+    if problems:
+        what = f"checkpoint {root}: step {saved} is saved, but an old one could not be deleted: {'; '.join(problems[:3])}"
         warnings.warn(what, stacklevel=3)
