@@ -2,8 +2,10 @@
 
 from everbatch.data.batch import Batch
 from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
+from everbatch.data.datasets import DatasetSource, as_source
 from everbatch.data.domains import Permute, Rotate, permuted, rotated
 from everbatch.data.loader import Loader, evaluation_batches
+from everbatch.data.pairs import as_stream
 from everbatch.data.slots import balancoir_index, group_quotas, largest, reservoir_index, ring_index, share
 from everbatch.data.sources import (
     ConcatSource,
@@ -28,9 +30,10 @@ from everbatch.data.streams import (
 )
 
 __all__ = [
-    "Batch", "Buffer", "ClassBalanced", "ConcatSource", "Loader", "Permute", "ReplayStore", "Reservoir", "Ring",
-    "Rotate", "Slots", "Source", "Stream", "SubsetSource", "Task", "TensorSource", "TransformedSource",
-    "balancoir_index", "class_incremental", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
-    "iid", "largest", "load", "permuted", "pilot_increments", "reservoir_index", "ring_index", "rotated", "share",
-    "stratified_split", "task_incremental", "validation",
+    "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
+    "ReplayStore", "Reservoir", "Ring", "Rotate", "Slots", "Source", "Stream", "SubsetSource",
+    "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index",
+    "class_incremental", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
+    "iid", "largest", "load", "permuted", "pilot_increments", "reservoir_index", "ring_index",
+    "rotated", "share", "stratified_split", "task_incremental", "validation",
 ]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from everbatch.data.datasets import Samples
+from everbatch.data.label_space import as_pair
 from everbatch.data.sources import Source, TransformedSource
 from everbatch.errors import check, check_real
 from everbatch.seeds import generator
@@ -48,7 +50,7 @@ class Rotate:
 
 
 def permuted(
-    train: Source, test: Source, tasks: int, seed: int = 0, *, identity_first: bool = True,
+    train: Samples, test: Samples, tasks: int, seed: int = 0, *, identity_first: bool = True,
 ) -> list[tuple[Source, Source]]:
     """Domains for `domain_incremental`, each with its own permutation of the positions of an input.
 
@@ -59,6 +61,7 @@ def permuted(
         identity_first: leave the first domain as it is; False permutes it too, as Mammoth does.
     """
     check(tasks >= 1, "permuted", f"tasks={tasks}", "be at least 1")
+    train, test = as_pair("permuted", train, test)
     one = train.fetch(torch.tensor([0]))
     positions = one[0, 0].numel() if one.ndim == 4 else one[0].numel()
     pairs: list[tuple[Source, Source]] = []
@@ -72,7 +75,7 @@ def permuted(
     return pairs
 
 
-def rotated(train: Source, test: Source, degrees: Sequence[float]) -> list[tuple[Source, Source]]:
+def rotated(train: Samples, test: Samples, degrees: Sequence[float]) -> list[tuple[Source, Source]]:
     """Domains for `domain_incremental`, each turned by its angle in `degrees`, counter-clockwise.
 
     Raises:
@@ -81,6 +84,7 @@ def rotated(train: Source, test: Source, degrees: Sequence[float]) -> list[tuple
     check(len(degrees) > 0, "rotated", "no degrees", "be one angle per domain")
     for angle in degrees:
         check_real("rotated", "degrees", angle)
+    train, test = as_pair("rotated", train, test)
     shape = tuple(train.fetch(torch.tensor([0])).shape[1:])
     check(len(shape) == 3, "rotated", f"samples of shape {shape}", "be (C, H, W) images")
     return [

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everbatch.data.sources import Resize, Source, SubsetSource, check_labels, digest, stratified_split, target_bytes
+from everbatch.data.arrays import check_labels
+from everbatch.data.sources import Resize, Source, SubsetSource, digest, stratified_split, target_bytes
 from everbatch.errors import check, nearest
 
 if TYPE_CHECKING:
@@ -54,6 +55,17 @@ class Look:
                 image = image.resize((size, size), Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def pixels_of(who: str, what: str, image: Image) -> np.ndarray:
+    """An image as it is: uint8 (1, H, W) where it is grey, (3, H, W) where it has colours; the first of several frames.
+
+    Raises:
+        ValueError: more than 8 bits per channel, or what Pillow cannot convert.
+    """
+    check(not image.mode.startswith(("I", "F")), who, f"{what} has mode {image.mode!r}", "have 8 bits per channel",
+          "convert it")
+    return Look().apply(image, 1 if image.mode in ("1", "L", "LA") else 3)
 
 
 class ImageSource:

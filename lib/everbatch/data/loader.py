@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from everbatch.data.batch import Batch
+from everbatch.data.datasets import drawing
 from everbatch.data.streams import Stream, Task
 from everbatch.distributed import World
 from everbatch.errors import check
@@ -111,7 +112,8 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step`, un-augmented."""
         ids, targets, position = (value[self.local] for value in self.global_rows(step))
-        return Batch(self.stream.fetch(ids), targets, ids, position, task=self.task.id)
+        with drawing(self.seed, "fetch", self.task.id, step):
+            return Batch(self.stream.fetch(ids), targets, ids, position, task=self.task.id)
 
     def __iter__(self) -> Iterator[Batch]:
         steps = range(self.start, len(self))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from everbatch.data.arrays import Array, as_inputs, as_labels, check_labels, numbered
 from everbatch.errors import check, nearest
 from everbatch.seeds import generator
 
@@ -62,41 +63,31 @@ def target_bytes(targets: Tensor) -> bytes:
     return targets.to(torch.int64).contiguous().numpy().tobytes()
 
 
-def check_labels(who: str, targets: Tensor, classes: int) -> None:
-    """Raise unless every label is in [0, classes); names the first that is not."""
-    wrong = torch.nonzero((targets < 0) | (targets >= classes)).flatten()
-    if len(wrong):
-        first = int(wrong[0])
-        check(False, who, f"label {int(targets[first])} of sample {first}", f"be in [0, {classes})")
-
-
 class TensorSource:
     """Samples held in memory.
 
     Args:
-        inputs: (N, ...) tensor or array, kept by reference.
-        targets: (N,) integers.
+        inputs: (N, ...) tensor or array of numbers of any type, kept by reference where torch can work with the type.
+        targets: (N,) integers of any width or bools, or a column (N, 1) of them, or exact one-hot rows (N, C).
         name: for messages and the fingerprint.
-        classes: name of each label; by default "0", "1", ... up to the largest label.
+        classes: name of each label; by default "0", "1", ... up to the largest label. Names left out may be widened,
+            or taken from the other source, where sources of one stream are put together.
 
     Raises:
         ValueError: no samples, lengths that differ, labels that are no integers or out of range.
     """
 
     def __init__(
-        self, inputs: Tensor | np.ndarray, targets: Tensor | np.ndarray, *, name: str = "tensors",
-        classes: Sequence[str] | None = None,
+        self, inputs: Array, targets: Array, *, name: str = "tensors", classes: Sequence[str] | None = None,
     ) -> None:
         self.name = name
-        self.inputs = torch.as_tensor(inputs)
-        labels = torch.as_tensor(targets)
-        check(labels.ndim == 1 and len(labels) == len(self.inputs), name,
-              f"inputs {tuple(self.inputs.shape)} and targets {tuple(labels.shape)}", "be (N, ...) and (N,)")
-        check(len(labels) > 0, name, "no samples", "hold at least one")
-        check(not labels.is_floating_point() and labels.dtype != torch.bool, name, f"targets of {labels.dtype}",
-              "be integers")
-        self.targets = labels.to(torch.int64)
-        self.classes = tuple(classes) if classes is not None else tuple(map(str, range(int(self.targets.max()) + 1)))
+        self.inputs = as_inputs(name, "inputs", inputs)
+        self.targets = as_labels(name, "targets", targets)
+        check(len(self.targets) == len(self.inputs), name,
+              f"inputs {tuple(self.inputs.shape)} and targets {tuple(self.targets.shape)}", "be (N, ...) and (N,)")
+        check(len(self.targets) > 0, name, "no samples", "hold at least one")
+        self.implied = classes is None
+        self.classes = tuple(classes) if classes is not None else numbered(name, "targets", self.targets)
         check_labels(name, self.targets, len(self.classes))
 
     def __len__(self) -> int:

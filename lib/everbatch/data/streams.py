@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everbatch.data.sources import ConcatSource, Source, check_labels, digest, stratified_split, target_bytes
+from everbatch.data.arrays import check_labels
+from everbatch.data.datasets import Samples, as_source
+from everbatch.data.label_space import Pair, as_pair, in_one_label_space
+from everbatch.data.sources import ConcatSource, Source, digest, stratified_split, target_bytes
 from everbatch.errors import check
 from everbatch.seeds import generator
 
@@ -90,6 +93,12 @@ class Stream:
         return digest(*parts)
 
 
+def _pair(who: str, train: Samples, test: Samples) -> Pair:
+    one, other = as_pair(who, train, test)
+    _check_pair(who, one, other)
+    return one, other
+
+
 def _check_pair(who: str, train: Source, test: Source) -> None:
     check(train.classes == test.classes, who, f"train has classes {train.classes[:5]}, test has {test.classes[:5]}",
           "be the same classes in the same order")
@@ -98,7 +107,7 @@ def _check_pair(who: str, train: Source, test: Source) -> None:
         check_labels(f"{who}: {source.name}", source.targets, len(source.classes))
 
 
-def _finish(who: str, stream: Stream) -> Stream:
+def finished(who: str, stream: Stream) -> Stream:
     """Refuse empty tasks, warn of classes that a task promises and never shows."""
     for task in stream.tasks:
         for part, ids in (("training", task.train_ids), ("test", task.test_ids)):
@@ -144,11 +153,11 @@ def _class_order(
 
 
 def _split_classes(
-    kind: Kind, train: Source, test: Source, tasks: int | None, seed: int, class_order: Sequence[int] | None,
+    kind: Kind, train: Samples, test: Samples, tasks: int | None, seed: int, class_order: Sequence[int] | None,
     increments: Sequence[int] | None, classes: Sequence[int] | None,
 ) -> Stream:
     who = f"{kind}_incremental"
-    _check_pair(who, train, test)
+    train, test = _pair(who, train, test)
     order = _class_order(who, train.classes, seed, class_order, classes)
     if increments is None:
         count = 5 if tasks is None else tasks
@@ -170,11 +179,11 @@ def _split_classes(
         name = ",".join(train.classes[c] for c in order[start:stop][:4]) + ("..." if size > 4 else "")
         made.append(Task(index, name, tuple(range(start, stop)), ids[0], ids[1] + len(train)))
         start = stop
-    return _finish(who, Stream(tuple(made), train, test, len(order), kind, label_map))
+    return finished(who, Stream(tuple(made), train, test, len(order), kind, label_map))
 
 
 def class_incremental(
-    train: Source, test: Source, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
+    train: Samples, test: Samples, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
     increments: Sequence[int] | None = None, classes: Sequence[int] | None = None,
 ) -> Stream:
     """Disjoint sets of classes, one task after the other; no task id at test time.
@@ -196,14 +205,14 @@ def class_incremental(
 
 
 def task_incremental(
-    train: Source, test: Source, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
+    train: Samples, test: Samples, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
     increments: Sequence[int] | None = None, classes: Sequence[int] | None = None,
 ) -> Stream:
     """`class_incremental` with the task known at test time: predictions choose among the task's own classes."""
     return _split_classes("task", train, test, tasks, seed, class_order, increments, classes)
 
 
-def domain_incremental(domains: Sequence[tuple[Source, Source]]) -> Stream:
+def domain_incremental(domains: Sequence[tuple[Samples, Samples]]) -> Stream:
     """One set of classes, the distribution of inputs changes from task to task.
 
     Args:
@@ -214,21 +223,23 @@ def domain_incremental(domains: Sequence[tuple[Source, Source]]) -> Stream:
     """
     who = "domain_incremental"
     check(len(domains) > 0, who, "no domains", "be at least one (train, test) pair")
-    for pair in domains:
+    flat = in_one_label_space(who, [as_source(part) for pair in domains for part in pair])
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    for pair in pairs:
         _check_pair(who, *pair)
-    train, test = ConcatSource([pair[0] for pair in domains]), ConcatSource([pair[1] for pair in domains])
+    train, test = ConcatSource([pair[0] for pair in pairs]), ConcatSource([pair[1] for pair in pairs])
     check(train.classes == test.classes, who, "train and test classes differ", "be the same")
     width = len(train.classes)
     tasks, start, test_start = [], 0, len(train)
-    for index, (one, other) in enumerate(domains):
+    for index, (one, other) in enumerate(pairs):
         ids = torch.arange(start, start + len(one)), torch.arange(test_start, test_start + len(other))
         tasks.append(Task(index, one.name, tuple(range(width)), *ids))
         start, test_start = start + len(one), test_start + len(other)
-    return _finish(who, Stream(tuple(tasks), train, test, width, "domain", torch.arange(width)))
+    return finished(who, Stream(tuple(tasks), train, test, width, "domain", torch.arange(width)))
 
 
 def growing(
-    train: Source, test: Source, rounds: int | None = None, seed: int = 0, *, sizes: Sequence[int] | None = None,
+    train: Samples, test: Samples, rounds: int | None = None, seed: int = 0, *, sizes: Sequence[int] | None = None,
 ) -> Stream:
     """Data that keep arriving: round k trains on everything that has arrived by then, and tests on all test samples.
 
@@ -245,7 +256,7 @@ def growing(
         ValueError: more rounds than samples, sizes below 1 or above the samples there are.
     """
     who = "growing"
-    _check_pair(who, train, test)
+    train, test = _pair(who, train, test)
     if sizes is None:
         count = 5 if rounds is None else rounds
         check(1 <= count <= len(train), who, f"{count} rounds of {len(train)} samples", "be at least one sample each")
@@ -260,16 +271,16 @@ def growing(
         Task(index, f"round {index}", tuple(range(width)), order[:stop].clone(), everything)
         for index, stop in enumerate(np.cumsum(sizes).tolist())
     )
-    return _finish(who, Stream(tasks, train, test, width, "growing", torch.arange(width)))
+    return finished(who, Stream(tasks, train, test, width, "growing", torch.arange(width)))
 
 
-def iid(train: Source, test: Source) -> Stream:
+def iid(train: Samples, test: Samples) -> Stream:
     """Everything in one task: ordinary training."""
-    _check_pair("iid", train, test)
+    train, test = _pair("iid", train, test)
     width = len(train.classes)
     task = Task(0, train.name, tuple(range(width)), torch.arange(len(train)),
                 torch.arange(len(train), len(train) + len(test)))
-    return _finish("iid", Stream((task,), train, test, width, "iid", torch.arange(width)))
+    return finished("iid", Stream((task,), train, test, width, "iid", torch.arange(width)))
 
 
 def validation(stream: Stream, fraction: float = 0.1, seed: int = 0) -> Stream:
@@ -291,4 +302,4 @@ def validation(stream: Stream, fraction: float = 0.1, seed: int = 0) -> Stream:
             kept, out = stratified_split(stream.targets(task.train_ids), fraction, seed)
             ids = task.train_ids[kept], task.train_ids[out]
         tasks.append(replace(task, train_ids=ids[0], test_ids=ids[1]))
-    return _finish("validation", replace(stream, tasks=tuple(tasks)))
+    return finished("validation", replace(stream, tasks=tuple(tasks)))

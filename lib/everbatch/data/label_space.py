@@ -1,0 +1,100 @@
+"""One label space for the sources of a stream: equal names are one class, and numbers without names go on as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everbatch.data.datasets import as_source
+from everbatch.data.sources import Source, digest, target_bytes
+from everbatch.errors import check
+
+__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data"]
+
+Pair: TypeAlias = tuple[Source, Source]
+
+
+class RelabelledSource:
+    """The samples of another source under other class names.
+
+    Args:
+        base: the samples.
+        classes: the new names.
+        mapping: (base classes,) new label of each old one; by default labels stay.
+    """
+
+    def __init__(self, base: Source, classes: Sequence[str], mapping: Tensor | None = None) -> None:
+        self.base, self.name, self.classes = base, base.name, tuple(classes)
+        self.mapping = torch.arange(len(base.classes)) if mapping is None else mapping
+        self.targets = self.mapping[base.targets]
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def fetch(self, ids: Tensor) -> Tensor:
+        """See `Source.fetch`."""
+        return self.base.fetch(ids)
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`."""
+        return digest(self.base.fingerprint(), *self.classes, target_bytes(self.mapping))
+
+
+def in_one_label_space(who: str, sources: Sequence[Source], *, match: bool = False) -> list[Source]:
+    """The sources with the same classes.
+
+    Where a source's classes have no names of their own, its labels count as they are: they take the names of the others,
+    or all go up to the largest label of any.
+
+    Args:
+        who: for messages.
+        sources: of one stream.
+        match: put classes of other names side by side, in order of appearance: equal names are one class. Otherwise
+            sources whose names differ come back as they are, for the caller to refuse.
+
+    Raises:
+        ValueError: a source without names beside some whose names differ, or with more classes than there are names.
+    """
+    named = [source.classes for source in sources if not getattr(source, "implied", False)]
+    same = all(names == named[0] for names in named)
+    if same:
+        longest = max((source.classes for source in sources), key=len)
+        classes = named[0] if named else longest
+    elif match:
+        classes = tuple(dict.fromkeys(name for names in named for name in names))
+    else:
+        return list(sources)
+    result: list[Source] = []
+    for source in sources:
+        if source.classes == classes:
+            result.append(source)
+        elif getattr(source, "implied", False):
+            check(same, who, f"{source.name!r} without class names beside data of other names", "have names",
+                  "give it an attribute `classes`, or as_source(data, classes=...)")
+            check(len(source.classes) <= len(classes), who,
+                  f"label {len(source.classes) - 1} in {source.name!r}", f"be below {len(classes)}, the number of classes")
+            result.append(RelabelledSource(source, classes))
+        else:
+            place = {name: label for label, name in enumerate(classes)}
+            result.append(RelabelledSource(source, classes, torch.tensor([place[name] for name in source.classes])))
+    return result
+
+
+def as_pair(who: str, train: Any, test: Any) -> Pair:
+    """Training and test data, whatever they are, as sources; see `as_source`."""
+    one, other = in_one_label_space(who, [as_source(train), as_source(test)])
+    return one, other
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value is one data set, and not a pair or a list of pairs."""
+    if isinstance(value, tuple):
+        return len(value) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in value)
+    if isinstance(value, list):
+        first = value[0] if value else None
+        return isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], int | np.integer)
+    return not isinstance(value, str | dict | Tensor | np.ndarray)

@@ -1,0 +1,102 @@
+"""Pairs of training and test data as a stream, in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from everbatch.data.datasets import as_source
+from everbatch.data.label_space import Pair, in_one_label_space, is_data
+from everbatch.data.sources import ConcatSource, Source
+from everbatch.data.streams import Stream, Task, domain_incremental, finished, iid
+from everbatch.errors import check
+
+__all__ = ["as_stream"]
+
+_CURE = "give (train, test), or [(train, test), ...] with one pair of data sets per task"
+_NEEDED = ("tasks", "train", "test", "num_classes", "kind", "classes", "targets", "fetch", "seen_classes", "fingerprint")
+
+
+def as_stream(data: Any, *, kind: Literal["iid", "class", "task", "domain"] | None = None) -> Stream:
+    """A stream of whatever holds training and test samples.
+
+    Args:
+        data: a `Stream` (returned as it is); a (train, test) pair; or a sequence of such pairs, one per task, in the
+            order of training. Train and test may be anything that `as_source` takes: torch data sets, sources, pairs
+            (inputs, targets) of arrays.
+        kind: what tasks are, and so what a prediction may choose from: "class", the classes seen so far; "task", the
+            task's own; "domain", all. By default "iid" for one pair, "class" for several of which no two share a label,
+            else "domain".
+
+    Labels share one space: where data sets name their classes, equal names are one class and others are put beside them
+    in order of appearance; labels without names count as they are, in all pairs.
+
+    Raises:
+        ValueError: what is neither; a pair with an empty part; labels that are no class indices, or that cannot be
+            brought into one space; what has tasks but is no whole stream.
+    """
+    who = "as_stream"
+    if hasattr(data, "tasks"):
+        lacking = [name for name in _NEEDED if not hasattr(data, name)]
+        check(not lacking, who, f"{type(data).__name__} without {', '.join(lacking)}", "be a whole stream",
+              "make it with as_stream, class_incremental, domain_incremental, growing or iid")
+        check(kind in (None, data.kind), who, f"kind={kind!r} beside a stream of kind {data.kind!r}", "be left out")
+        stream: Stream = data
+        return stream
+    check(kind in (None, "iid", "class", "task", "domain"), who, f"kind={kind!r}", "be iid, class, task or domain")
+    pairs = pairs_of(who, data)
+    if kind == "iid" or (kind is None and len(pairs) == 1):
+        check(len(pairs) == 1, who, f"kind='iid' and {len(pairs)} pairs", "be one pair")
+        return iid(*pairs[0])
+    labels = [present(pair) for pair in pairs]
+    every = set().union(*labels)
+    kind = kind or ("class" if sum(map(len, labels)) == len(every) else "domain")
+    if kind == "domain" and all(own == every for own in labels):
+        return domain_incremental(pairs)
+    return _joined(who, pairs, labels, kind)
+
+
+def _joined(
+    who: str, pairs: Sequence[Pair], labels: Sequence[set[int]], kind: Literal["iid", "class", "task", "domain"],
+) -> Stream:
+    """Pairs with labels of their own, as tasks one after the other."""
+    train, test = ConcatSource([pair[0] for pair in pairs]), ConcatSource([pair[1] for pair in pairs])
+    label_map = torch.arange(len(train.classes))
+    if kind != "domain":
+        order = list(dict.fromkeys(label for own in labels for label in sorted(own)))
+        label_map = torch.full((len(train.classes),), -1)
+        label_map[torch.tensor(order)] = torch.arange(len(order))
+    tasks, start, test_start = [], 0, len(train)
+    for index, (one, other) in enumerate(pairs):
+        ids = torch.arange(start, start + len(one)), torch.arange(test_start, test_start + len(other))
+        classes = tuple(sorted(label_map[torch.tensor(sorted(labels[index]))].tolist()))
+        tasks.append(Task(index, one.name, classes, *ids))
+        start, test_start = start + len(one), test_start + len(other)
+    width = int(label_map.max()) + 1
+    return finished(who, Stream(tuple(tasks), train, test, width, kind, label_map))
+
+
+def pairs_of(who: str, data: Any) -> list[Pair]:
+    """A (train, test) pair, or a sequence of them, as sources of one label space.
+
+    Raises:
+        ValueError: anything else; names the place.
+    """
+    if isinstance(data, tuple) and len(data) == 2 and all(is_data(part) for part in data):
+        data = [data]
+    check(isinstance(data, list | tuple), who, f"a {type(data).__name__}", "be (train, test) pairs", _CURE)
+    check(len(data) > 0, who, "no pairs", "be at least one", _CURE)
+    flat: list[Source] = []
+    for index, pair in enumerate(data):
+        got = f"{len(pair)} values" if isinstance(pair, list | tuple) else f"a {type(pair).__name__}"
+        check(isinstance(pair, list | tuple) and len(pair) == 2, who, f"{got} in place {index}", "be a (train, test) pair", _CURE)
+        flat += [as_source(part) for part in pair]
+    flat = in_one_label_space(who, flat, match=True)
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def present(pair: Pair) -> set[int]:
+    """The labels that occur in a pair."""
+    return set(torch.unique(torch.cat([source.targets for source in pair])).tolist())
