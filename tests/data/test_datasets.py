@@ -189,7 +189,9 @@ def test_numbers_without_names_share_the_widest_space() -> None:
     test = TensorDataset(torch.zeros(2, 1), torch.tensor([0, 1]))
     stream = class_incremental(train, test, 2, class_order=[0, 1])
     assert stream.num_classes == 2
-    assert as_stream([(train, test)]).num_classes == iid(test, train.tensors).num_classes == 3
+    assert as_stream([(train, test)]).num_classes == 3
+    with pytest.warns(UserWarning, match=r"no training samples of classes \['2'\]"):
+        assert iid(test, train.tensors).num_classes == 3
     named = Own(plain, 6, classes=["a", "b", "c"])
     assert iid(named, TensorDataset(torch.zeros(2, 2), torch.tensor([2, 0]))).classes == ("a", "b", "c")
     with pytest.raises(ValueError, match="label 4 in 'TensorDataset', must be below 3"):
@@ -231,20 +233,32 @@ class Endless(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize(("data", "text"), [
-    (DataLoader(Own(plain, 4)), "a DataLoader, must be a data set; give its .dataset"), (Endless(), "iterable data set"),
-    ("digits", "everbatch.data.load"), (torch.zeros(3), r"one array, must .*\(inputs, targets\)"), (3, "int, must be a map-style"),
-    ({"a": 1}, "dict, must be a map-style"), (Own(plain, 0), "no samples"), (Own(lambda i: torch.zeros(2), 3), "Tensor from sample 0"),
-    (Own(lambda i: (1, 2, 3), 3), "3 values from sample 0"), (Own(lambda i: ({}, 2), 3), "input of sample 0 is a dict"),
-    (Own(lambda i: (torch.zeros(1), "cat"), 3), "label of sample 0 is 'cat'"), (Own(lambda i: (torch.zeros(1), 1.0), 3), "is 1.0"),
-    (Own(lambda i: (torch.zeros(1), None), 3), "is a NoneType"), (Own(lambda i: (torch.zeros(1), torch.tensor(1.5)), 3), "be integers"),
-    (Own(lambda i: (torch.zeros(1), [1, 1]), 3), "one-hot"), (Own(lambda i: (torch.zeros(1), -1), 3), "be in"),
-    (Own(lambda i: (torch.zeros(1), 2**31), 3), "label 2147483648 of sample 0"),
-    (Own(lambda i: (torch.zeros(1, dtype=torch.complex64), 0), 3), "real numbers"),
-    (Own(lambda i: 1 / 0, 3), r"cannot read sample 0 \(ZeroDivisionError"),
-    (ConcatDataset([Own(plain, 3, classes=["a", "b", "c"]), Own(plain, 3, classes=["c", "b", "a"])]), "mean different things")])
+    (DataLoader(Own(plain, 4)), "a DataLoader, must be a data set; give its .dataset"),
+    (Endless(), "iterable data set"), ("digits", "everbatch.data.load"),
+    (torch.zeros(3), r"one array, must .*\(inputs, targets\)"), (3, "int, must be a map-style"),
+    ({"a": 1}, "dict, must be a map-style"), (Own(plain, 0), "no samples"),
+    (ConcatDataset([Own(plain, 3, classes=["a", "b", "c"]), Own(plain, 3, classes=["c", "b", "a"])]),
+     "mean different things")])
 def test_what_is_no_data_set_is_refused(data: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         as_source(data)
+
+
+@pytest.mark.parametrize(("sample", "text"), [
+    (torch.zeros(2), "Tensor from sample 0"), ((1, 2, 3), "3 values from sample 0"),
+    (({}, 2), "input of sample 0 is a dict"), ((torch.zeros(1, dtype=torch.complex64), 0), "real numbers"),
+    ((torch.zeros(1), "cat"), "label of sample 0 is 'cat'"), ((torch.zeros(1), 1.0), "label of sample 0 is 1.0"),
+    ((torch.zeros(1), None), "label of sample 0 is a NoneType"), ((torch.zeros(1), torch.tensor(1.5)), "be integers"),
+    ((torch.zeros(1), [1, 1]), "one-hot"), ((torch.zeros(1), -1), "be in"),
+    ((torch.zeros(1), 2**31), "label 2147483648 of sample 0")])
+def test_samples_that_are_no_pairs_are_refused(sample: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        as_source(Own(lambda i: sample, 3))
+
+
+def test_what_a_data_set_raises_is_told_with_its_sample() -> None:
+    with pytest.raises(ValueError, match=r"cannot read sample 0 \(ZeroDivisionError"):
+        as_source(Own(lambda i: 1 / 0, 3))
 
 
 def test_samples_of_several_shapes_are_named() -> None:
