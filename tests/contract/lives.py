@@ -45,7 +45,7 @@ def advance(run: Run, case: str, begin: int, end: int) -> None:
 
 def snapshot(run: Run) -> tuple[Tensors, dict[str, Any]]:
     """Masters, moments and mixin state, whole and copied, and the plain values."""
-    saved = run.opt.state_dict()["everbatch"]
+    saved = run.opt.state_dict(weights=True)["everbatch"]
     return {n: t.clone() for n, t in saved["tensors"].items()}, copy.deepcopy(saved["meta"])
 
 

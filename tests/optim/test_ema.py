@@ -76,7 +76,7 @@ def test_an_average_of_half_precision_weights_is_kept_in_fp32(dtype: torch.dtype
     with opt.averaged():
         assert torch.equal(model.weight, expected.to(dtype)) and model.weight.dtype == dtype
     assert torch.equal(model.weight, torch.full((1, 2), 2.0, dtype=dtype))
-    other.load_state_dict(opt.state_dict())
+    other.load_state_dict(opt.state_dict(weights=True))
     for o, m in ((opt, model), (other, twin)):
         go(o, m, 200, 203)
     assert same(average(opt), average(other)) and average(other)[0].dtype == torch.float32

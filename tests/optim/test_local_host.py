@@ -90,10 +90,10 @@ def test_channels_last_and_other_layouts() -> None:
     assert last[0].weight.is_contiguous(memory_format=torch.channels_last) and not last[0].weight.is_contiguous()
     for a, b in zip(weights(plain), weights(last), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    ours, theirs = (o.state_dict()["everbatch"]["tensors"] for o in (plain_opt, last_opt))
+    ours, theirs = (o.state_dict(weights=True)["everbatch"]["tensors"] for o in (plain_opt, last_opt))
     for name in ours:  # saved by logical index, whatever the layout
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-12)
-    plain_opt.load_state_dict(last_opt.state_dict())
+    plain_opt.load_state_dict(last_opt.state_dict(weights=True))
     assert torch.equal(plain[0].weight, last[0].weight)
     assert torch.equal(plain_opt.state[plain[0].weight]["momentum_buffer"], last_opt.state[last[0].weight]["momentum_buffer"])
 

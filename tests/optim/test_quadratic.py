@@ -215,7 +215,7 @@ def test_resumed_is_uninterrupted(name: str) -> None:
     train(model, opt, 0, 3)
     CLASSES[name][2](opt)
     train(model, opt, 3, 5)
-    saved = copy.deepcopy(opt.state_dict())
+    saved = copy.deepcopy(opt.state_dict(weights=True))
     other, twin = build(name)
     train(twin, other, 7, 9)
     other.load_state_dict(saved)
@@ -232,10 +232,10 @@ def test_resumed_is_uninterrupted(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_skipped_step_changes_nothing(name: str) -> None:
     opt, model = life(name)
-    before, tensors = weights(model), copy.deepcopy(opt.state_dict()["everbatch"]["tensors"])
+    before, tensors = weights(model), copy.deepcopy(opt.state_dict(weights=True)["everbatch"]["tensors"])
     train(model, opt, 9, 10, scale=math.nan)
     assert opt.skipped_count == 1 and same(weights(model), before)
-    after = opt.state_dict()["everbatch"]["tensors"]
+    after = opt.state_dict(weights=True)["everbatch"]["tensors"]
     assert all(torch.equal(after[n], t) for n, t in tensors.items())
 
 
@@ -346,7 +346,7 @@ def test_a_bf16_model_is_pulled_and_saved_with_sums_in_fp32(name: str) -> None:
         go(opt, model, 3 * task)
         consolidate(opt)
     go(opt, model, 6)
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    other.load_state_dict(copy.deepcopy(opt.state_dict(weights=True)))
     for o, m in ((opt, model), (other, twin)):
         go(o, m, 9)
         consolidate(o)
@@ -380,7 +380,7 @@ def test_bad_options(cls: Any, options: dict[str, Any], text: str) -> None:
 def test_bad_consolidations_touch_nothing() -> None:
     opt, model = build("EWC")
     opt.consolidate_ewc([batch(20)])
-    before = copy.deepcopy(opt.state_dict()["everbatch"])
+    before = copy.deepcopy(opt.state_dict(weights=True)["everbatch"])
     good = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     for batches, text in ((None, "both or neither of batches and importance"), ([], "no rows on any rank"),
                           ([(torch.ones(1, 6), torch.tensor([7]))], "label")):
@@ -393,6 +393,6 @@ def test_bad_consolidations_touch_nothing() -> None:
     given = EwcSGD(model, lr=0.1, estimator="given")
     with pytest.raises(ValueError, match=r"must be importance=...; build with ewc_estimator='empirical'"):
         given.consolidate_ewc([batch(20)])
-    after = opt.state_dict()["everbatch"]
+    after = opt.state_dict(weights=True)["everbatch"]
     assert after["meta"] == before["meta"]
     assert all(torch.equal(after["tensors"][n], t) for n, t in before["tensors"].items())

@@ -224,7 +224,7 @@ def test_a_skipped_step_puts_the_weights_back() -> None:
     model = small_net()
     opt = RefreshSGD(model, lr=0.1, momentum=0.9, every=1)
     train(model, opt, 0, 2)
-    before, state, passes = weights(model), copy.deepcopy(opt.state_dict()["everbatch"]), 0
+    before, state, passes = weights(model), copy.deepcopy(opt.state_dict(weights=True)["everbatch"]), 0
     x, y = batch(5)
 
     def loss() -> Tensor:
@@ -235,7 +235,7 @@ def test_a_skipped_step_puts_the_weights_back() -> None:
     opt.step(closure_of(opt, loss))
     assert not opt.last_applied and same(weights(model), before)
     assert opt.states[Refresh].refused == 0
-    after = opt.state_dict()["everbatch"]
+    after = opt.state_dict(weights=True)["everbatch"]
     assert all(torch.equal(t, state["tensors"][n]) for n, t in after["tensors"].items())
     assert after["meta"] == {**state["meta"], "skipped": 1}
 
@@ -320,7 +320,7 @@ def test_resumed_is_uninterrupted() -> None:
     opt, model = fresh()
     train(model, opt, 0, 3)
     opt.update_fisher([batch(20), batch(21)])
-    saved = copy.deepcopy(opt.state_dict())
+    saved = copy.deepcopy(opt.state_dict(weights=True))
     other, twin = fresh()
     train(twin, other, 5, 6)
     other.load_state_dict(saved)

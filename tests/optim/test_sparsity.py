@@ -252,10 +252,10 @@ def test_momentum_growth_goes_by_a_mean_of_dense_gradients() -> None:
 def test_a_skipped_step_changes_nothing() -> None:
     opt, model = build(grow="momentum", score_steps=2, update_every=3, prune="soft")
     train(opt, model, 0, 2)
-    before = copy.deepcopy(opt.state_dict()["everbatch"])
+    before = copy.deepcopy(opt.state_dict(weights=True)["everbatch"])
     x, y = data(1)[0]
     step(opt, model, x, y, spoil=float("nan"))
-    after = opt.state_dict()["everbatch"]
+    after = opt.state_dict(weights=True)["everbatch"]
     assert_same(before["tensors"], after["tensors"])
     assert after["meta"] == before["meta"] | {"skipped": 1}
 
@@ -280,14 +280,14 @@ def test_masks_do_not_touch_the_global_stream_or_depend_on_it() -> None:
 def test_resume_is_bitwise(options: dict[str, Any]) -> None:
     opt, model = build(**options)
     train(opt, model, 0, 5)
-    saved = pickle.loads(pickle.dumps(opt.state_dict()))
+    saved = pickle.loads(pickle.dumps(opt.state_dict(weights=True)))
     train(opt, model, 5, 10)
     twin, other = build(seed=3, **options)
     twin.load_state_dict(saved)
     assert all(m.dtype == torch.bool for m in twin.states[DynamicSparsity].masks.values())
     train(twin, other, 5, 10)
     assert_same(weights(model), weights(other))
-    assert_same(opt.state_dict()["everbatch"]["tensors"], twin.state_dict()["everbatch"]["tensors"])
+    assert_same(opt.state_dict(weights=True)["everbatch"]["tensors"], twin.state_dict(weights=True)["everbatch"]["tensors"])
 
 
 def test_a_copy_goes_on_alike() -> None:

@@ -243,7 +243,7 @@ def test_resume_inside_a_task_is_bitwise(case: str) -> None:
     opt.begin_task(2, steps=20)
     train(opt, model, 2, 3)
     opt.keep_best(1.0)
-    saved, statistics = pickle.loads(pickle.dumps(opt.state_dict())), weights(model)
+    saved, statistics = pickle.loads(pickle.dumps(opt.state_dict(weights=True))), weights(model)
     train(opt, model, 2, 7, begin=3)
     opt.end_task()
     twin, other = build(case, seed=5, density=0.2, grow="random_unfired")
@@ -252,7 +252,7 @@ def test_resume_inside_a_task_is_bitwise(case: str) -> None:
     train(twin, other, 2, 7, begin=3)
     twin.end_task()
     assert same(weights(model), weights(other)) and torch.equal(shown(twin, other, 1), first)
-    mine, theirs = opt.state_dict()["everbatch"], twin.state_dict()["everbatch"]
+    mine, theirs = opt.state_dict(weights=True)["everbatch"], twin.state_dict(weights=True)["everbatch"]
     assert same(mine["tensors"], theirs["tensors"]) and mine["meta"] == theirs["meta"]
 
 

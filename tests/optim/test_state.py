@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from everbatch import checkpoint, compose
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
-from everbatch.optim import EMA, SAM, ClipGradNorm, ShrinkPerturb
+from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity, ShrinkPerturb
 from everbatch.optim.state import load_pieces, pieces
 
 BASES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -47,12 +49,12 @@ def life(pair: tuple[nn.Module, Any], begin: int, end: int) -> None:
 def test_state_dict_resumes_bitwise(base: str) -> None:
     pair, twin = build(base), build(base, seed=9)
     life(pair, 0, 3)
-    saved = copy.deepcopy(pair[1].state_dict())
+    saved = copy.deepcopy(pair[1].state_dict(weights=True))
     twin[1].load_state_dict(saved)
     assert same(weights(twin[0]), weights(pair[0]))
     life(pair, 3, 6)
     life(twin, 3, 6)
-    ends = [p[1].state_dict()["everbatch"] for p in (pair, twin)]
+    ends = [p[1].state_dict(weights=True)["everbatch"] for p in (pair, twin)]
     assert same(list(ends[0]["tensors"].values()), list(ends[1]["tensors"].values())) and ends[0]["meta"] == ends[1]["meta"]
 
 
@@ -67,7 +69,7 @@ def test_a_checkpoint_folder_resumes_bitwise(base: str, tmp_path: Path) -> None:
     load_pieces(twin[1], kept, kept.meta)
     life(pair, 3, 6)
     life(twin, 3, 6)
-    ends = [p[1].state_dict()["everbatch"] for p in (pair, twin)]
+    ends = [p[1].state_dict(weights=True)["everbatch"] for p in (pair, twin)]
     assert same(list(ends[0]["tensors"].values()), list(ends[1]["tensors"].values())) and ends[0]["meta"] == ends[1]["meta"]
     assert twin[1].param_groups[0].get("betas", ()).__class__ is tuple
 
@@ -75,7 +77,7 @@ def test_a_checkpoint_folder_resumes_bitwise(base: str, tmp_path: Path) -> None:
 def test_before_the_first_step() -> None:
     pair, twin = build(), build(seed=9)
     life(twin, 0, 2)
-    twin[1].load_state_dict(pair[1].state_dict())
+    twin[1].load_state_dict(pair[1].state_dict(weights=True))
     assert same(weights(twin[0]), weights(pair[0])) and not twin[1].state and not twin[1].states[EMA].average
     life(pair, 0, 2)
     life(twin, 0, 2)
@@ -87,7 +89,7 @@ def test_options_of_groups_and_counts_come_back() -> None:
     pair[1].param_groups[0]["lr"] = 0.025
     life(pair, 0, 2)
     train(*pair, 2, 3, scale=float("nan"))
-    twin[1].load_state_dict(pair[1].state_dict())
+    twin[1].load_state_dict(pair[1].state_dict(weights=True))
     assert twin[1].param_groups[0]["lr"] == 0.025 and len(twin[1].param_groups[0]["params"]) == 4
     assert (twin[1].step_count, twin[1].skipped_count, twin[1].states[ShrinkPerturb].round) == (2, 1, 1)
 
@@ -95,10 +97,82 @@ def test_options_of_groups_and_counts_come_back() -> None:
 def test_a_saved_state_is_a_copy() -> None:
     pair = build()
     life(pair, 0, 2)
-    saved = pair[1].state_dict()["everbatch"]["tensors"]
+    saved = pair[1].state_dict(weights=True)["everbatch"]["tensors"]
     kept = {n: t.clone() for n, t in saved.items()}
     life(pair, 2, 4)
     assert all(torch.equal(saved[n], kept[n]) for n in kept)
+
+
+def bytes_of(value: Any, seen: set[int]) -> int:
+    """Bytes of all storages in a tree of dicts and lists, each counted once."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        new = storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        return storage.nbytes() if new else 0
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(bytes_of(v, seen) for v in values)
+
+
+def sparse_adamw(seed: int = 0) -> tuple[nn.Module, Any]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 3))
+    return model, compose(DynamicSparsity, EMA, base=torch.optim.AdamW)(model, lr=0.01, density=0.3, update_every=2)
+
+
+def test_each_number_is_saved_once() -> None:
+    model, opt = sparse_adamw()
+    train(model, opt, 0, 3)
+    state, file = opt.state_dict(), io.BytesIO()
+    torch.save(state, file)
+    count = sum(p.numel() for p in model.parameters())
+    needed = count * 4 * 3 + sum(mask.numel() for mask in opt.whole_masks().values())  # two moments, an average, a byte of mask
+    assert bytes_of(state, set()) <= 1.01 * needed and len(file.getvalue()) <= 1.05 * needed
+    both = bytes_of({"model": model.state_dict(), "opt": opt.state_dict(weights=True)}, set())
+    assert bytes_of(opt.state_dict(weights=True), set()) <= 1.01 * (needed + count * 4) and both <= 1.01 * (needed + count * 8)
+
+
+def test_a_loop_that_saves_model_and_optimizer_resumes_bitwise() -> None:
+    (model, opt), (twin, again), file = sparse_adamw(), sparse_adamw(9), io.BytesIO()
+    train(model, opt, 0, 3)
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    again.load_state_dict(saved["optimizer"])  # in either order
+    twin.load_state_dict(saved["model"])
+    train(model, opt, 3, 6)
+    train(twin, again, 3, 6)
+    assert same(weights(twin), weights(model))
+    other, third = sparse_adamw(7)
+    third.load_state_dict(saved["optimizer"], weights=saved["model"])
+    train(other, third, 3, 6)
+    assert same(weights(other), weights(model))
+
+
+BROKEN: dict[str, tuple[Callable[[Any], object], str]] = {
+    "tensors": (lambda e: e.update(tensors=[]), "'everbatch' entry is not of tensors by name"),
+    "a number for a tensor": (lambda e: e["tensors"].update({"moment.momentum_buffer/0.weight": 3}), "not of tensors by name"),
+    "no meta": (lambda e: e.pop("meta"), "'everbatch' entry is not of tensors by name and their 'meta'"),
+    "no groups": (lambda e: e["meta"].pop("groups"), "meta is not what state_dict.. gives: KeyError: 'groups'"),
+    "groups": (lambda e: e["meta"].update(groups=[3]), "meta is not what state_dict.. gives: TypeError"),
+    "class": (lambda e: e["meta"].update({"class": None}), "meta is not what state_dict.. gives: TypeError"),
+    "rate": (lambda e: e["meta"]["groups"][0]["options"].update(lr="fast"), "group option lr is 'fast' .*, must be a number"),
+    "steps": (lambda e: e["meta"].update(steps="3"), "steps is '3' in the state, must be a number"),
+    "round": (lambda e: e["meta"]["mixins"]["ShrinkPerturb"].update(round=[1]), r"ShrinkPerturb.round is \[1\] .* a number"),
+    "list": (lambda e: e["meta"]["mixins"]["ShrinkPerturb"].update(round={"list": 10**17}), "is a list of 100000000000000000 in"),
+    "scalars": (lambda e: e["meta"].update(scalars={"0.weight": {"step": ["os.system", 1]}}), "of type 'os.system' in the state"),
+    "moment": (lambda e: e["tensors"].update({"moment.momentum_buffer/2.weight": torch.ones(2)}), r"has shape \(2,\) in the"),
+    "average": (lambda e: e["tensors"].update({"EMA.average/2.weight": torch.ones(3, 6)}), r"has shape \(3, 6\) in the state"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_state_is_named_before_anything_is_touched(kind: str) -> None:
+    pair = build()
+    life(pair, 0, 2)
+    saved = copy.deepcopy(pair[1].state_dict(weights=True))
+    BROKEN[kind][0](saved["everbatch"])
+    refuse(saved, build(seed=1), BROKEN[kind][1])
 
 
 def test_torchs_own_view_is_there_as_well() -> None:
@@ -118,7 +192,7 @@ def test_none_gradients_leave_no_moments_and_that_is_kept() -> None:
         model.register_parameter("unused", extra)
         opt.add_param_group({"params": [("unused", extra)]})
     life(pair, 0, 2)
-    twin[1].load_state_dict(pair[1].state_dict())
+    twin[1].load_state_dict(pair[1].state_dict(weights=True))
     assert pair[0].unused not in pair[1].state and twin[0].unused not in twin[1].state
     life(pair, 2, 4)
     life(twin, 2, 4)
@@ -127,17 +201,17 @@ def test_none_gradients_leave_no_moments_and_that_is_kept() -> None:
 
 def refuse(saved: Any, other: tuple[nn.Module, Any], text: str) -> None:
     life(other, 0, 1)
-    before = copy.deepcopy(other[1].state_dict()["everbatch"])
+    before = copy.deepcopy(other[1].state_dict(weights=True)["everbatch"])
     with pytest.raises(CheckpointMismatch, match=text):
         other[1].load_state_dict(saved)
-    after = other[1].state_dict()["everbatch"]
+    after = other[1].state_dict(weights=True)["everbatch"]
     assert same(list(after["tensors"].values()), list(before["tensors"].values())) and after["meta"] == before["meta"], "touched"
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_touched() -> None:
     pair = build()
     life(pair, 0, 2)
-    saved = pair[1].state_dict()
+    saved = pair[1].state_dict(weights=True)
     refuse({k: v for k, v in saved.items() if k != "everbatch"}, build(seed=1), "has no 'everbatch' entry")
     wider = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
     options = {"lr": 0.1, "momentum": 0.9, "noise": "gaussian", "buffers": "keep"}
@@ -169,7 +243,7 @@ def test_a_rate_in_a_tensor_and_the_seed_come_back() -> None:
     held = twin[1].param_groups[0]["lr"]
     pair[1].param_groups[0]["lr"].fill_(0.25)
     pair[1].seed = 5
-    twin[1].load_state_dict(pair[1].state_dict())
+    twin[1].load_state_dict(pair[1].state_dict(weights=True))
     assert twin[1].param_groups[0]["lr"] is held and held == 0.25 and twin[1].seed == 5
 
 
@@ -189,11 +263,11 @@ def test_what_is_kept_of_frozen_parameters_comes_back(folder: bool, tmp_path: Pa
         assert kept is not None
         load_pieces(twin[1], kept, kept.meta)
     else:
-        twin[1].load_state_dict(copy.deepcopy(pair[1].state_dict()))
+        twin[1].load_state_dict(copy.deepcopy(pair[1].state_dict(weights=True)))
     for one in (pair, twin):
         one[0].requires_grad_(True)
         life(one, 3, 5)
-    ends = [p[1].state_dict()["everbatch"]["tensors"] for p in (pair, twin)]
+    ends = [p[1].state_dict(weights=True)["everbatch"]["tensors"] for p in (pair, twin)]
     assert ends[0].keys() == ends[1].keys() and "EMA.average/0.weight" in ends[0]
     assert same(list(ends[0].values()), list(ends[1].values()))
 
@@ -220,7 +294,7 @@ def test_parameters_of_one_number_and_of_none(base: str) -> None:
             opt.step(closure_of(opt, model))
 
     steps(models[0], opts[0], 2)
-    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict(weights=True)))
     steps(models[0], opts[0], 2)
     steps(models[1], opts[1], 2)
     assert same(weights(models[0]), weights(models[1]))

@@ -203,7 +203,7 @@ def test_a_resumed_run_has_the_same_projections(space: str) -> None:
     opt = SubAdam(model, lr=0.05, space=space)
     opt.set_projections(NULL)
     train(model, opt, 0, 2)
-    saved, twin = copy.deepcopy(opt.state_dict()), small_net(5)
+    saved, twin = copy.deepcopy(opt.state_dict(weights=True)), small_net(5)
     json.dumps(saved["everbatch"]["meta"])
     other = SubAdam(twin, lr=0.05, space=space)
     other.load_state_dict(saved)

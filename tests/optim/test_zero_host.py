@@ -43,6 +43,9 @@ EXPECTED = {
     "missing internal": "UnsupportedHost: DeepSpeed: DeepSpeedZeroOptimizer.micro_step_id is missing in this version",
     "option of the base": "TypeError: Sharp.on: lr is an option of SGD; set it on the optimizer that the engine was",
     "unknown option": "TypeError: Sharp: unknown option 'roh'; did you mean 'rho'?",
+    "state without weights": "CheckpointMismatch: Sharp: the state holds no weights of ['0.bias', '0.weight', '2.bias', "
+                             "'2.weight']: it was saved where they are the model's own, and on ZeRO stage 1 (fp32) they are not",
+    "weights from elsewhere": "ok",
     "copy": "TypeError: an optimizer on a DeepSpeed engine cannot be copied or pickled; use state_dict()",
     "added group": "UnsupportedHost: ZeRO stage 1 (fp32): a built engine takes no more parameters; initialise it with",
     "two backwards": "RuntimeError: DeepSpeed: opt.backward was called twice for one forward boundary; sum the losses, or loop",

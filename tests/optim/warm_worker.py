@@ -84,7 +84,7 @@ def warm(name: str, mix: str) -> list[dict[str, Tensor]]:
     for i, (x, y) in enumerate(hosts.batches(5)):
         if i in (2, 4):
             run.opt.shrink_perturb()
-            kept = run.opt.state_dict()["everbatch"]["tensors"]
+            kept = run.opt.state_dict(weights=True)["everbatch"]["tensors"]
             seen += [run.weights(), {n: t for n, t in kept.items() if n.startswith("EMA")}, {"outputs": run.outputs().float()}]
         run.step(x, y)
         seen.append(run.weights())
@@ -101,7 +101,7 @@ def subspace(name: str, mix: str) -> list[dict[str, Tensor]]:
         first.step(*batches[i], parts)
         seen.append(first.weights())
     second = hosts.start(BY_NAME[name], cls, COMMON | bare, base=base, accumulation=parts, model=hosts.net(7))
-    second.opt.load_state_dict(first.opt.state_dict())
+    second.opt.load_state_dict(first.opt.state_dict(weights=True))
     second.step(*batches[5], parts, spoil=second.rank == second.world - 1)
     for i in (3, 4):
         second.step(*batches[i], parts)

@@ -164,6 +164,27 @@ def micro_batches_at_stage_2() -> None:
     expect(bool((ends[0] - ends[1]).abs().max() < 1e-6), f"differ by {(ends[0] - ends[1]).abs().max()}")
 
 
+def saved_elsewhere() -> tuple[nn.Module, dict[str, Any]]:
+    """A net and the state of its optimizer, one step on, of plain torch: the weights are the net's."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    opt = Sharp(model, lr=0.1)
+    opt.step(lambda: opt.backward(model(torch.ones(2, 6)).square().sum()))
+    return model, opt.state_dict()
+
+
+def weights_from_elsewhere() -> None:
+    model, state = saved_elsewhere()
+    opt = Sharp.on(engine_of())
+    opt.load_state_dict(state, weights=model.state_dict())
+    saved = opt.state_dict()["everbatch"]["tensors"]
+    expect(all(torch.equal(saved[f"master/{n}"], p) for n, p in model.named_parameters()), "other weights")
+    expect(all(torch.equal(p, q) for p, q in zip(opt.host.module.parameters(), model.parameters(), strict=True)), "not published")
+    again = Sharp.on(engine_of())
+    again.load_state_dict(opt.state_dict())
+    expect(all(torch.equal(p, q) for p, q in zip(again.host.module.parameters(), model.parameters(), strict=True)), "not kept")
+
+
 def two_backwards() -> None:
     engine = engine_of()
     opt = Sharp.on(engine)
@@ -210,6 +231,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "missing internal": missing_internal,
     "option of the base": lambda: Sharp.on(engine_of(), lr=0.1),
     "unknown option": lambda: Sharp.on(engine_of(), roh=0.1),
+    "state without weights": lambda: Sharp.on(engine_of()).load_state_dict(saved_elsewhere()[1]),
+    "weights from elsewhere": weights_from_elsewhere,
     "copy": lambda: copy.deepcopy(Sharp.on(engine_of())),
     "added group": lambda: Sharp.on(engine_of()).add_param_group({"params": []}),
     "two backwards": two_backwards,

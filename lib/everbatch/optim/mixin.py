@@ -335,13 +335,33 @@ class OptimizerMixin(Contract):
         return {part.__name__: part.cost(self) for part in parts_of(type(self)) if "cost" in vars(part)}  # type: ignore[attr-defined]
 
     # ----------------------------------------------------------------------------------------------- persistence
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, by parameter name and whole where it is per parameter. Collective when sharded."""
-        return persistence.state_dict(self)
+    complete_state = False
+    """Whether `state_dict()` holds the weights where they are the model's own as well; a Trainer sets it on its optimizer, whose
+    state is all there is."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, at any world size and ZeRO stage. Collective when sharded."""
-        persistence.load_state_dict(self, state_dict)
+    def state_dict(self, *, weights: bool | None = None) -> dict[str, Any]:
+        """What a resumed run needs beside `model.state_dict()`, by parameter name, whole where it is per parameter. Collective
+        when sharded.
+
+        Args:
+            weights: hold the weights as well where they are the model's own (plain torch, DDP, FSDP2); by default only masters
+                that are other tensors than those (DeepSpeed), so that nothing is saved twice.
+
+        Cost: a copy of moments, averages and masks.
+        """
+        return persistence.state_dict(self, weights=weights)
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Restore what `state_dict` gave, at any world size and ZeRO stage. Collective when sharded.
+
+        Args:
+            weights: `model.state_dict()` of the saved model. Needed on DeepSpeed for a state saved elsewhere, which has no
+                masters; elsewhere `model.load_state_dict` does it.
+
+        Raises:
+            CheckpointMismatch: what does not fit, naming it; nothing is touched then.
+        """
+        persistence.load_state_dict(self, state_dict, weights=weights)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("host", "step")} | {"_rebuild": self.host.recipe()}

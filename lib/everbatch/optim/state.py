@@ -1,11 +1,13 @@
 """State of a composed optimizer as data: whole tensors by parameter name, or this rank's pieces of them, and plain values.
 
-Nothing here depends on the host: what ZeRO stage 3 saved on four ranks, plain torch loads on one.
+Nothing here depends on the host: what ZeRO stage 3 saved on four ranks, plain torch loads on one. A checkpoint (`pieces`) holds
+the masters; so does `state_dict` where they are not the model's own weights, which a loop saves with `model.state_dict()`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +17,14 @@ from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.compose import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
+from everbatch.optim import state_checks
+from everbatch.optim.hosts.base import plain_name
 from everbatch.optim.shards import ByName, Shard
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["load_pieces", "load_state_dict", "pieces", "state_dict"]
+__all__ = ["check_pieces", "load_pieces", "load_state_dict", "pieces", "state_dict"]
 
 
 def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
@@ -40,25 +44,34 @@ def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
     return tensors if writer else [], {"scalars": merged, **_plain(opt)}
 
 
+def check_pieces(opt: OptimizerMixin, checkpoint: Checkpoint, meta: Any) -> None:
+    """Raise `CheckpointMismatch` unless `load_pieces` would take all of it. Local; no tensor data is read."""
+    shapes = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
+    state_checks.fits(opt, meta, shapes, complete=True)
+
+
 def load_pieces(opt: OptimizerMixin, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
     """Restore what `pieces` gave, reading only this rank's slices.
 
     Raises:
-        CheckpointMismatch: other parameters, shapes, groups, mixins or base; nothing is touched then.
+        CheckpointMismatch: other parameters, shapes, groups, mixins, base or types; nothing is touched then.
     """
+    check_pieces(opt, checkpoint, meta)
     known = set(checkpoint.names())
-    _match(opt, meta, {n.split("/", 1)[1]: tuple(checkpoint.shape(n)) for n in known if n.startswith("master/")})
     _restore(opt, meta, lambda key, s: checkpoint.read(f"{key}/{s.name}", s.start, s.numel)
              if f"{key}/{s.name}" in known else None, {n.split("/", 1)[0] for n in known})
 
 
-def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
+def state_dict(opt: OptimizerMixin, *, weights: bool | None = None) -> dict[str, Any]:
     """Everything by name, whole, on every rank: tensors under "tensors", plain values under "meta".
 
-    On plain torch, DDP and FSDP2 torch's own "state" and "param_groups" are there as well, for tools that look at them.
+    On plain torch, DDP and FSDP2 torch's own "state" and "param_groups" are there as well, for tools that look at them; on plain
+    torch and DDP their tensors are those under "tensors", so that each number is in memory, and in a file of `torch.save`, once.
     """
     host = opt.host
     slices = _held(opt)
+    if not (host.masters_apart or (opt.complete_state if weights is None else weights)):
+        slices.pop("master", None)
     mine = {kind: {s.name: str(t.dtype).removeprefix("torch.") for s, t in held} for kind, held in slices.items()}
     layout: dict[str, dict[str, str]] = {}
     for other in World.current().gather(mine) if host.sharded else [mine]:
@@ -74,17 +87,43 @@ def state_dict(opt: OptimizerMixin) -> dict[str, Any]:
         scalars.update(other)  # type: ignore[call-overload]
     result: dict[str, Any] = {"everbatch": {"tensors": whole, "meta": {"scalars": scalars, **_plain(opt)}}}
     if getattr(host, "inner", None) is None:
-        result = {**torch.optim.Optimizer.state_dict(opt), **result}  # type: ignore[arg-type]
+        result = {**_torchs_own(opt, whole), **result}
     return result
 
 
-def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any]) -> None:
-    """Restore what `state_dict` gave, on any host; a plain `state_dict` of the base optimizer alone is an error."""
-    if "everbatch" not in saved:
-        raise CheckpointMismatch(f"{type(opt).__name__}: the state has no 'everbatch' entry, so the mixins' state is missing; "
+def _torchs_own(opt: OptimizerMixin, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What torch's `state_dict` gives, with the copies in `whole` in place of the tensors they were made from."""
+    own: dict[str, Any] = torch.optim.Optimizer.state_dict(opt)  # type: ignore[arg-type]
+    if opt.host.sharded:  # there they are slices
+        return own
+    with opt.host.frozen_too():
+        names = opt.host.names
+    state = {index: {key: whole.get(f"moment.{key}/{names[index]}", value) for key, value in kept.items()}
+             if isinstance(index, int) else kept for index, kept in own["state"].items()}
+    return {**own, "state": state}
+
+
+def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Restore what `state_dict` gave, on any host; a plain `state_dict` of the base optimizer alone is an error.
+
+    Args:
+        weights: whole weights by name, as `model.state_dict()` of the bare model: masters that the state does not hold.
+
+    Raises:
+        CheckpointMismatch: what does not fit, and on DeepSpeed a state without masters, unless `weights` has them; nothing is
+            touched then.
+    """
+    who = type(opt).__name__
+    if not isinstance(saved, Mapping) or "everbatch" not in saved:
+        raise CheckpointMismatch(f"{who}: the state has no 'everbatch' entry, so the mixins' state is missing; "
                                  "save it with this class's state_dict()")
-    tensors, meta = saved["everbatch"]["tensors"], saved["everbatch"]["meta"]
-    _match(opt, meta, {n.split("/", 1)[1]: tuple(t.shape) for n, t in tensors.items() if n.startswith("master/")})
+    state_checks.are_tensors(who, saved["everbatch"])
+    tensors, meta = dict(saved["everbatch"]["tensors"]), saved["everbatch"]["meta"]
+    given = {plain_name(name): value for name, value in (weights or {}).items()}
+    for name in opt.host.master_layout() if given else ():
+        if name in given:
+            tensors.setdefault(f"master/{name}", given[name])
+    state_checks.fits(opt, meta, {name: tuple(t.shape) for name, t in tensors.items()}, complete=opt.host.masters_apart)
 
     def read(key: str, s: Shard) -> Tensor | None:
         whole = tensors.get(f"{key}/{s.name}")
@@ -101,29 +140,9 @@ def _plain(opt: OptimizerMixin) -> dict[str, Any]:
     mixins = {part.__name__: {n: _encode(v) for n, v in _fields(state).items() if not isinstance(v, ByName)}
               for part, state in opt.states.items()}
     base = base_of(type(opt)).__name__  # type: ignore[union-attr]
+    shapes = {n: list(shape) for n, (_, shape) in opt.host.master_layout().items() if shape.numel()}
     return {"class": [p.__name__ for p in parts_of(type(opt))], "base": base, "groups": groups, "mixins": mixins,
-            "seed": opt.seed, "steps": opt.step_count, "skipped": opt.skipped_count}
-
-
-def _match(opt: OptimizerMixin, meta: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse a state of another model, other groups or other mixins, before anything is touched."""
-    who, host = type(opt).__name__, opt.host
-    ours = {n: tuple(shape) for n, (_, shape) in host.master_layout().items() if shape.numel()}  # an empty one has no piece
-    odd = sorted(set(ours) ^ set(shapes)) or [n for n in ours if ours[n] != shapes[n]]
-    if odd:
-        raise CheckpointMismatch(f"{who}: parameters {odd[:5]} differ between the state and the model "
-                                 f"(shape {[shapes.get(n) for n in odd[:5]]} against {[ours.get(n) for n in odd[:5]]})")
-    here = [p.__name__ for p in parts_of(type(opt))]
-    if here != meta["class"]:
-        raise CheckpointMismatch(f"{who}: the state is of {meta['class']}, this class is {here}; compose the same mixins")
-    base = base_of(type(opt)).__name__  # type: ignore[union-attr]
-    if meta.get("base", base) != base:
-        raise CheckpointMismatch(f"{who}: the state is of base {meta['base']}, this class has {base}; compose with the same base")
-    index = host.group_index()
-    names = [[n for n, i in index.items() if i == k] for k in range(len(host.groups()))]
-    if names != [g["names"] for g in meta["groups"]]:
-        raise CheckpointMismatch(f"{who}: the state has {len(meta['groups'])} parameter groups with other members than the "
-                                 f"{len(names)} here; build the same groups")
+            "shapes": shapes, "seed": opt.seed, "steps": opt.step_count, "skipped": opt.skipped_count}
 
 
 def _held(opt: OptimizerMixin) -> dict[str, list[tuple[Shard, Tensor]]]:

@@ -129,6 +129,7 @@ class Trainer:
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
                              decay_vectors=self.config.decay_vectors)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
+        self.optimizer.complete_state = True
         self._base_lr = [float(g["lr"]) for g in self.optimizer.param_groups]
         self._base_options = persist.options_of(self.optimizer)
         self._begun_frozen = {n: True for n, p in self.module.named_parameters() if not p.requires_grad}

@@ -126,6 +126,11 @@ class Host(abc.ABC):
         return next(iter(self.master_layout().values()))[0]
 
     @property
+    def masters_apart(self) -> bool:
+        """Whether the masters are other tensors than the model's own parameters."""
+        return False
+
+    @property
     def apart(self) -> bool:
         """Whether each rank computes with working weights of its own, whole, which it may move apart from the others'."""
         return not self.sharded

@@ -244,6 +244,10 @@ class ZeroHost(Host):
         return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
+    def masters_apart(self) -> bool:
+        return self.kind != "torch"
+
+    @property
     def apart(self) -> bool:
         return self.stage < 3
 
