@@ -3,8 +3,10 @@
 torchrun --nproc-per-node 2 recipes/own_deepspeed.py            (without a GPU: DS_ACCELERATOR=cpu before it)
 
 The client optimizer is an ordinary torch.optim.SGD, its groups and moments stay the engine's; `SharpSGD.on(engine,
-...)` puts the mixins over it, and `opt.step(closure)` calls `engine.backward` and `engine.step` itself. Clipping is a
-mixin, so the engine's own must be off (DeepSpeed's default is 1.0); forgetting it is an error that says so.
+...)` puts the mixins over it, and `opt.step(closure)` calls `engine.backward` and `engine.step` itself: calling them
+beside it is an error. The closure runs all micro-batches of one update; `opt.micro_batches` divides each loss by their
+number, as DeepSpeed does, and `gradient_accumulation_steps` must be that number (or 1). Clipping is a mixin, so the
+engine's own must be off (DeepSpeed's default is 1.0); forgetting it is an error that says so.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from everbatch.distributed import init
 from everbatch.nn import SmallConv
 from everbatch.optim import SAM, ClipGradNorm
 
-CONFIG = {"train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": 2}, "gradient_clipping": 0.0,
-          "zero_allow_untested_optimizer": True}
+ACCUMULATION = 2
+CONFIG = {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": ACCUMULATION, "gradient_clipping": 0.0,
+          "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
 
 
 class SharpSGD(ClipGradNorm, SAM, torch.optim.SGD):
@@ -28,7 +31,7 @@ class SharpSGD(ClipGradNorm, SAM, torch.optim.SGD):
 
 
 def main() -> None:
-    """One epoch after another, 32 digits per rank and step."""
+    """One epoch after another, 32 digits per rank and step, in two micro-batches."""
     world = init()
     train, test = load("digits", train=True), load("digits", train=False)
     torch.manual_seed(0)  # every rank draws the same weights and the same order of samples
@@ -40,9 +43,11 @@ def main() -> None:
     for epoch in range(4):
         for rows in torch.randperm(len(train)).split(32 * world.size)[:-1]:
             def closure(mine: Tensor = rows[world.rank :: world.size]) -> Tensor:
-                loss = functional.cross_entropy(engine.module(inputs[mine]), train.targets[mine].to(engine.device))
-                opt.backward(loss)
-                return loss
+                total = torch.zeros((), device=engine.device)
+                for some in opt.micro_batches(mine.chunk(ACCUMULATION)):
+                    loss = functional.cross_entropy(engine.module(inputs[some]), train.targets[some].to(engine.device))
+                    total += opt.backward(loss)  # half of each loss, so that their sum is the mean
+                return total
             loss = world.sum(opt.step(closure)) / world.size
         if world.rank == 0:
             print(f"epoch {epoch + 1}: loss {loss:.4f}, norm {opt.metrics['grad_norm']:.3f}", flush=True)

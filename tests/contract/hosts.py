@@ -134,11 +134,10 @@ class Run:
             total = torch.zeros(())
             for rows in self.opt.micro_batches(torch.arange(len(x)).chunk(accumulation)):
                 inputs = x[rows].bfloat16() if self.spec.bf16 else x[rows]
-                loss = nn.functional.cross_entropy(self.forward(inputs).float(), y[rows]) / accumulation
+                loss = nn.functional.cross_entropy(self.forward(inputs).float(), y[rows])
                 if passes == fail_in_pass:
                     raise Interrupted
-                self.opt.backward(loss * math.nan if spoil else loss)
-                total += loss.detach()
+                total += self.opt.backward(loss * math.nan if spoil else loss)
             return total
 
         def output() -> Tensor:

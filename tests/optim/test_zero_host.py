@@ -49,6 +49,11 @@ EXPECTED = {
     "copy": "TypeError: an optimizer on a DeepSpeed engine cannot be copied or pickled; use state_dict()",
     "added group": "UnsupportedHost: ZeRO stage 1 (fp32): a built engine takes no more parameters; initialise it with",
     "two backwards": "RuntimeError: DeepSpeed: opt.backward was called twice for one forward boundary; sum the losses, or loop",
+    "as the engine accumulates": "ok",
+    "4 configured, one given": "ValueError: DeepSpeed: gradient_accumulation_steps=4 in the engine and 1 micro-batch in "
+                               "this step, must agree; loop over 4 of them with opt.micro_batches(...) inside the closure, or",
+    "4 configured, 2 given": "ValueError: DeepSpeed: gradient_accumulation_steps=4 in the engine and 2 micro-batches in",
+    "2 configured, 4 given": "ValueError: DeepSpeed: gradient_accumulation_steps=2 in the engine and 4 micro-batches in",
     "torch scheduler": "ok", "engine scheduler": "ok", "hooks": "ok", "micro batches": "ok", "self-check after NaN": "ok",
     "factory": "ValueError: ShrinkPerturb: the factory's model lacks parameters ['0.weight', '0.bias', '2.weight'], must be",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -156,7 +157,7 @@ def micro_batches_at_stage_2() -> None:
 
         def closure(opt: Any = opt, engine: Any = engine, x: Any = x, parts: int = parts) -> None:
             for rows in opt.micro_batches(x.chunk(parts)):
-                opt.backward(engine.module(rows).square().mean() / parts)
+                opt.backward(engine.module(rows).square().mean())
 
         for _ in range(2):
             opt.step(closure)
@@ -183,6 +184,55 @@ def weights_from_elsewhere() -> None:
     again = Sharp.on(engine_of())
     again.load_state_dict(opt.state_dict())
     expect(all(torch.equal(p, q) for p, q in zip(again.host.module.parameters(), model.parameters(), strict=True)), "not kept")
+
+
+def as_the_engine_accumulates() -> None:
+    """Four losses through opt.micro_batches move the weights as four calls of engine.backward and engine.step do."""
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    for stage, through in [(stage, through) for stage in range(4) for through in ("module", "engine")]:
+        ends = []
+        for ours in (False, True):
+            engine = engine_of({"gradient_accumulation_steps": 4, "train_micro_batch_size_per_gpu": 2}, stage=stage)
+            forward = engine if through == "engine" or not ours else engine.module
+            opt = Sharp.on(engine, rho=0.0, max_norm=math.inf) if ours else None
+
+            def closure(opt: Any = opt, forward: Any = forward) -> Any:
+                return sum(opt.backward(forward(rows).square().mean()) for rows in opt.micro_batches(x.chunk(4)))
+
+            for _ in range(2):
+                if opt is not None:
+                    opt.step(closure)
+                for rows in x.chunk(4) if opt is None else ():
+                    engine.backward(engine(rows).square().mean())
+                    engine.step()
+            ends.append(weights_of(engine))
+        expect(bool((ends[0] - ends[1]).abs().max() < 1e-6), f"stage {stage}: differ by {(ends[0] - ends[1]).abs().max()}")
+
+
+def weights_of(engine: Any) -> torch.Tensor:
+    """Every weight of an engine of one rank."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return torch.cat([p.detach().flatten() for p in engine.module.parameters()]).clone()
+
+
+def wrong_number_of_micro_batches(steps: int, count: int) -> None:
+    """Refused before any forward, nothing moves, and a step with the right number goes on."""
+    engine = engine_of({"gradient_accumulation_steps": steps, "train_micro_batch_size_per_gpu": 2})
+    opt = Sharp.on(engine)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+    def closure(count: int) -> Any:
+        return sum(opt.backward(engine.module(rows).square().mean()) for rows in opt.micro_batches(x.chunk(count)))
+
+    before = weights_of(engine)
+    try:
+        opt.step((lambda: closure(count)) if count > 1 else closure_of(opt, engine))
+    finally:
+        expect(torch.equal(before, weights_of(engine)), "weights moved")
+        opt.step(lambda: closure(steps))
+        expect(not torch.equal(before, weights_of(engine)), "weights did not move")
 
 
 def two_backwards() -> None:
@@ -240,6 +290,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "engine scheduler": engine_scheduler,
     "hooks": hooks,
     "micro batches": micro_batches_at_stage_2,
+    "as the engine accumulates": as_the_engine_accumulates,
+    "4 configured, one given": lambda: wrong_number_of_micro_batches(4, 1),
+    "4 configured, 2 given": lambda: wrong_number_of_micro_batches(4, 2),
+    "2 configured, 4 given": lambda: wrong_number_of_micro_batches(2, 4),
     "self-check after NaN": mended_self_check,
     "factory": lambda: Bare.on(engine_of(stage=3), factory=lambda: nn.Linear(1, 1)).shrink_perturb(),
 }

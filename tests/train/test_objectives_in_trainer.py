@@ -60,13 +60,9 @@ def by_hand(parts: tuple[type, ...], options: dict[str, Any], accumulation: int 
     model = net()
     opt: Any = compose(*parts, base=torch.optim.SGD)(model, lr=LR, **options)
     for batch in batches():
-        def mean(of: Any, batch: Batch = batch) -> Tensor:
-            total = []
-            for micro in opt.micro_batches(batch.split(accumulation)):
-                value = of(micro)
-                opt.backward(value)
-                total.append(value.detach())
-            return torch.stack(total).sum()
+        def total(of: Any, batch: Batch = batch, *, average: bool = False) -> Tensor:
+            micros = opt.micro_batches(batch.split(accumulation), average=average)
+            return torch.stack([opt.backward(of(micro)) for micro in micros]).sum()
 
         def loss(micro: Batch) -> Tensor:
             return micro.mean(functional.cross_entropy(model(micro.inputs), micro.targets, reduction="none"))
@@ -75,8 +71,8 @@ def by_hand(parts: tuple[type, ...], options: dict[str, Any], accumulation: int 
             chosen = slice(None) if rows is None else rows
             return functional.cross_entropy(model(batch.inputs[chosen]), batch.targets[chosen], reduction="none")
 
-        opt.step(lambda mean=mean, loss=loss: mean(loss), data=lambda mean=mean, loss=loss: mean(loss),
-                 output=lambda mean=mean: mean(lambda m: output_fn(model(m.inputs), m) / accumulation), per_sample=per_sample)
+        opt.step(lambda total=total, loss=loss: total(loss), data=lambda total=total, loss=loss: total(loss),
+                 output=lambda total=total: total(lambda m: output_fn(model(m.inputs), m), average=True), per_sample=per_sample)
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from everbatch.compose import Contract, Cost, base_of, parts_of, reject_unknown
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim import state as persistence
+from everbatch.optim.accumulation import Accumulation
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.hosts.local import LocalHost
 from everbatch.optim.objective import Objective
@@ -107,6 +108,7 @@ class OptimizerMixin(Contract):
 
     def _attach(self, host: Host) -> None:
         self.host = host
+        self._accumulation = Accumulation(type(self).__name__, host)
         self._check_direction(host.groups())
         for part in parts_of(type(self)):
             if "on_attach" in vars(part):
@@ -132,6 +134,7 @@ class OptimizerMixin(Contract):
         super().add_param_group(param_group)  # type: ignore[misc]
         if host is not None:
             self.host = LocalHost(self, *host.recipe())
+            self._accumulation = Accumulation(type(self).__name__, self.host)
 
     # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
     @property
@@ -158,8 +161,9 @@ class OptimizerMixin(Contract):
         """Take one step: passes, agreement on finiteness, update.
 
         Args:
-            closure: runs forward, calls `opt.backward(loss)` and returns the loss. It must not zero gradients. Without it
-                the gradients that are there are used, and a mixin that needs a pass raises `RuntimeError`.
+            closure: runs forward, calls `opt.backward(loss)` and returns the loss (over micro-batches their mean, which is the
+                sum of what `opt.backward` returns). It must not zero gradients. Without it the gradients that are there are
+                used, and a mixin that needs a pass raises `RuntimeError`.
             auxiliary: further objectives that a mixin needs, by name. `output=` and `data=` are closures like `closure`, of
                 another scalar; `per_sample=` maps row indices (None: all) to the losses (n,) of those rows, with a graph.
 
@@ -169,6 +173,9 @@ class OptimizerMixin(Contract):
         self._require(auxiliary)
         self.metrics, self._on_apply, self._on_skip, self._replaced = {}, [], [], ""
         closures = {**auxiliary, **({"loss": closure} if closure is not None else {})}
+        closures = {name: f if name == "per_sample" else self._accumulation.watched(name, f) for name, f in closures.items()}
+        if closure is None:
+            self._accumulation.complete()
         self._objective = objective = Objective(self.host, closures, self.add_penalty, several=self.extra_passes() > 0,
                                                 seed=(self.seed, self.step_count))
         try:
@@ -215,25 +222,42 @@ class OptimizerMixin(Contract):
         """Inside a closure: whether this is the recorded pass, the one whose loss and outputs count."""
         return self._objective is None or self._objective.recording
 
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate through the engine in use: `loss.backward()`, scaled under fp16, or `engine.backward`."""
+    def backward(self, loss: Tensor) -> Tensor:
+        """Back-propagate through the engine in use: `loss.backward()`, scaled under fp16, or `engine.backward`.
+
+        Returns:
+            What was back-propagated, detached and unscaled: inside `micro_batches` the loss divided by their number, so that
+            the sum of what is returned is the loss of the pass.
+        """
         with torch.enable_grad():
+            loss = self._accumulation.share(loss)
             self.host.backward(loss)
+        return loss.detach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. The step does so before every pass; a loop need not."""
         self.host.discard()
 
-    def micro_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield micro-batches of one pass, reducing gradients with the last only. The caller weights the losses.
+    def micro_batches(self, batches: Iterable[Any], *, average: bool = True) -> Iterator[Any]:
+        """Yield micro-batches of one pass, reducing gradients with the last only.
 
-        for x, y in opt.micro_batches(batches): opt.backward(loss_fn(model(x), y) / len(batches))
+            return sum(opt.backward(loss_fn(model(x), y)) for x, y in opt.micro_batches(batches))
+
+        Args:
+            batches: equally many on every rank, at least one.
+            average: divide every loss given to `backward` inside the loop by the number of micro-batches, before it is scaled
+                and back-propagated. False leaves losses as they are: for weights of one's own, such as micro-batches of
+                unequal size.
+
+        A closure that divides its losses itself although average is True is warned of once, in its first step, where it can be
+        seen: the last operation of every loss divides it by the number of micro-batches; or arithmetic made every loss, and
+        the closure returns the sum of them instead of their mean.
+
+        Raises:
+            ValueError: no micro-batch; or a DeepSpeed engine whose gradient_accumulation_steps is neither 1 nor their number.
+            RuntimeError: the loop is left early, holds another one, or passes no loss to `backward` although it averages.
         """
-        items = list(batches)
-        check(bool(items), type(self).__name__, "micro_batches([])", "hold at least one micro-batch")
-        for i, item in enumerate(items):
-            self.host.set_sync(i == len(items) - 1)
-            yield item
+        yield from self._accumulation.over(batches, average)
 
     def base_step(self) -> None:
         """The base optimizer's own step, without torch's hook wrapper, so step hooks fire once per step of ours."""
@@ -364,13 +388,15 @@ class OptimizerMixin(Contract):
         persistence.load_state_dict(self, state_dict, weights=weights)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("host", "step")} | {"_rebuild": self.host.recipe()}
+        rebuilt = ("host", "step", "_accumulation")
+        return {k: v for k, v in self.__dict__.items() if k not in rebuilt} | {"_rebuild": self.host.recipe()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         rebuild = kept.pop("_rebuild", None)
         super().__setstate__(kept)  # type: ignore[misc]
         if rebuild is not None:
             self.host = LocalHost(self, *rebuild)
+            self._accumulation = Accumulation(type(self).__name__, self.host)
 
     def describe(self) -> str:
         """The order of the parts, and what a step costs."""

@@ -83,16 +83,14 @@ def _stream(parts: Sequence[Batch]) -> Batch:
 
 
 def _data(trainer: Trainer, streams: Sequence[Batch]) -> Tensor:
-    return torch.stack([trainer._micro((part,)) for part in trainer.optimizer.micro_batches(streams)]).sum()
+    return torch.stack([trainer._micro((part,)) for part in trainer.optimizer.micro_batches(streams, average=False)]).sum()
 
 
 def _output(trainer: Trainer, streams: Sequence[Batch]) -> Tensor:
     total = []
     for part in trainer.optimizer.micro_batches(streams):  # equally large: the batch size is divisible by their number
         assert trainer.output_fn is not None
-        value = trainer.output_fn(trainer.forward(part), part) / len(streams)
-        trainer.optimizer.backward(value)
-        total.append(value.detach())
+        total.append(trainer.optimizer.backward(trainer.output_fn(trainer.forward(part), part)))
     return torch.stack(total).sum()
 
 

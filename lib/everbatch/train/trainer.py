@@ -217,7 +217,7 @@ class Trainer:
         def closure() -> Tensor:
             if self.optimizer.recording:
                 self._outputs, self._terms = {}, {}
-            return torch.stack([self._micro(micro) for micro in self.optimizer.micro_batches(micros)]).sum()
+            return torch.stack([self._micro(micro) for micro in self.optimizer.micro_batches(micros, average=False)]).sum()
 
         loss = self.optimizer.step(closure, **auxiliary(self, parts, micros))
         outputs = {part: torch.cat(rows) for part, rows in self._outputs.items()}

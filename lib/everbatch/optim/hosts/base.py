@@ -120,6 +120,9 @@ class Host(abc.ABC):
     def set_sync(self, last: bool) -> None:  # noqa: B027
         """Before each forward under accumulation: whether its backward shall reduce gradients."""
 
+    def check_micro_batches(self, count: int) -> None:  # noqa: B027
+        """Refuse a number of micro-batches that contradicts what the engine was configured for."""
+
     @property
     def working_dtype(self) -> torch.dtype:
         """Precision of the weights the model computes with."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.distributed import World
-from everbatch.errors import UnsupportedHost
+from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Shard, Vector
@@ -25,7 +25,8 @@ __all__ = ["ZeroHost"]
 TESTED = "0.19.8"
 NEEDED = {
     "engine": ("optimizer", "basic_optimizer", "module", "backward", "step", "zero_grad", "zero_optimization_stage",
-               "set_gradient_accumulation_boundary", "gradient_clipping", "bfloat16_enabled", "fp16_enabled"),
+               "set_gradient_accumulation_boundary", "gradient_accumulation_steps",
+               "gradient_clipping", "bfloat16_enabled", "fp16_enabled"),
     "DeepSpeedZeroOptimizer": ("averaged_gradients", "all_grad_tensors", "micro_step_id", "update_lp_params", "zero_grad",
                                "single_partition_of_fp32_groups", "bit16_groups", "clear_backward_seen_flag", "cpu_offload",
                                "reset_cpu_buffers"),
@@ -220,6 +221,12 @@ class ZeroHost(Host):
         elif self.kind == "BF16_Optimizer":
             self.zero.clear_lp_grads()
         self._open = True
+
+    def check_micro_batches(self, count: int) -> None:
+        steps = int(self.engine.gradient_accumulation_steps())
+        check(steps in (1, count), "DeepSpeed", f"gradient_accumulation_steps={steps} in the engine and {count} micro-batch"
+              f"{'es' * (count > 1)} in this step", "agree", f"loop over {steps} of them with opt.micro_batches(...) inside the "
+              f"closure, or initialise the engine with {'1' if count == 1 else f'1 or {count}'}")
 
     def backward(self, loss: Tensor) -> None:
         if not self._open:
