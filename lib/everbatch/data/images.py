@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everbatch.data.arrays import check_labels
+from everbatch.data.folders import class_files
 from everbatch.data.sources import Resize, Source, SubsetSource, digest, stratified_split, target_bytes
 from everbatch.errors import check, nearest
 
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageSource", "Look", "open_folder", "open_torchvision"]
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 THREADS = 4
 """Decoding releases the interpreter lock; more threads than this gain little beside loader workers."""
 CACHE_BYTES = 2**28
 """Decoded images are kept when the whole source takes no more than this (CIFAR-10 takes 150 MB)."""
+
+
+LONGEST = 64
+"""Times its shorter side; a longer image is cut before it is scaled."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,12 @@ class Look:
         """The image as uint8 (channels, H, W): converted, scaled bilinearly, cut at the centre."""
         from PIL.Image import Resampling
 
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours, and Pillow does not ask for it in a warning
         image = image.convert("L" if channels == 1 else "RGB")
         size = self.image_size
         if size is not None and image.size != (size, size):
+            image = _middle(image)
             width, height = image.size
             if self.resize == "crop":
                 scale = size / min(width, height)
@@ -55,6 +62,14 @@ class Look:
                 image = image.resize((size, size), Resampling.BILINEAR)
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _middle(image: Image) -> Image:
+    """An image many times as long as wide, cut to its middle: scaling its shorter side alone could fill the memory."""
+    short = min(image.size)
+    width, height = (min(side, LONGEST * short) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
 def pixels_of(who: str, what: str, image: Image) -> np.ndarray:
@@ -84,7 +99,7 @@ class ImageSource:
         check_labels(name, targets, len(self.classes))
         first = self._open(0)
         channels = look.channels or default_channels or (1 if first.mode in ("1", "L") else 3)
-        self._shape: tuple[int, ...] = look.apply(first, channels).shape
+        self._shape: tuple[int, ...] = self._shaped(0, first, channels).shape
         self._cache: Tensor | None = None
         self._have: Tensor | None = None
 
@@ -99,15 +114,28 @@ class ImageSource:
         try:
             image = self._read(index)
             image.load()
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files, by format
-            raise ValueError(f"{self.name}: cannot read image {self._labels[index]!r} ({error}), "
-                             "must be a readable image; replace or remove the file") from error
+        except Exception as error:  # what Pillow raises for damaged and for huge files differs by format
+            raise self._unreadable(index, error) from error
         check(not image.mode.startswith(("I", "F")), self.name,
               f"image {self._labels[index]!r} has mode {image.mode!r}", "have 8 bits per channel", "convert it")
         return image
 
+    def _unreadable(self, index: int, error: Exception) -> ValueError:
+        return ValueError(f"{self.name}: cannot read image {self._labels[index]!r} ({type(error).__name__}: {error}), must be "
+                          "a readable image; replace or remove the file")
+
+    def _shaped(self, index: int, image: Image, channels: int) -> np.ndarray:
+        try:
+            return self._look.apply(image, channels)
+        except Exception as error:  # a mode that Pillow cannot convert, or too little memory
+            raise self._unreadable(index, error) from error
+
     def _decode(self, index: int) -> Tensor:
-        pixels = self._look.apply(self._open(index), self._shape[0])
+        image = self._open(index)
+        grey = image.mode in ("1", "L", "LA") or self._look.channels is not None or self._shape[0] == 3
+        check(grey, self.name, f"image {self._labels[index]!r} has colours (mode {image.mode!r})", "be grey as the first",
+              "pass channels=3, or channels=1 to drop the colours")
+        pixels = self._shaped(index, image, self._shape[0])
         check(pixels.shape == self._shape, self.name, f"image {self._labels[index]!r} is {pixels.shape[1:]}",
               f"be {self._shape[1:]} (height, width) as the first", "pass image_size to resize them all")
         return torch.from_numpy(pixels.copy(order="C"))
@@ -153,31 +181,6 @@ class _Files:
             return copy
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and path.is_file()
-
-
-def _class_files(root: Path, leaf_classes: bool) -> dict[str, list[str]]:
-    """Files under `root`, relative to it and sorted, by class name in sorted order."""
-    if leaf_classes:
-        found: dict[str, list[str]] = {}
-        for path in sorted(root.rglob("*")):
-            if _is_image(path):
-                found.setdefault(path.parent.relative_to(root).as_posix(), []).append(path.relative_to(root).as_posix())
-        classes = dict(sorted(found.items()))
-    else:
-        folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-        classes = {
-            folder.name: [path.relative_to(root).as_posix() for path in sorted(folder.rglob("*")) if _is_image(path)]
-            for folder in folders
-        }
-    check(bool(classes), "imagefolder", f"no class folders in {str(root)!r}", "hold one folder of images per class")
-    empty = [name for name, paths in classes.items() if not paths]
-    check(not empty, "imagefolder", f"class folder {empty[:5]} in {str(root)!r} holds no image",
-          f"hold files ending in {', '.join(EXTENSIONS)}")
-    return classes
-
-
 def _folder(name: str, root: Path, classes: dict[str, list[str]], look: Look) -> ImageSource:
     paths = tuple(path for paths in classes.values() for path in paths)
     targets = torch.tensor([label for label, paths in enumerate(classes.values()) for _ in paths])
@@ -193,17 +196,17 @@ def open_folder(
     part = "train" if train else "test"
     name = f"imagefolder:{root.name}/{part}"
     if not (root / "train").is_dir():
-        source = _folder(name, root, _class_files(root, leaf_classes), look)
+        source = _folder(name, root, class_files(root, leaf_classes), look)
         parts = stratified_split(source.targets, test_fraction, split_seed)
         return SubsetSource(source, parts[0 if train else 1], name=name)
-    classes = _class_files(root / "train", leaf_classes)
+    classes = class_files(root / "train", leaf_classes)
     if train:
         return _folder(name, root / "train", classes, look)
     held = next((root / other for other in ("test", "val") if (root / other).is_dir()), None)
     if held is None:
         raise ValueError(f"imagefolder: {str(root)!r} has 'train' and neither 'test' nor 'val', must have one of them; "
                          "add it, or put the class folders directly into the folder to have them split")
-    tested = _class_files(held, leaf_classes)
+    tested = class_files(held, leaf_classes)
     odd = sorted(set(tested) ^ set(classes))
     check(not odd, "imagefolder", f"classes {odd[:5]} are in only one of {str(root / 'train')!r} and {str(held)!r}",
           "be in both")

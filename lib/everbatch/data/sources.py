@@ -53,7 +53,7 @@ def digest(*parts: str | bytes) -> str:
     """16 hexadecimal digits that identify a sequence of texts and bytes."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little") + data)
     return state.hexdigest()
 
@@ -222,52 +222,46 @@ def _digits(train: bool, image_size: int | None) -> Source:
                         classes=tuple(map(str, range(10))))
 
 
-def _npz(path: Path, train: bool, image_size: int | None, test_fraction: float, split_seed: int) -> Source:
-    """Arrays of one .npz file; see `load`."""
-    check(path.is_file(), "npz", f"no file {str(path)!r}", "exist")
-    name = f"npz:{path.name}/{'train' if train else 'test'}"
-    with np.load(path, allow_pickle=False) as arrays:
-        found = set(arrays.files)
-        split = {"x_train", "y_train", "x_test", "y_test"} <= found
-        check(split or {"inputs", "targets"} <= found, "npz", f"{str(path)!r} holds {sorted(found)}",
-              "hold x_train, y_train, x_test, y_test, or inputs and targets")
-        part = "train" if train else "test"
-        x, y = (arrays[f"x_{part}"], arrays[f"y_{part}"]) if split else (arrays["inputs"], arrays["targets"])
-        every = np.concatenate([arrays["y_train"], arrays["y_test"]]) if split else y
-        classes = [str(c) for c in arrays["classes"]] if "classes" in found else None
-    check(np.issubdtype(every.dtype, np.integer), "npz", f"targets of {every.dtype} in {str(path)!r}", "be integers")
-    classes = classes if classes is not None else [str(c) for c in range(int(every.max(initial=-1)) + 1)]
-    inputs = torch.as_tensor(x)
-    if inputs.dtype == torch.uint8 and inputs.ndim == 3:
-        inputs = inputs.unsqueeze(1)
-    elif inputs.dtype == torch.uint8 and inputs.ndim == 4 and inputs.shape[1] not in (1, 3):
-        check(inputs.shape[3] in (1, 3), "npz", f"images of shape {tuple(inputs.shape[1:])}", "have 1 or 3 channels")
-        inputs = inputs.permute(0, 3, 1, 2).contiguous()
-    check(image_size is None or tuple(inputs.shape[-2:]) == (image_size, image_size), "npz",
-          f"inputs of shape {tuple(inputs.shape[1:])}", f"be {image_size} x {image_size}", "resize before saving")
-    source = TensorSource(inputs, y.reshape(-1), name=name, classes=classes)
-    if split:
-        return source
-    return SubsetSource(source, stratified_split(source.targets, test_fraction, split_seed)[0 if train else 1],
-                        name=name)
-
-
+LARGEST_IMAGE = 8192
+"""Side in pixels: one such image takes 200 MB."""
 _KINDS = ("digits", "imagefolder", "npz", "torchvision")
 
 
+def _named(spec: str | Path) -> tuple[str, str]:
+    """Kind and rest of a text; a path on its own is a folder of images, or an .npz file."""
+    text = str(spec)
+    kind, colon, rest = text.partition(":")
+    if kind in _KINDS and not isinstance(spec, Path):
+        return kind, rest
+    check(bool(text.strip()), "load", repr(text), f"be one of {', '.join(_KINDS)}, or a path")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return "imagefolder", text
+    if path.suffix == ".npz" and (path.is_file() or not colon):
+        return "npz", text
+    check(not path.is_file(), "load", f"file {text!r}", "be an .npz file or a folder of images")
+    check("/" not in text or bool(colon), "load", f"no folder {text!r}", "exist", "check the path")
+    raise ValueError(f"load: kind {kind!r} in {text!r}, must be one of {', '.join(_KINDS)}, or a path that exists; "
+                     f"{nearest(kind, _KINDS)}")
+
+
 def load(
-    spec: str, *, train: bool, image_size: int | None = None, resize: Resize = "crop", channels: int | None = None,
+    spec: str | Path, *, train: bool, image_size: int | None = None, resize: Resize = "crop", channels: int | None = None,
     leaf_classes: bool = False, download: bool = False, test_fraction: float = 0.25, split_seed: int = 0,
 ) -> Source:
-    """Open the data set that a short text names.
+    """Open the data set that a short text names: a path, or a kind and what it needs.
 
     - "digits": scikit-learn's handwritten digits, uint8 (1, 8, 8) with values 0 to 16 (not 255), a fixed stratified
       quarter held out for testing; other sizes by bilinear resizing.
-    - "imagefolder:PATH": PATH/train/CLASS/... and PATH/test (or PATH/val)/CLASS/..., or PATH/CLASS/... with a seeded
-      stratified split. Images are decoded on demand to uint8 (C, H, W).
+    - "imagefolder:PATH", or the path of a folder alone: PATH/train/CLASS/... and PATH/test (or PATH/val)/CLASS/..., or
+      PATH/CLASS/... with a seeded stratified split. Images are decoded on demand to uint8 (C, H, W). Linked folders
+      count, hidden files and folders do not; what else is left out is said once on stderr, by rank 0.
     - "torchvision:NAME:ROOT": any classification data set of torchvision by its class name.
-    - "npz:PATH": arrays x_train, y_train, x_test, y_test, or inputs and targets with a seeded stratified split. uint8
-      images may be (N, H, W), (N, H, W, C) or (N, C, H, W); other arrays stay as they are. Never unpickles.
+    - "npz:PATH", or a path that ends in .npz: arrays x_train, y_train, x_test, y_test (or train_images, train_labels and
+      so on), or inputs and targets (or images and labels, x and y) with a seeded stratified split. Labels as in
+      `TensorSource`. Images of whole numbers, 0 to 255, or bools may be (N, H, W), (N, H, W, C) or (N, C, H, W) and
+      become bytes (N, C, H, W); floats may be (N, H, W, C) or (N, C, H, W); other arrays stay as they are. Never
+      unpickles.
 
     Args:
         spec: the text.
@@ -283,19 +277,22 @@ def load(
 
     Raises:
         ValueError: an unknown kind or data set (with the nearest name), a missing folder or file, an empty class
-            folder, and later, from `fetch`, an unreadable image or one of another size (each with its path).
+            folder, a damaged file, numbers out of range, and later, from `fetch`, an unreadable image or one of another
+            size (each with its path).
         ImportError: the vision extra is needed and not installed.
     """
-    kind, _, rest = spec.partition(":")
-    check(kind in _KINDS, "load", f"kind {kind!r} in {spec!r}", f"be one of {', '.join(_KINDS)}", nearest(kind, _KINDS))
-    check((kind == "digits") == (not rest), "load", f"{spec!r}", "be 'digits' or 'kind:path'")
-    check(image_size is None or image_size >= 1, "load", f"image_size={image_size!r}", "be at least 1")
+    kind, rest = _named(spec)
+    check((kind == "digits") == (not rest), "load", f"{str(spec)!r}", "be 'digits' or 'kind:path'")
+    check(image_size is None or 1 <= image_size <= LARGEST_IMAGE, "load", f"image_size={image_size!r}",
+          f"be in [1, {LARGEST_IMAGE}]")
     check(resize in ("crop", "square"), "load", f"resize={resize!r}", "be 'crop' or 'square'")
     check(channels in (None, 1, 3), "load", f"channels={channels!r}", "be 1 or 3")
     if kind == "digits":
         return _digits(train, image_size)
     if kind == "npz":
-        return _npz(Path(rest).expanduser(), train, image_size, test_fraction, split_seed)
+        from everbatch.data.npz import open_npz
+
+        return open_npz(Path(rest).expanduser(), train, image_size, test_fraction, split_seed)
     from everbatch.data import images
 
     look = images.Look(image_size=image_size, resize=resize, channels=channels)
