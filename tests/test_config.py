@@ -155,6 +155,8 @@ def test_a_group_or_a_free_tree_from_a_file(tmp_path: Path) -> None:
         (["updates.lr=.nan"], "recipe: updates.lr: holds NaN, must be a number"),
         (["updates.betas=[1]"], "recipe: updates.betas=[1], must be a list of 2: a number, a number"),
         (["seeds=[1.5]"], "recipe: seeds=[1.5], must be a list, each a whole number"),
+        (["updates.lr=nan"], "recipe: updates.lr: holds NaN, must be a number"),
+        (["kind=reservoire"], "recipe: kind='reservoire', must be one of 'reservoir', 'balanced'; did you mean 'reservoir'?"),
         (["kind=best"], "recipe: kind='best', must be one of 'reservoir', 'balanced'"),
         (["threshold=high"], "recipe: threshold='high', must be one of 'auto' or a number"),
         (["colour=GREEN"], "recipe: colour='GREEN', must be one of RED, BLUE"),
@@ -175,6 +177,21 @@ def test_a_group_or_a_free_tree_from_a_file(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     assert fails(capsys, *argv) == message
+
+
+@pytest.mark.parametrize(("key", "meant"), [
+    ("updates.learning_rate", "updates.lr"), ("learning-rate", "updates.lr"), ("LR", "updates.lr"), ("updates.Lr", "updates.lr"),
+    ("dataset", "data"), ("deep_speed", "deepspeed"), ("updates.average.dcay", "updates.average.decay"),
+    ("zzz", None), ("updates.shrap.rho", "updates.sharp.rho"), ("random_seed", "seeds")])
+def test_the_names_that_others_use_are_understood(capsys: pytest.CaptureFixture[str], key: str, meant: str | None) -> None:
+    said = fails(capsys, f"{key}=1")
+    assert (f"did you mean {meant!r}?" in said) if meant else "known here: data, out" in said
+
+
+def test_choices_in_another_case_and_infinity_in_plain_letters() -> None:
+    config = parse(Recipe, ["kind=Balanced", "updates.lr=inf", "updates.betas=[-Infinity, 1]", "colour=RED", "data=Digits"])
+    assert config.kind == "balanced" and config.data == "Digits"
+    assert config.updates == Updates(lr=math.inf, betas=(-math.inf, 1.0))
 
 
 @pytest.mark.parametrize(

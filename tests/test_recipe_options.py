@@ -18,7 +18,13 @@ from everbatch.errors import CompositionError
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
 from everbatch.recipe import MIXINS, Engine, Factory, Model, Optimizer, recorded, restarted
 from everbatch.strict_yaml import load_text
-from everbatch.train import Trainer
+from everbatch.train import Replay, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsed:
+    replay: Replay.Config | None = None
+
 
 FACTORY = Factory(model=Model(), shape=(1, 8, 8), num_classes=4)
 
@@ -119,6 +125,13 @@ def test_help_lists_every_option() -> None:
         for item in fields(part.Config):  # type: ignore[attr-defined]
             assert (f"--optimizer.{key}.{item.name}" in text) == (item.name != "factory"), (key, item.name)
     assert text.count("--optimizer.") > 100
+
+
+@pytest.mark.parametrize(("word", "method"), [
+    ("derpp", "dark_er_pp"), ("DER++", "dark_er_pp"), ("der", "dark_er"), ("ER", "er"), ("dark-er", "dark_er"),
+    ("Dark_ER_PP", "dark_er_pp")])
+def test_replay_is_called_what_others_call_it(word: str, method: str) -> None:
+    assert config.parse(Rehearsed, [f"replay.method={word}"]).replay == Replay.Config(method=method)  # type: ignore[arg-type]
 
 
 def test_options_of_another_engine_are_refused() -> None:

@@ -10,7 +10,6 @@ wrong key names the nearest right one and nothing in a file can name code to run
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from everbatch.config_tree import ABSENT, ConfigError, Group, Leaf, grow, parser, speaks_text, tree
+from everbatch.config_words import suggestion
 from everbatch.strict_yaml import dump_text, load_file, load_text
 from everbatch.zero_config import deepspeed_config
 
@@ -191,12 +191,8 @@ def _find(root: Group, key: str) -> Leaf | Group:
 
 
 def _unknown(root: Group, key: str) -> ConfigError:
-    known = list(root.paths())
-    tail = key.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    close = close or [path for path in known if path.rsplit(".", 1)[-1] == tail]
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(root.children)}; --help lists all"
+    meant = suggestion(key, root.paths())
+    hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(root.children)}; --help lists all"
     return ConfigError(f"unknown key {key!r}, {hint}")
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from everbatch.config_words import close_word, plain_numbers, respelled
+
 __all__ = ["ABSENT", "ConfigError", "Group", "Leaf", "grow", "parser", "speaks_text", "tree"]
 
 ABSENT = dataclasses.MISSING
@@ -31,13 +33,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Leaf:
-    """One option: dotted path, annotation, default and the text under the field; `free`: a tree of unchecked keys."""
+    """One option: dotted path, annotation, default and the text under the field; `free`: a tree of unchecked keys; `spellings`:
+    what a choice is called elsewhere."""
 
     path: str
     hint: Any
     default: Any
     text: str
     free: bool = False
+    spellings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def tree(cls: type, default: Any = None, path: str = "", text: str = "", is_opti
             raise TypeError(f"configuration: {here} is {hint}, must be one dataclass, optional or not, or plain values")
         else:
             free = any(issubclass(_origin(member), Mapping) for member in members)
-            group.children[item.name] = Leaf(here, hint, value, note, free)
+            group.children[item.name] = Leaf(here, hint, value, note, free, item.metadata.get("spellings", {}))
     return group
 
 
@@ -154,6 +158,9 @@ def _convert(root: Group, values: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     checked: dict[str, Any] = {}
     for path, (leaf, value) in given.items():
+        if not leaf.free and not speaks_text(leaf.hint):
+            value = plain_numbers(value)
+        value = respelled(value, _choices(leaf.hint), leaf.spellings)
         if _has_nan(value):
             raise ConfigError(f"{path}: holds NaN, must be {allowed(leaf.hint)}")
         # jsonargparse would take null for any type, parse texts inside free trees, and read "yes" as true.
@@ -183,7 +190,7 @@ def _nest(path: str, value: Any) -> dict[str, Any]:
 
 def _wrong(leaf: Leaf, value: Any) -> ConfigError:
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return ConfigError(f"{leaf.path}={shown}, must be {allowed(leaf.hint)}")
+    return ConfigError(f"{leaf.path}={shown}, must be {allowed(leaf.hint)}{close_word(value, _choices(leaf.hint))}")
 
 
 def parser(root: Group, prog: str = "recipe", paths: Collection[str] | None = None) -> ArgumentParser:
@@ -255,6 +262,14 @@ def speaks_text(hint: Any) -> bool:
         elif issubclass(_origin(member), (str, os.PathLike, enum.Enum)):
             return True
     return False
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """What an annotation spells out, where text is a choice among words."""
+    members = _members(hint)
+    if any(issubclass(_origin(member), (str, os.PathLike)) for member in members):
+        return ()
+    return tuple(c for m in members if typing.get_origin(m) is typing.Literal for c in typing.get_args(m))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

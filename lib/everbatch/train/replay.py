@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ _PARTS = {"er": ("replay",), "dark_er": ("dark",), "dark_er_pp": ("dark", "repla
 """Parts that each method draws: "replay" for labels, "dark" for stored logits."""
 
 
+_SPELLINGS = {"der": "dark_er", "derpp": "dark_er_pp", "der++": "dark_er_pp", "dark_er++": "dark_er_pp", "der_pp": "dark_er_pp",
+              "experience_replay": "er"}
+"""What the methods are called elsewhere; read in options, where DER cannot be another method."""
+
+
 class Replay(TrainerMixin):
     """Rehearse samples of a memory beside each batch of the stream.
 
@@ -62,8 +67,8 @@ class Replay(TrainerMixin):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        method: Literal["er", "dark_er", "dark_er_pp"] = "dark_er_pp"
-        """Which terms: labels, stored logits, or both from independent draws."""
+        method: Literal["er", "dark_er", "dark_er_pp"] = field(default="dark_er_pp", metadata={"spellings": _SPELLINGS})
+        """Which terms: labels, stored logits, or both from independent draws; recipes take der and derpp for them, too."""
         capacity: int = 500
         """Samples in the memory, over all ranks; >= 0, 0 switches rehearsal off."""
         replay_batch: int = 32
