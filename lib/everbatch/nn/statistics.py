@@ -18,6 +18,8 @@ from everbatch.errors import check
 __all__ = ["bn_recalibrate", "frozen_statistics"]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+"""Forwards that move statistics where the layer's flag says so, and nowhere else."""
 
 
 @torch.no_grad()
@@ -30,7 +32,12 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
     Needed wherever weights were edited and statistics kept: after shrink and perturb with buffers="keep", after averaging
     weights. Only the normalisation layers are put into training mode (dropout stays off, and draws nothing); modes and
     momenta are put back, also when a forward raises; the old statistics are, then. Weights are not touched. A layer that no
-    forward reached keeps its statistics: of split layers, all branches but the one in use (see `split_branch`).
+    forward reached keeps its statistics: of split layers, all branches but the one in use (see `split_branch`). So does a
+    layer that was put into evaluation mode while others train: a frozen one. Where every layer is in evaluation mode, the
+    model itself is, and all of them are estimated.
+
+    Subclasses of torch's layers with a forward of their own must take `momentum=None` for a cumulative mean and count batches,
+    as torch's do: that is tried with the first batch, which they cost a second forward of. Norms of other classes are left alone.
 
     Args:
         model: holds the layers.
@@ -43,11 +50,14 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
         The number of layers, split ones counted once per branch; 0 when there is none, and then no forward is run.
 
     Raises:
-        ValueError: no batches.
+        ValueError: no batches; a layer with a forward of its own that takes no cumulative mean, by name.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    training = [layer for layer in layers if layer.training]
+    layers = training or layers
     if not layers:
         return 0
+    own = {name: m for name, m in model.named_modules() if m in set(layers) and not has_torch_forward(m)}
     modes = [(m, m.training) for m in model.modules()]
     momenta = [(m, m.momentum) for m in layers]
     before = [(m, b, b.clone()) for m in layers for b in m.buffers(recurse=False)]
@@ -59,7 +69,13 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
             layer.reset_running_stats()
             layer.momentum = None  # torch's cumulative mean
         for inputs in batches:
+            tried = {}
+            if own and count == 0:
+                tried = run_from_ones(own, functools.partial(forward or model, inputs))
+                for layer in layers:
+                    layer.reset_running_stats()
             (forward or model)(inputs)
+            require_same_means(own, tried)
             count += 1
         check(count > 0, "bn_recalibrate", "no batches", "get at least one")
         idle = {layer for layer in layers if layer.num_batches_tracked == 0}
@@ -87,18 +103,47 @@ def bn_recalibrate(model: nn.Module, batches: Iterable[Tensor], *, forward: Call
     return len(layers)
 
 
+def run_from_ones(layers: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Means that layers with a forward of their own have after `run()` from running means of one: by name, of those reached."""
+    for layer in layers.values():
+        layer.running_mean.fill_(1.0)  # type: ignore[operator]
+    try:
+        run()
+    except TypeError as error:  # momentum * x, where momentum is None
+        raise ValueError(f"bn_recalibrate: {kind_of(layers)}, must take momentum=None for a cumulative mean, as torch's do: "
+                         f"{error}") from error
+    means = {name: layer.running_mean.clone() for name, layer in layers.items()}  # type: ignore[operator]
+    return {name: mean for name, mean in means.items() if bool((mean != 1.0).any())}
+
+
+def require_same_means(layers: dict[str, nn.Module], tried: dict[str, Tensor]) -> None:
+    """Refuse layers whose means after one batch depend on where they began, or that did not count it."""
+    for name, mean in tried.items():
+        layer = layers[name]
+        now, counted = layer.running_mean, layer.num_batches_tracked
+        good = torch.allclose(mean, now, rtol=1e-4, atol=1e-5) and bool(counted >= 1)  # type: ignore[arg-type, operator]
+        check(good, "bn_recalibrate", kind_of({name: layer}), "keep a cumulative mean where momentum is None, and count batches, "
+              "as torch's do", "reset such layers yourself, and run forwards in training mode")
+
+
+def kind_of(layers: dict[str, nn.Module]) -> str:
+    """Names and classes of layers, for messages."""
+    return f"layers {list(layers)[:3]} of class {type(next(iter(layers.values()))).__name__}, with a forward of their own"
+
+
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Forwards inside the block give what they would give, and leave every buffer of `model` as it was, bit for bit.
 
-    Batch norm in training mode goes on using the batch's statistics and moves none of its own; other buffers are copied, and
-    written back in place at the end, also where a forward put another tensor under the name; DDP broadcasts none. Flags and
-    buffers are put back when the block raises as well. Parameters, modes and random numbers are not touched; buffers born
-    inside the block stay.
+    Batch norm in training mode goes on using the batch's statistics and moves none of its own; other buffers, those of batch
+    norms with a forward of their own included, are copied, and written back in place at the end, also where a forward put
+    another tensor under the name; DDP broadcasts none. Flags and buffers are put back when the block raises as well.
+    Parameters, modes and random numbers are not touched; buffers born inside the block stay. Numbers that a layer keeps in
+    plain attributes, not in buffers, cannot be seen, and move: register them as buffers.
 
     Run backwards inside the block: writing a buffer back makes autograd refuse graphs that saved it.
 
-    Cost: a walk over the modules, and memory for the copies: none for batch norm in training mode.
+    Cost: a walk over the modules, and memory for the copies: none for torch's batch norm in training mode.
     """
     undo: list[Callable[[], None]] = []
     try:
@@ -125,9 +170,9 @@ def hold_statistics(module: nn.Module) -> list[Callable[[], None]]:
     """Keep one module's own buffers (not its children's) from moving; returns what to call, last first, to let go."""
     undo: list[Callable[[], None]] = []
     # Batch norm without the flag uses the batch as before and moves nothing; momentum = 0 would still count the batch. Instance
-    # norm has the flag and moves its statistics without it.
+    # norm has the flag and moves its statistics without it; so may a subclass of batch norm with a forward of its own.
     still: tuple[str, ...] = ()
-    if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+    if isinstance(module, _BatchNorm) and module.training and module.track_running_stats and has_torch_forward(module):
         module.track_running_stats, still = False, STATISTICS
         undo.append(functools.partial(setattr, module, "track_running_stats", True))
     if isinstance(module, DistributedDataParallel) and module.broadcast_buffers:
@@ -137,6 +182,12 @@ def hold_statistics(module: nn.Module) -> list[Callable[[], None]]:
         if tensor is not None and name not in still:
             undo.append(functools.partial(put_back, module, name, tensor, tensor.clone()))
     return undo
+
+
+def has_torch_forward(module: nn.Module) -> bool:
+    """Whether torch's own forward moves a batch norm's statistics; a split layer counts as the class it was made from."""
+    kind: Any = getattr(module, "original", type(module))
+    return kind.forward in TORCH_FORWARDS and "forward" not in module.__dict__
 
 
 def put_back(module: nn.Module, name: str, tensor: Tensor, kept: Tensor) -> None:
