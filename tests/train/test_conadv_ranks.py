@@ -39,7 +39,8 @@ def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, 
     def lines(*elements: int, size: int = 4) -> int:
         return sum(-(-n * size // 64) * 64 for n in elements)
 
-    batch = 64 + lines(share * 64) + lines(share, size=8) + 64 + lines(share * 64, size=1)
+    modes = 64  # a byte for each of fewer than 65 modules
+    batch = 64 + modes + lines(share * 64) + lines(share, size=8) + 64 + lines(share * 64, size=1)
     weights = lines(64 * 15, 15, 15, 15, 15, 15, 15 * 6, 6) + 2 * (lines(15, 15) + lines(1, size=8))
     for rank, f in enumerate(found):
         assert f["bytes_sent"] == batches * (batch + (weights if rank < adversaries else 0)), (rank, f["bytes_sent"])

@@ -23,6 +23,7 @@ from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
 from everbatch.optim.hosts.local import LocalHost
 from everbatch.train.frozen import frozen_as_in, frozen_of, set_frozen
+from everbatch.train.modes import in_evaluation, put_into_evaluation
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
@@ -50,7 +51,8 @@ def save(trainer: Trainer) -> None:
             else:
                 plain[key] = value
     counters = {"step": trainer.step, "task_index": trainer.task_index, "task_step": trainer.task_step,
-                "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain}
+                "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain,
+                "evaluation": in_evaluation(trainer.module)}
     assert trainer.folder is not None
     checkpoint.save(trainer.folder, trainer.step, pieces, {"optimizer": meta, "trainer": counters, "identity": identity(trainer)},
                     world=trainer.world, keep_last=trainer.config.keep_last)
@@ -81,6 +83,8 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     saved = kept.meta["trainer"]
     _load_buffers(trainer, kept)
     set_frozen(trainer.module, {n.removeprefix("frozen/"): kept.whole(n) for n in kept.names() if n.startswith("frozen/")})
+    if "evaluation" in saved:
+        put_into_evaluation(trainer.module, saved["evaluation"])
     for part, state in getattr(trainer, "states", {}).items():
         for field, value in _fields(state).items():
             key = f"{part.__name__}.{field}"
@@ -114,6 +118,8 @@ def identity(trainer: Trainer) -> dict[str, Any]:
     values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
               "lr": trainer._base_lr, "stream": trainer.stream.fingerprint(), "identity": trainer.identity,
               "frozen": trainer._begun_frozen}
+    if trainer._begun_evaluation:  # older checkpoints, all of models in training mode, say nothing
+        values["evaluation"] = trainer._begun_evaluation
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
 

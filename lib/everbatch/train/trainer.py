@@ -26,6 +26,7 @@ from everbatch.train.engines import launch
 from everbatch.train.evaluate import accuracies
 from everbatch.train.export import export
 from everbatch.train.mixin import TrainerMixin
+from everbatch.train.modes import evaluation_roots, warn_if_nothing_trains
 from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
@@ -57,6 +58,9 @@ class Trainer:
         ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
             an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM); an
             identity that JSON cannot hold.
+
+    Modes: every module stays in the mode that it is in when the trainer is built, or is put into later, norms and dropout alike;
+    evaluation puts all modes back, and checkpoints keep them.
 
     Seeds: torch's global generator is reseeded for every step from (seed, step, rank), and everything else is stateless, so a
     resumed run repeats an uninterrupted one bit for bit without any saved random state.
@@ -132,6 +136,7 @@ class Trainer:
         self.optimizer.complete_state = True
         self._base_lr = [float(g["lr"]) for g in self.optimizer.param_groups]
         self._base_options = persist.options_of(self.optimizer)
+        self._begun_evaluation = evaluation_roots(self.module)
         self._begun_frozen = {n: True for n, p in self.module.named_parameters() if not p.requires_grad}
         self.step, self.task_index, self.task_step, self.bad_steps = 0, 0, 0, 0
         self.matrix: list[list[float]] = []
@@ -345,13 +350,13 @@ class Trainer:
             if self.task_index and config.reset_optimizer:
                 self.optimizer.host.reset_moments()
             self.on_task_start(task)
+        warn_if_nothing_trains(self.module)
         schedule = self._schedule(self.loader.steps_per_epoch, self.task_step)
         self._set_rates(schedule)
         if self.recorder is not None:
             self.recorder.bar(len(self.loader), f"task {task.id + 1}/{len(stream)}", done=self.task_step, show=("loss/total",))
         while self._fetched(1):
             batch = self._ahead.popleft()
-            self.module.train()
             record = self.training_step(batch)
             self.task_step += 1
             self._account(record)

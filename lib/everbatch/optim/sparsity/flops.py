@@ -127,13 +127,14 @@ def _count(model: nn.Module, inputs: Any, forward: Callable[[Any], Any] | None) 
             layers[name] = layers.get(name, 0.0) + 2.0 * places * weight.numel()
 
         handles.append(module.register_forward_hook(meet))
-    was = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with FlopCounterMode(display=False) as counter:
             (forward or model)(inputs)
     finally:
-        model.train(was)
+        for part, training in modes:
+            part.training = training
         for handle in handles:
             handle.remove()
     first = inputs if isinstance(inputs, Tensor) else next(t for t in inputs if isinstance(t, Tensor))

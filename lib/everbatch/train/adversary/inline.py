@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.train.adversary.attack import Attack
-from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
+from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement, modes_of, set_modes
 
 __all__ = ["Inline", "Replica", "SideStream"]
 
@@ -52,7 +52,13 @@ class Replica(Inline):
     """Crafts in the trainer's process with a copy of the model, when an adversary was lost: no engine is asked, so one rank can
     do it alone, also where weights are sharded."""
 
+    def __init__(self, attack: Attack, module: nn.Module, live: nn.Module, rank: int) -> None:
+        super().__init__(attack, module, None, rank)
+        self.live = live
+        """The trainer's module, whose modes the copy takes."""
+
     def submit(self, version: int, jobs: list[Job], weights: dict[str, Tensor]) -> None:
+        set_modes(list(self.module.modules()), modes_of(self.live.modules()))
         for name, value in [*self.module.named_parameters(), *self.module.named_buffers()]:
             value.data = weights[name].detach().clone()
         super().submit(version, jobs, weights)

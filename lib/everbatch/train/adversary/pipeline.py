@@ -129,4 +129,4 @@ class Pipeline:
         else:
             assert self.spare is not None
             device = next(self.live.parameters()).device
-            self.place = Replica(self.attack, self.spare.to(device).train(), None, self.rank)
+            self.place = Replica(self.attack, self.spare.to(device), self.live, self.rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["AdversaryLost", "Crafted", "Job", "Nobody", "Placement", "slots_of", "whole_weights"]
+__all__ = ["AdversaryLost", "Crafted", "Job", "Nobody", "Placement", "modes_of", "set_modes", "slots_of", "whole_weights"]
 
 
 class AdversaryLost(RuntimeError):
@@ -66,6 +66,17 @@ class Nobody(Placement):
 
     def collect(self, step: int) -> Crafted:
         raise AdversaryLost("nobody crafts any more")
+
+
+def modes_of(modules: Iterable[nn.Module]) -> bytes:
+    """The mode of each module, 1 for training: a user may keep some in evaluation mode, and their copies shall be too."""
+    return bytes(module.training for module in modules)
+
+
+def set_modes(modules: Sequence[nn.Module], modes: bytes) -> None:
+    """Put each module into its mode."""
+    for module, training in zip(modules, modes, strict=True):
+        module.training = bool(training)
 
 
 Slot = tuple[str, dict[str, Any], str]

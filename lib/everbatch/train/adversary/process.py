@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
-from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
+from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement, modes_of, set_modes
 from everbatch.train.adversary.wire import layout, room, views
 
 __all__ = ["BesideProcess"]
@@ -51,6 +51,7 @@ class BesideProcess(Placement):
                  patience_s: float, threads: int) -> None:
         self.attack, self.module, self.live, self.rank, self.depth = attack, module, live, rank, depth
         self.device, self.patience_s, self.threads = device, patience_s, threads
+        self._parts = list(live.modules())
         self._process: Any = None
         self._pipe: Any = None
         self._weights: list[dict[str, Tensor]] = []
@@ -70,7 +71,7 @@ class BesideProcess(Placement):
             self._start(weights, jobs[0])
         # The slot held version - 2, or an older one; nobody may still read it.
         self._await(lambda: all(v > version - 2 for v in self._versions.values()))
-        slot = self._weights[version % 2]
+        slot, modes = self._weights[version % 2], modes_of(self._parts)
         torch._foreach_copy_(list(slot.values()), [weights[n] for n in slot])
         for job in jobs:
             self._await(lambda: len(self._versions) < self.depth)
@@ -82,7 +83,7 @@ class BesideProcess(Placement):
             self._versions[job.step] = version
             if job.inputs.is_cuda:
                 torch.cuda.current_stream().synchronize()  # the other process knows nothing of this one's stream
-            self._send((job.step, version, at))
+            self._send((job.step, version, at, modes))
             self.sent += self._bytes[1]
         self.sent += self._bytes[0]
 
@@ -136,7 +137,7 @@ class BesideProcess(Placement):
                 value.data = data
         return file.getvalue()
 
-    def _send(self, message: tuple[int, int, int]) -> None:
+    def _send(self, message: tuple[int, int, int, bytes]) -> None:
         try:
             self._pipe.send(message)
         except (BrokenPipeError, OSError) as error:
@@ -190,12 +191,14 @@ def _adversary(pipe: Any, attack: Attack, bones: bytes, flat: list[Tensor], told
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     try:
-        module = torch.load(io.BytesIO(bones), weights_only=False).train()
+        module = torch.load(io.BytesIO(bones), weights_only=False)
+        parts = list(module.modules())
         # Once: a walk takes longer than copying a small net.
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         weights = [[(value, copy[name]) for name, value in named.items()] for copy in (views(f, told) for f in flat)]
         while True:
-            step, version, at = pipe.recv()
+            step, version, at, modes = pipe.recv()
+            set_modes(parts, modes)
             for value, current in weights[version % 2]:
                 value.data = current
             results[at].copy_(attack.run(module, inputs[at], targets[at], step=step, rank=rank))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from everbatch.distributed import attempt_store, init
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
-from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement
+from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement, modes_of
 from everbatch.train.adversary.wire import (
     BACK,
     TO_ADVERSARY,
@@ -97,7 +97,8 @@ class RemoteRank(Placement):
 
     One message each way per batch. With every tensor in it rounded up to 64 bytes, so that it lies as torch's own do:
 
-        out    64 + b |x| e + 8 b, and P of weights and buffers to each adversary from its first trainer
+        out    64 + b |x| e + 8 b, and a byte for each module's mode;
+               P of weights and buffers to each adversary from its first trainer
         back   64 + b |x| as int8 signs, or b |x| e in full
 
     Messages leave in the background, from two staging copies in turn; CUDA tensors are staged on the CPU.
@@ -106,6 +107,7 @@ class RemoteRank(Placement):
     def __init__(self, attack: Attack, live: nn.Module, role: Role, *, split: bool, patience_s: float) -> None:
         self.attack, self.live, self.role, self.split, self.patience_s = attack, live, role, split, patience_s
         self.store, _, _ = attempt_store(self.patience_s)
+        self._modules = list(live.modules())
         self._group: Any = None
         self._hello: dict[str, Any] = {}
         self._staged: list[Tensor] = []
@@ -125,6 +127,7 @@ class RemoteRank(Placement):
                 self._wait(self._leaving[turn])
             parts = self._parts[turn]
             parts["head"].copy_(torch.tensor([job.step, version, 1]))
+            parts["modes"].copy_(torch.tensor(list(modes_of(self._modules)), dtype=torch.uint8))
             if self._hello["carries"]:
                 torch._foreach_copy_(self._slots[turn], list(weights.values()))
             check(job.inputs.shape == parts["inputs"].shape, "ConAdv", f"a batch of {tuple(job.inputs.shape)} after one of "
@@ -155,6 +158,7 @@ class RemoteRank(Placement):
             kind = torch.float32
         text = {"inputs": str(job.inputs.dtype), "result": "int8" if self.attack.signs else str(kind)}
         self._hello = {"attack": asdict(self.attack), "split": self.split, "weights": layout(weights),
+                       "modes": len(self._modules),
                        "carries": self.role.rank < self.role.adversaries, "inputs": list(job.inputs.shape),
                        "dtype": text["inputs"].removeprefix("torch."), "result": shape,
                        "result_dtype": text["result"].removeprefix("torch."), "targets": list(job.targets.shape)}

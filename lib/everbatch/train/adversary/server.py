@@ -17,6 +17,7 @@ from everbatch.distributed import attempt_store
 from everbatch.errors import check
 from everbatch.nn import convert_split_bn
 from everbatch.train.adversary.attack import BRANCH, Attack
+from everbatch.train.adversary.placement import set_modes
 from everbatch.train.adversary.ranks import Role
 from everbatch.train.adversary.wire import (
     BACK,
@@ -88,7 +89,10 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
     target = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"))
     if told["split"]:
         convert_split_bn(model, (BRANCH,))
-    model.to(target).train()
+    model.to(target)
+    modules = list(model.modules())
+    check(len(modules) == told["modes"], "ConAdv", f"the adversary's model of {len(modules)} modules",
+          f"have {told['modes']}, as the trainers'", "build both alike")
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     check(layout(named) == told["weights"] or [e[:2] for e in layout(named)] == [e[:2] for e in told["weights"]],
           "ConAdv", "the adversary's model", "have the trainers' parameters and buffers", "build both alike")
@@ -118,6 +122,7 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
                     _take(named, sent)
             if version != current:
                 raise RuntimeError(f"trainer {j} orders with the weights of step {version}, {role.serves[0]} has sent {current}")
+            set_modes(modules, bytes(parts[j]["modes"].tolist()))
             inputs, targets = parts[j]["inputs"].to(target), parts[j]["targets"].to(target)
             back = torch.empty(room(answer_layout(hellos[j])), dtype=torch.uint8)
             answer = views(back, answer_layout(hellos[j]))

@@ -47,9 +47,12 @@ def link(store: Any, trainer: int, end: int, timeout: datetime.timedelta) -> Any
 
 
 def order_layout(hello: dict[str, Any]) -> list[list[Any]]:
-    """What goes to an adversary: (step, version, 1; 0 to end), the weights from its first trainer, inputs and targets."""
+    """What goes to an adversary: (step, version, 1; 0 to end), the modules' modes, the weights from its first trainer, inputs
+    and targets."""
     weights = [[f"weights/{name}", shape, kind] for name, shape, kind in hello["weights"]] if hello["carries"] else []
-    return [["head", [3], "int64"], *weights, ["inputs", hello["inputs"], hello["dtype"]], ["targets", hello["targets"], "int64"]]
+    modes = ["modes", [hello["modes"]], "uint8"]
+    inputs, targets = ["inputs", hello["inputs"], hello["dtype"]], ["targets", hello["targets"], "int64"]
+    return [["head", [3], "int64"], modes, *weights, inputs, targets]
 
 
 def answer_layout(hello: dict[str, Any]) -> list[list[Any]]:
