@@ -105,3 +105,22 @@ def test_evaluation_counts_every_sample_once(size: int, batch_size: int) -> None
     assert max(len(b) for b, _ in real) <= batch_size
     with pytest.raises(ValueError, match="batch_size=0"):
         evaluation_batches(data, data.tasks[0], 0, World())
+
+
+@pytest.mark.parametrize("workers", [3000, 10**18, 1.0, True, "2"])
+def test_workers_are_bounded_by_the_machine(workers: object) -> None:
+    data = stream()
+    with pytest.raises(ValueError, match=r"workers=.*, must be an integer in \[0, \d+\].* this machine has \d+ processors"):
+        Loader(data, data.tasks[0], 4, 1, 0, World(), workers=workers)  # type: ignore[arg-type]
+
+
+def test_data_that_cannot_be_sent_to_a_worker_are_named() -> None:
+    data = stream()
+    data.train.secret = lambda: 0  # type: ignore[attr-defined]
+    method = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method("spawn", force=True)  # what macOS and newer Pythons do by default
+    try:
+        with pytest.raises(ValueError, match=r"workers=1 with '.*' that cannot be sent to another process .*workers=0"):
+            iter(Loader(data, data.tasks[0], 4, 1, 0, World(), workers=1))
+    finally:
+        torch.multiprocessing.set_start_method(method, force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from everbatch.data import Buffer, ClassBalanced, ReplayStore, Reservoir, share
+from everbatch.data import Buffer, ClassBalanced, ReplayStore, Reservoir, Ring, share
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 
@@ -200,3 +201,20 @@ def test_bad_payloads_are_named() -> None:
                       ({**rows, "logits": rows["logits"][:, :2]}, r"'logits' of \(2,\)")):
         with pytest.raises(ValueError, match=text):
             store.add(ids, targets, positions, task, bad)
+
+
+@pytest.mark.parametrize("capacity", [10**12, 10**18, 10**30])
+def test_a_capacity_beyond_memory_is_refused_at_once(capacity: int) -> None:
+    began = time.process_time()
+    for kind in (Reservoir, ClassBalanced, lambda n: Ring(n, tasks=2)):
+        with pytest.raises(ValueError, match=f"capacity={capacity} takes .* GiB, must fit into .* lower the capacity"):
+            kind(capacity)
+    assert time.process_time() - began < 0.5
+
+
+def test_a_payload_beyond_memory_is_refused_when_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ReplayStore(Reservoir(1000), World())
+    monkeypatch.setattr("everbatch.data.memory.total_memory", lambda: 2**20)
+    ids = np.arange(2)
+    with pytest.raises(ValueError, match=r"capacity=1000 with 40000 bytes per sample on 1 rank\(s\) takes"):
+        store.add(ids, ids, ids, 0, {"raw": torch.zeros(2, 100, 100)})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -188,3 +191,46 @@ def test_fingerprints_tell_streams_apart() -> None:
               task_incremental(train, test, tasks=3, seed=1), iid(train, test), growing(train, test),
               validation(same[0], 0.25)]
     assert len(prints(same[0], *others)) == 7
+
+
+def test_what_is_said_of_the_samples() -> None:
+    x = torch.zeros(9, 1)
+    names = ["cat", "dog", "eel", "fox", "gnu"]
+    train = TensorSource(x[:7], torch.tensor([0, 0, 0, 1, 2, 2, 2]), classes=names)
+    test = TensorSource(x[:4], torch.tensor([0, 1, 3, 3]), classes=names)
+    with pytest.warns(UserWarning, match="no training samples"):
+        stream = iid(train, test)
+    assert stream.notes == (
+        "1 class with a single training sample ('dog'): what they are cannot be learned from it",
+        "1 class with test samples and no training sample ('fox'): they cannot be learned, and count as errors",
+        "1 class with training samples and no test sample ('eel'): their accuracy is not measured",
+        "1 class with no samples at all ('gnu'): the head is wider than need be")
+    assert class_incremental(*pair(6)).notes == growing(*pair(6)).notes == domain_incremental([pair(6), pair(6)]).notes == ()
+    single = TensorSource(x, torch.zeros(9, dtype=torch.long), classes=["cat"])
+    assert iid(single, single).notes == ("one class only, 'cat': every prediction is right, and nothing is learned",)
+
+
+def test_streams_without_kind_or_tasks_are_refused() -> None:
+    stream = iid(*pair(2))
+    with pytest.raises(ValueError, match="kind='classes', must be one of class, task, domain, growing, iid"):
+        replace(stream, kind="classes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no tasks"):
+        replace(stream, tasks=())
+
+
+def test_sizes_are_bounded_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everbatch.data.memory.total_memory", lambda: 2**20)
+    train, test = pair(6)
+    with pytest.raises(ValueError, match="tasks=1000000000 takes 7.45 GiB"):
+        permuted(train, test, 10**9)
+    many = TensorSource(torch.zeros(2000, 1), torch.zeros(2000, dtype=torch.long))
+    with pytest.raises(ValueError, match="2000 rounds takes"):
+        growing(many, many, 2000)
+
+
+def test_many_classes_are_ordered_in_no_time() -> None:
+    labels = torch.arange(60_000)
+    many = TensorSource(labels[:, None].float(), labels)
+    began = time.process_time()
+    assert class_incremental(many, many, tasks=2).num_classes == 60_000
+    assert time.process_time() - began < 5

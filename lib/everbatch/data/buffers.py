@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from everbatch.data.memory import check_memory
 from everbatch.data.slots import Ints, group_quotas, largest, ring_index
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.seeds import derive, generator, uniform_keys
@@ -23,6 +24,8 @@ __all__ = ["Buffer", "ClassBalanced", "Reservoir", "Ring", "Slots"]
 Key = Literal["stream", "sample"]
 State = dict[str, "np.ndarray | int"]
 _COLUMNS = ("ids", "targets", "positions", "tasks")
+INDEX_BYTES = 41
+"""Of a slot, beside its sample: four columns, where it lies, and whether it is used."""
 
 
 class Slots(NamedTuple):
@@ -51,13 +54,14 @@ class Buffer(ABC):
         seed: of keys and draws.
 
     Raises:
-        ValueError: capacity below 0.
+        ValueError: capacity below 0, or beyond this machine's memory.
     """
 
     def __init__(self, capacity: int, *, seed: int = 0) -> None:
         whole = isinstance(capacity, int) and not isinstance(capacity, bool)
         check(whole and capacity >= 0, type(self).__name__, f"capacity={capacity!r}", "be an integer >= 0",
               "0 keeps nothing and switches replay off")
+        check_memory(type(self).__name__, f"capacity={capacity}", capacity * INDEX_BYTES, "lower the capacity")
         self.capacity, self.seed = capacity, seed
         self.used: NDArray[np.bool_] = np.zeros(capacity, dtype=bool)
         self.ids, self.targets, self.positions, self.tasks = (np.full(capacity, -1, dtype=np.int64) for _ in _COLUMNS)

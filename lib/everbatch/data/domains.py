@@ -12,6 +12,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from everbatch.data.datasets import Samples
 from everbatch.data.label_space import as_pair
+from everbatch.data.memory import check_memory
 from everbatch.data.sources import Source, TransformedSource
 from everbatch.errors import check, check_real
 from everbatch.seeds import generator
@@ -64,6 +65,7 @@ def permuted(
     train, test = as_pair("permuted", train, test)
     one = train.fetch(torch.tensor([0]))
     positions = one[0, 0].numel() if one.ndim == 4 else one[0].numel()
+    check_memory("permuted", f"tasks={tasks}", 8 * tasks * positions, "make fewer tasks")
     pairs: list[tuple[Source, Source]] = []
     for task in range(tasks):
         order = torch.randperm(positions, generator=generator(seed, "permuted", task))

@@ -130,6 +130,9 @@ def class_files(root: Path, leaf_classes: bool) -> dict[str, list[str]]:
     empty = [name for name, paths in classes.items() if not paths]
     check(not empty, "imagefolder", f"class folder {empty[:5]} in {str(root)!r} holds no image",
           f"hold files ending in {', '.join(EXTENSIONS)}")
+    if len(classes) == 1 and all(file.count("/") > 1 for file in found.files) and not leaf_classes:
+        only = next(iter(classes))
+        tell(f"imagefolder: {str(root)!r}: one class, {only!r}; if the folders in it are the classes, open {str(root / only)!r}")
     if out:
         tell(f"imagefolder: {str(root)!r}: left out are {out}")
     return classes

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everbatch.data.arrays import check_labels
+from everbatch.data.arrays import as_labels, check_labels, numbered
 from everbatch.data.folders import class_files
 from everbatch.data.sources import Resize, Source, SubsetSource, digest, stratified_split, target_bytes
 from everbatch.errors import check, nearest
@@ -197,7 +197,7 @@ def open_folder(
     name = f"imagefolder:{root.name}/{part}"
     if not (root / "train").is_dir():
         source = _folder(name, root, class_files(root, leaf_classes), look)
-        parts = stratified_split(source.targets, test_fraction, split_seed)
+        parts = stratified_split(source.targets, test_fraction, split_seed, names=source.classes)
         return SubsetSource(source, parts[0 if train else 1], name=name)
     classes = class_files(root / "train", leaf_classes)
     if train:
@@ -253,13 +253,13 @@ def open_torchvision(name: str, root: str, train: bool, look: Look, download: bo
     found = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
     if found is None and hasattr(dataset, "_samples"):
         found = [target for _, target in dataset._samples]
-    targets = torch.as_tensor(np.asarray([dataset[i][1] for i in range(len(dataset))] if found is None else found))
-    check(targets.ndim == 1 and not targets.is_floating_point(), "torchvision", f"{name} has targets of shape "
-          f"{tuple(targets.shape)} and type {targets.dtype}", "be one class index per image")
-    classes = getattr(dataset, "classes", None) or [str(c) for c in range(int(targets.max()) + 1)]
+    if found is None:
+        found = [dataset[i][1] for i in range(len(dataset))]
+    targets = as_labels(f"torchvision:{name}", "targets", found)
+    classes = getattr(dataset, "classes", None) or numbered(f"torchvision:{name}", "targets", targets)
     part = "train" if train else "test"
     labels = [f"{name}/{part}[{index}]" for index in range(len(dataset))]
-    return ImageSource(f"torchvision:{name}/{part}", _Items(dataset), labels, targets.long(),
+    return ImageSource(f"torchvision:{name}/{part}", _Items(dataset), labels, targets,
                        [str(c[0] if isinstance(c, tuple) else c) for c in classes], look, default_channels=None)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +19,21 @@ from everbatch.distributed import World
 from everbatch.errors import check
 from everbatch.seeds import generator
 
-__all__ = ["Loader", "evaluation_batches"]
+__all__ = ["Loader", "check_workers", "evaluation_batches"]
 
 
 def _same(batch: Any) -> Any:
     """Collate nothing: a batch is made whole."""
     return batch
+
+
+def check_workers(who: str, workers: int) -> None:
+    """Raise unless `workers` is a number of processes that this machine can sensibly run beside one rank."""
+    cpus = os.cpu_count() or 1
+    most = max(32, 4 * cpus)
+    whole = isinstance(workers, int) and not isinstance(workers, bool)
+    check(whole and 0 <= workers <= most, who, f"workers={workers!r}", f"be an integer in [0, {most}]",
+          f"they are processes of every rank, and this machine has {cpus} processors")
 
 
 class _Steps(Dataset[Batch]):
@@ -50,7 +62,8 @@ class Loader:
         seed: of the order.
         world: this rank's place.
         start: the step from which iteration begins (resuming); `len` and `batch` do not change.
-        workers: processes that fetch ahead; 0 fetches in this one. Results are the same.
+        workers: processes that fetch ahead; 0 fetches in this one. Results are the same. At most 32, or 4 for each
+            processor.
         position0: position of the task's first sample in the global stream.
 
     Raises:
@@ -71,7 +84,7 @@ class Loader:
         check(global_batch <= n, "Loader", f"global_batch={global_batch} and task {task.id} with {n} training samples",
               "be no larger than the task", "lower the batch size, or make fewer and larger tasks")
         check(epochs >= 1, "Loader", f"epochs={epochs}", "be at least 1")
-        check(workers >= 0, "Loader", f"workers={workers}", "be at least 0")
+        check_workers("Loader", workers)
         check(position0 >= 0, "Loader", f"position0={position0}", "be at least 0")
         self.stream, self.task, self.global_batch, self.epochs = stream, task, global_batch, epochs
         self.seed, self.world, self.start, self.workers, self.position0 = seed, world, start, workers, position0
@@ -124,7 +137,14 @@ class Loader:
             _Steps(self), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=_same,
             generator=generator(self.seed, "workers", self.task.id),
         )
-        return iter(ahead)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Got pickle error")  # the error says it
+                return iter(ahead)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:  # as pickle says it, by type and version
+            raise ValueError(f"Loader: workers={self.workers} with {self.stream.train.name!r} that cannot be sent to another "
+                             f"process ({error}), must be a data set that pickle takes; define its parts in a module and "
+                             "without lambdas, or set workers=0") from error
 
 
 def evaluation_batches(

@@ -5,10 +5,20 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from everbatch.distributed import World
 
-__all__ = ["tell"]
+if TYPE_CHECKING:
+    from everbatch.data.streams import Stream
+
+__all__ = ["notes_of", "tell"]
+
+SHOWN = 5
+"""Class names in a note."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -18,3 +28,30 @@ def tell(text: str) -> None:
     rank = world.rank if world.size > 1 else int(os.environ.get("RANK") or 0)
     if rank == 0:
         print(text, file=sys.stderr, flush=True)
+
+
+def notes_of(stream: Stream) -> tuple[str, ...]:
+    """See `everbatch.data.Stream.notes`. Cost: one look at all labels."""
+    trained, tested = (_counts(stream, [getattr(task, part) for task in stream.tasks]) for part in ("train_ids", "test_ids"))
+    found = (
+        (trained == 1, "a single training sample", "what they are cannot be learned from it"),
+        ((trained == 0) & (tested > 0), "test samples and no training sample", "they cannot be learned, and count as errors"),
+        ((trained > 0) & (tested == 0), "training samples and no test sample", "their accuracy is not measured"),
+        ((trained == 0) & (tested == 0), "no samples at all", "the head is wider than need be"),
+    )
+    names = stream.classes
+    lines = [_line(names, where, what, so) for where, what, so in found if bool(where.any())]
+    if stream.num_classes == 1:
+        lines.append(f"one class only, {names[0]!r}: every prediction is right, and nothing is learned")
+    return tuple(lines)
+
+
+def _counts(stream: Stream, ids: list[Tensor]) -> Tensor:
+    """Samples of each label among all tasks, each counted once."""
+    return torch.bincount(stream.targets(torch.unique(torch.cat(ids))), minlength=stream.num_classes)
+
+
+def _line(names: tuple[str, ...], where: Tensor, what: str, so: str) -> str:
+    labels = torch.nonzero(where).flatten().tolist()
+    shown = ", ".join(repr(names[label]) for label in labels[:SHOWN]) + ", ..." * (len(labels) > SHOWN)
+    return f"{len(labels)} class{'es' * (len(labels) > 1)} with {what} ({shown}): {so}"

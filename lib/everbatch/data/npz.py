@@ -50,7 +50,7 @@ def open_npz(path: Path, train: bool, image_size: int | None, test_fraction: flo
     source = TensorSource(inputs, labels[0], name=name, classes=names)
     if split:
         return source
-    return SubsetSource(source, stratified_split(source.targets, test_fraction, split_seed)[0 if train else 1],
+    return SubsetSource(source, stratified_split(source.targets, test_fraction, split_seed, names=names)[0 if train else 1],
                         name=name)
 
 

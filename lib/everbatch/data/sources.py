@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from everbatch.data.arrays import Array, as_inputs, as_labels, check_labels, numbered
+from everbatch.data.memory import check_memory
 from everbatch.errors import check, nearest
 from everbatch.seeds import generator
 
@@ -187,10 +188,13 @@ class ConcatSource:
         return digest(*(source.fingerprint() for source in self.sources))
 
 
-def stratified_split(targets: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def stratified_split(
+    targets: Tensor, fraction: float, seed: int, *, names: Sequence[str] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Split samples into (rest, held out), ascending ids, with round(fraction * n) of each class held out.
 
-    At least one sample of a class is held out and at least one stays. A function of (targets, fraction, seed) alone.
+    At least one sample of a class is held out and at least one stays. A function of (targets, fraction, seed) alone. `names` of
+    the classes are for messages.
 
     Raises:
         ValueError: fraction outside (0, 1), or a class with a single sample (names it).
@@ -199,7 +203,8 @@ def stratified_split(targets: Tensor, fraction: float, seed: int) -> tuple[Tenso
     held = torch.zeros(len(targets), dtype=torch.bool)
     for label in torch.unique(targets).tolist():
         rows = torch.nonzero(targets == label).flatten()
-        check(len(rows) > 1, "stratified_split", f"1 sample of class {label}", "be at least 2 to be split")
+        check(len(rows) > 1, "stratified_split", f"1 sample of class {label if names is None else repr(names[label])}",
+              "be at least 2 to be split", "add samples, leave the class out, or give a test part of its own")
         count = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
         held[rows[torch.randperm(len(rows), generator=generator(seed, "split", label))[:count]]] = True
     return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
@@ -215,6 +220,7 @@ def _digits(train: bool, image_size: int | None) -> Source:
     images = torch.as_tensor(np.asarray(bunch.images), dtype=torch.uint8).unsqueeze(1)
     targets = torch.as_tensor(np.asarray(bunch.target), dtype=torch.int64)
     if image_size is not None and image_size != 8:
+        check_memory("digits", f"image_size={image_size}", 8 * len(images) * image_size**2, "lower it")
         wide = torch.nn.functional.interpolate(images.float(), size=image_size, mode="bilinear", antialias=True)
         images = wide.round().clamp(0, 16).to(torch.uint8)
     keep = stratified_split(targets, 0.25, seed=0)[0 if train else 1]

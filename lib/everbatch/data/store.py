@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from everbatch.data.buffers import Buffer, Slots
+from everbatch.data.memory import check_memory
 from everbatch.data.slots import Ints, share
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, check
@@ -38,7 +40,8 @@ class ReplayStore:
         self.buffer, self.world, self.seed = buffer, world, seed
         self._rows: dict[str, Tensor] = {}
         self._local = np.full(buffer.capacity, -1, dtype=np.int64)  # slot to row of this rank's tensors
-        self._free: list[int] = []
+        self._free: list[int] = []  # rows whose sample is gone
+        self._fresh = 0  # the first row that never held one
 
     def __len__(self) -> int:
         """Samples over all ranks."""
@@ -189,8 +192,11 @@ class ReplayStore:
 
     def _allocate(self, like: Mapping[str, Tensor]) -> None:
         room = -(-self.buffer.capacity // self.world.size)
+        row = sum(value.element_size() * math.prod(value.shape[1:]) for value in like.values())
+        check_memory("ReplayStore", f"capacity={self.buffer.capacity} with {row} bytes per sample on {self.world.size} rank(s)",
+                     room * row, "lower the capacity")
         self._rows = {name: value.new_empty((room, *value.shape[1:])) for name, value in like.items()}
-        self._free = list(range(room))[::-1]
+        self._free, self._fresh = [], 0
 
     def _drop(self, slots: Ints) -> None:
         rows = self._local[slots]
@@ -200,16 +206,19 @@ class ReplayStore:
     def _write(self, slots: Ints, rows: Mapping[str, Tensor]) -> None:
         """Store rows of this rank, in the place their slot has already or in a free one."""
         new = slots[self._local[slots] < 0]
-        if len(new) > len(self._free):
-            have = len(next(iter(self._rows.values())))
-            room = min(self.buffer.capacity, max(have + len(new) - len(self._free), have + have // 4 + 1))
+        have = len(next(iter(self._rows.values()), ()))
+        missing = len(new) - len(self._free) - (have - self._fresh)
+        if missing > 0:
+            room = min(self.buffer.capacity, max(have + missing, have + have // 4 + 1))
             for name, value in self._rows.items():
                 wider = value.new_empty((room, *value.shape[1:]))
                 wider[:have] = value
                 self._rows[name] = wider
-            self._free = list(range(room))[:have - 1 : -1] + self._free
         for slot in new.tolist():
-            self._local[slot] = self._free.pop()
+            if self._free:
+                self._local[slot] = self._free.pop()
+            else:
+                self._local[slot], self._fresh = self._fresh, self._fresh + 1
         place = torch.from_numpy(self._local[slots])
         for name, value in rows.items():
             self._rows[name][place] = value

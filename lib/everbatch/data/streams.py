@@ -6,7 +6,9 @@ of the stream, then all test samples, so an id names one sample among everything
 
 from __future__ import annotations
 
+import typing
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +21,8 @@ from torch import Tensor
 from everbatch.data.arrays import check_labels
 from everbatch.data.datasets import Samples, as_source
 from everbatch.data.label_space import Pair, as_pair, in_one_label_space
+from everbatch.data.memory import check_memory
+from everbatch.data.notes import notes_of
 from everbatch.data.sources import ConcatSource, Source, digest, stratified_split, target_bytes
 from everbatch.errors import check
 from everbatch.seeds import generator
@@ -59,8 +63,20 @@ class Stream:
     label_map: Tensor
     """(source classes,) int64: the stream's label of each source label, -1 where the stream never shows it."""
 
+    def __post_init__(self) -> None:
+        kinds = typing.get_args(Kind)
+        check(self.kind in kinds, "Stream", f"kind={self.kind!r}", f"be one of {', '.join(kinds)}",
+              "it says among which classes a prediction chooses")
+        check(len(self.tasks) > 0, "Stream", "no tasks", "be at least one")
+
     def __len__(self) -> int:
         return len(self.tasks)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the results should know of the samples, one line each: classes with a single training sample, or
+        with none in training or test."""
+        return notes_of(self)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -142,7 +158,7 @@ def _class_order(
     label = "class_order" if class_order is not None else "classes"
     check(class_order is None or classes is None, who, "both class_order and classes", "be at most one of them")
     check(len(order) > 0, who, f"{label}=[]", "name at least one class")
-    repeated = [c for c in order if order.count(c) > 1]
+    repeated = [c for c, count in Counter(order).items() if count > 1]
     check(not repeated, who, f"{label} has class {repeated[:1]} twice", "name every class once")
     odd = [c for c in order if not 0 <= c < len(names)]
     check(not odd, who, f"{label} has {odd[:1]}", f"be in [0, {len(names)})")
@@ -264,6 +280,7 @@ def growing(
     check(rounds is None or rounds == len(sizes), who, f"rounds={rounds} and {len(sizes)} sizes", "agree")
     check(len(sizes) > 0 and all(size >= 1 for size in sizes), who, f"sizes={list(sizes)}", "be at least 1 each")
     check(sum(sizes) <= len(train), who, f"sizes={list(sizes)} sum to {sum(sizes)}", f"sum to at most {len(train)}")
+    check_memory(who, f"{len(sizes)} rounds", 8 * int(np.cumsum(sizes, dtype=np.int64).sum()), "make fewer rounds")
     order = torch.randperm(len(train), generator=generator(seed, "growing"))
     everything = torch.arange(len(train), len(train) + len(test))
     width = len(train.classes)
