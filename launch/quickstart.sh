@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_environment
 need vision,plot,deepspeed # not .[all]: the main job needs neither Ray nor the test tools
 use_devices
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "${RANKS:-2}" \
+exec "$PYTHON" "$ROOT/launch/start.py" --standalone --nproc-per-node "${RANKS:-2}" \
     "$ROOT/recipes/class_incremental.py" "$@"

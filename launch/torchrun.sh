@@ -16,4 +16,4 @@ if [ "${NNODES:-1}" -gt 1 ]; then
     # Static rendezvous: node 0 holds the store, node_rank fixes the order of ranks.
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-0}" "$@"
+exec "$PYTHON" "$ROOT/launch/start.py" "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-0}" "$@"

@@ -16,6 +16,7 @@ from everbatch.data.batch import Batch
 from everbatch.data.datasets import drawing
 from everbatch.data.streams import Stream, Task
 from everbatch.distributed import World
+from everbatch.ends import follow_trainer
 from everbatch.errors import check
 from everbatch.seeds import generator
 
@@ -135,7 +136,7 @@ class Loader:
         # Its own generator, because DataLoader otherwise draws the workers' base seed from torch's global one.
         ahead: DataLoader[Batch] = DataLoader(
             _Steps(self), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=_same,
-            generator=generator(self.seed, "workers", self.task.id),
+            generator=generator(self.seed, "workers", self.task.id), worker_init_fn=follow_trainer,
         )
         try:
             with warnings.catch_warnings():

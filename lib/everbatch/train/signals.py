@@ -7,25 +7,50 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, ClassVar
 
+from everbatch.ends import end
+
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
 
-__all__ = ["StopOnSignal"]
+__all__ = ["Interrupted", "StopOnSignal"]
+
+
+class Interrupted(KeyboardInterrupt, SystemExit):
+    """`Trainer.fit` was stopped by a Ctrl-C and has written a checkpoint.
+
+    A KeyboardInterrupt for whoever catches one; for a script that does not, an exit with code 130 and no traceback; in a
+    notebook the cell ends, and the trainer is as the checkpoint is.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.code = 128 + signal.SIGINT
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class StopOnSignal:
-    """SIGTERM and SIGUSR1 ask for a checkpoint within ten steps and an end after it; one that comes `GRACE_S` later or more ends
-    the process at once. Not one that comes sooner: schedulers signal ranks and launcher, which passes its own on to the ranks.
+    """SIGTERM, SIGUSR1 and Ctrl-C (SIGINT) ask for a checkpoint within ten steps and an end after it.
+
+    A second SIGTERM or SIGUSR1 that comes `GRACE_S` later or more ends the process at once. Not one that comes sooner: schedulers
+    signal ranks and launcher, which passes its own on to the ranks.
+
+    A second Ctrl-C, `TWICE_S` later or more, ends it at once with exit code 130; in an interactive session it raises
+    KeyboardInterrupt. torchrun leaves at its second Ctrl-C without passing it on, so a launcher that goes after a first
+    Ctrl-C counts as one. SIGINT is left alone where it was ignored, as in background jobs.
 
     A handler of Python's waits until the main thread is back from C, which a rank whose peer is gone never is. Hence a thread
     that looks at the time: Python writes the numbers of signals to it as they come. Windows has no SIGUSR1.
     """
 
     GRACE_S = 5.0
+    TWICE_S = 0.25
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
     innermost: ClassVar[StopOnSignal | None] = None
     """The one that signals come to."""
@@ -37,6 +62,7 @@ class StopOnSignal:
         if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
             return
         self.trainer._signals = True
+        self.launcher = os.getppid()
         self.ends = socket.socketpair()
         self.ends[0].settimeout(None)  # whatever socket.setdefaulttimeout says
         self.ends[1].setblocking(False)
@@ -44,19 +70,29 @@ class StopOnSignal:
         self.thread.start()
         self.outer, StopOnSignal.innermost = StopOnSignal.innermost, self
         self.wakeup = signal.set_wakeup_fd(self.ends[1].fileno(), warn_on_full_buffer=False)
-        self.before = {sign: signal.signal(sign, self._ask) for sign in self.SIGNALS}
+        taken = [*self.SIGNALS, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else [])]
+        self.before = {sign: signal.signal(sign, self._ask) for sign in taken}
 
     def _ask(self, sign: int, _frame: object) -> None:
+        again = self.trainer._stop_asked and sign == signal.SIGINT
+        if not self.trainer._stop_asked:
+            self.trainer.stop_sign = sign
         self.trainer._stop_asked = True
+        if again and hasattr(sys, "ps1"):
+            raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        first = math.inf
+        first, ctrl_c = math.inf, False
         while sign := self.ends[0].recv(1)[0]:
-            if sign in self.SIGNALS and time.monotonic() - first >= self.GRACE_S:
+            since = time.monotonic() - first
+            alone = sign in self.SIGNALS and ctrl_c and os.getppid() != self.launcher
+            if (sign == signal.SIGINT and since >= self.TWICE_S and not hasattr(sys, "ps1")) or alone:
+                end(128 + signal.SIGINT)
+            if sign in self.SIGNALS and since >= self.GRACE_S:
                 ctypes.pythonapi.PyOS_setsig(sign, None)  # SIG_DFL; signal.signal() is for the main thread
                 signal.raise_signal(sign)
-            elif sign in self.SIGNALS:
-                first = min(first, time.monotonic())
+            elif sign in (*self.SIGNALS, signal.SIGINT):
+                first, ctrl_c = min(first, time.monotonic()), ctrl_c or sign == signal.SIGINT
 
     def __exit__(self, *error: object) -> None:
         if StopOnSignal.innermost is self:
@@ -75,8 +111,11 @@ class StopOnSignal:
     @classmethod
     def _forked(cls) -> None:
         """In a forked child, such as one that loads data: Python would write its signals to the parent's thread."""
+        asked = cls.innermost is not None and signal.SIGINT in cls.innermost.before
         while cls.innermost is not None:
             cls.innermost._put_back()
+        if asked:  # a Ctrl-C reaches every process of a terminal's group; the trainer decides, and its loaders follow it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

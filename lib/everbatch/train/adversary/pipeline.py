@@ -118,6 +118,7 @@ class Pipeline:
         if isinstance(self.place, Nobody | Replica):
             return
         if self.on_failure == "stop":
+            self.place.close()  # one that is stopped would outlive the run
             raise RuntimeError(f"ConAdv: the adversary of rank {self.rank} is lost: {error}; with on_failure='clean' or 'inline' "
                                "training would go on") from error
         how = "clean batches" if self.on_failure == "clean" else "crafting in the trainer"

@@ -6,6 +6,7 @@ pipe tells each side of the other's end, so a crash leaves neither memory nor pr
 
 from __future__ import annotations
 
+import atexit
 import io
 import shutil
 import time
@@ -18,6 +19,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
+from everbatch.ends import follow_trainer
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
 from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement, modes_of, set_modes
@@ -123,6 +125,7 @@ class BesideProcess(Placement):
             theirs, self.attack, self._bones(), flat, told, self._inputs, self._targets, self._results, self.rank, self.threads))
         self._process.start()
         theirs.close()
+        atexit.register(self.close)  # before multiprocessing's own, which waits for ever for one that was stopped
 
     def _bones(self) -> bytes:
         """The module without its weights, which the adversary takes from the shared memory."""
@@ -169,6 +172,7 @@ class BesideProcess(Placement):
     def close(self) -> None:
         if self._process is None:
             return
+        atexit.unregister(self.close)
         self._pipe.close()  # the adversary reads the end of the pipe, and ends
         self._process.join(5.0)
         if self._process.is_alive():
@@ -187,7 +191,7 @@ def _adversary(pipe: Any, attack: Attack, bones: bytes, flat: list[Tensor], told
     """The process: craft what is ordered until the trainer's end of the pipe closes, however that comes about."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides; a Ctrl-C reaches the whole group
+    follow_trainer()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
     try:

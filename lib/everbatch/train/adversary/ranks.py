@@ -8,9 +8,9 @@ torchrun sees nothing, and the trainers do what `on_failure` says.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
+import functools
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from everbatch.distributed import attempt_store, init
+from everbatch.ends import at_end
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
 from everbatch.train.adversary.placement import AdversaryLost, Crafted, Job, Placement, modes_of
@@ -88,7 +89,7 @@ def split_ranks(adversaries: int, device: str | None = None, timeout_s: float = 
     _role = Role(rank, size - adversaries, adversaries)
     if not _role.adversary:
         init(device, timeout_s, spare=adversaries)
-        atexit.register(store.set, end_key(rank), "1")  # or the adversaries would wait for a trainer that never spoke
+        at_end(functools.partial(store.set, end_key(rank), "1"))  # or the adversaries would wait for a trainer that never spoke
     return _role
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -14,6 +16,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from everbatch.distributed import attempt_store
+from everbatch.ends import end, follow_trainer
 from everbatch.errors import check
 from everbatch.nn import convert_split_bn
 from everbatch.train.adversary.attack import BRANCH, Attack
@@ -28,11 +31,13 @@ from everbatch.train.adversary.wire import (
     end_key,
     layout,
     link,
+    linked_key,
     order_layout,
     ready_key,
     room,
     views,
 )
+from everbatch.train.signals import StopOnSignal
 
 __all__ = ["serve"]
 
@@ -44,8 +49,28 @@ def serve(role: Role, model: nn.Module, *, device: str | None = None) -> None:
         model: built as the trainers build theirs, before a trainer changes it.
         device: of the crafting; by default the GPU of this rank on its node, where there is one.
 
-    The computing process is a child of this one; when it dies, this one says so and stays until the trainers have ended.
+    The computing process is a child of this one; when it dies, this one says so and stays until the trainers have ended. Signals
+    that ask for an end are the trainers' to hear: after one this rank waits until they have written their checkpoint, or until
+    the connections to them have ended, however that came about. Another
+    one five seconds later or more ends it at once.
     """
+    asked: list[float] = []
+
+    def ask(sign: int, _frame: object) -> None:
+        if asked and time.monotonic() - asked[0] >= StopOnSignal.GRACE_S:
+            end(128 + sign)
+        asked.append(time.monotonic())
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {sign: signal.signal(sign, ask) for sign in (*StopOnSignal.SIGNALS, signal.SIGINT) if main}
+    try:
+        _serve(role, model, device, asked)
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+def _serve(role: Role, model: nn.Module, device: str | None, asked: list[float]) -> None:
     context = multiprocessing.get_context("spawn")
     child = context.Process(name="everbatch adversary", daemon=True, target=_adversary, args=(role, model, device))
     child.start()
@@ -54,11 +79,13 @@ def serve(role: Role, model: nn.Module, *, device: str | None = None) -> None:
     told = False
     while not _ended(store, keys):
         child.join(0.2)
+        if asked and (child.exitcode is not None or not _ended(store, [linked_key(role.rank)])):
+            break
         if child.exitcode not in (None, 0) and not told:
             print(f"ConAdv: the adversary on rank {role.rank} ended with exit code {child.exitcode}", file=sys.stderr, flush=True)
             store.set(dead_key(role.rank), str(child.exitcode))
             told = True
-    child.join(10.0)
+    child.join(1.0 if asked else 10.0)
     if child.is_alive():
         child.kill()
 
@@ -72,6 +99,9 @@ def _ended(store: Any, keys: list[str]) -> bool:
 
 
 def _adversary(role: Role, model: nn.Module, device: str | None) -> None:
+    follow_trainer()
+    for sign in StopOnSignal.SIGNALS:
+        signal.signal(sign, signal.SIG_IGN)
     try:
         _serve_all(role, model, device)
         os._exit(0)  # without freeing what gloo's threads may still hold
@@ -106,10 +136,12 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
             value.data = sent[f"weights/{name}"]
     store.set(ready_key(role.rank), "1")
     links = {j: link(store, j, 1, FOREVER) for j in role.serves}
+    store.set(linked_key(role.rank), "1")
     current = -1
     while links:
         for j in list(links):
-            links[j].recv([orders[j]], 0, TO_ADVERSARY).wait()
+            if not _arrived(links[j], orders[j]):
+                parts[j]["head"].zero_()  # its trainer has ended, well or not: that is the trainer's to tell
             step, version, wanted = parts[j]["head"].tolist()
             if not wanted:
                 del links[j]
@@ -129,6 +161,15 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
             answer["head"].copy_(torch.tensor([step, version]))
             answer["payload"].copy_(attack.run(model, inputs, targets, step=step, rank=j))
             links[j].send([back], 0, BACK).wait()
+
+
+def _arrived(link: Any, order: Tensor) -> bool:
+    """Wait for an order; False when the connection ended."""
+    try:
+        link.recv([order], 0, TO_ADVERSARY).wait()
+    except RuntimeError:  # what gloo raises then
+        return False
+    return True
 
 
 def _take(named: dict[str, Tensor], sent: dict[str, Tensor]) -> None:

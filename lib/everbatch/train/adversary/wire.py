@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "answer_layout", "dead_key", "end_key", "layout", "link", "order_layout",
-           "ready_key", "room", "views"]
+__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "answer_layout", "dead_key", "end_key", "layout", "link", "linked_key",
+           "order_layout", "ready_key", "room", "views"]
 
 TO_ADVERSARY, BACK = 1, 2
 """Message tags; messages of one tag arrive in order."""
@@ -30,6 +30,11 @@ def end_key(trainer: int) -> str:
 def ready_key(rank: int) -> str:
     """Set in the store when the adversary on this rank has its model."""
     return f"conadv/ready/{rank}"
+
+
+def linked_key(rank: int) -> str:
+    """Set in the store when the adversary on this rank is connected to its trainers."""
+    return f"conadv/linked/{rank}"
 
 
 def dead_key(rank: int) -> str:

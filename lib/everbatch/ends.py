@@ -1,0 +1,170 @@
+"""How a process of a run ends: with one line from one rank, an exit code that says why, and no process left behind."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from everbatch.errors import CheckpointMismatch, CompositionError, UnsupportedHost
+
+__all__ = ["EXPECTED", "at_end", "end", "end_children", "end_with_parent", "follow_trainer", "guard", "tell"]
+
+EXPECTED = (ValueError, CompositionError, UnsupportedHost, CheckpointMismatch, RuntimeError, ImportError, OSError)
+"""What a user can mend: told in one line. Anything else is ours to mend, and told with its traceback."""
+PIPE_CLOSED = 128 + 13
+"""What a shell gives for a program whose reader has gone."""
+PR_SET_PDEATHSIG = 1
+_last: list[Callable[[], Any]] = []
+
+
+def at_end(action: Callable[[], Any]) -> None:
+    """Call `action` when the process ends by itself, also by `end`, which runs no exit handler of Python's."""
+    _last.append(action)
+    atexit.register(action)
+
+
+def end(code: int) -> NoReturn:
+    """End this process at once, and what it started. Not `sys.exit`: tearing down a process group may wait for ranks that never
+    come, and multiprocessing for a child that was stopped."""
+    for action in _last:
+        with contextlib.suppress(Exception):  # the store may be gone already; what is told is told
+            action()
+    end_children()
+    with contextlib.suppress(OSError, ValueError):  # a reader that is gone
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def end_children() -> None:
+    """Kill everything that this process started, down to the last grandchild and stopped ones too; needs Linux's /proc.
+
+    Only multiprocessing's tracker of shared memory is let go on instead: it clears up and ends when the others have."""
+    from multiprocessing import resource_tracker
+
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError):  # it has ended since
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found, grown = {os.getpid()}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        grown, found = bool(more), found | more
+    for pid in found - {os.getpid()}:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGCONT if pid == tracker else signal.SIGKILL)
+
+
+def end_with_parent(sign: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process `sign` when the thread that started it ends, however that comes about; Linux only."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)
+
+
+def follow_trainer(_worker: int = 0) -> None:
+    """In a process that works for a trainer: it ends with the trainer, and a Ctrl-C is the trainer's to hear."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+@contextmanager
+def guard(prog: str) -> Iterator[None]:
+    """End the process with one line and exit code 1 on an error that a user can mend, whatever other ranks wait for.
+
+    Where all ranks fail alike, rank 0 speaks; a rank that fails on its own speaks itself; ranks that fail only because
+    another ended speak if that one could not. Until training begins, and after it, a Ctrl-C ends with one line and exit code
+    130. Standard output whose reader has gone (`| head`) ends the process without a word. EVERBATCH_TRACEBACK=1 shows where.
+    """
+    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else signal.SIG_IGN
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: interrupted(prog))
+    try:
+        yield
+        sys.stdout.flush()
+    except EXPECTED as error:
+        if os.environ.get("EVERBATCH_TRACEBACK") == "1":
+            raise
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            _told("standard output was closed", lost=False)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            end(PIPE_CLOSED)
+        lost = _lost(error)
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        if lost:
+            text = "another rank ended without a word (killed, or out of memory?); resume=true goes on from the newest checkpoint"
+        tell(prog, text, lost=lost)
+        end(1)
+    except KeyboardInterrupt as error:
+        if isinstance(error, SystemExit):  # the trainer has said it and written a checkpoint
+            raise
+        interrupted(prog)
+    except Exception as error:
+        _told(f"{type(error).__name__}: {error}", lost=False)
+        traceback.print_exc()
+        end(1)
+    finally:
+        if before != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
+
+
+def interrupted(prog: str) -> NoReturn:
+    """End on a Ctrl-C that no trainer takes."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        os.write(2, f"{prog}: stopped by Ctrl-C outside of training, nothing was written; resume=true goes on from the newest "
+                    "checkpoint, if there is one\n".encode())
+    end(130)
+
+
+def tell(prog: str, text: str, *, lost: bool = False) -> None:
+    """Print one line of an error on stderr, unless another rank has told the same, or (`lost`) the error behind it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if _told(text, lost=lost):
+        print(f"{prog}: rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _told(text: str, *, lost: bool) -> bool:
+    """Whether this rank is the one to tell its error; the launcher's store remembers what others told."""
+    rank = int(os.environ.get("RANK", "0"))
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return rank == 0
+    from everbatch.distributed import attempt_store
+
+    try:
+        store, _, _ = attempt_store(10.0)
+        for _ in range(0 if lost or rank == 0 else 10):  # rank 0 may be about to say the same
+            if store.check(["everbatch/error"]):
+                break
+            time.sleep(0.1)
+        told = store.compare_set("everbatch/error", "", text).decode()
+        return store.add(f"everbatch/error/{text}", 1) == 1 and (told == text or not lost)
+    except (RuntimeError, ValueError):  # the store's owner is gone already: better twice than never
+        return True
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
