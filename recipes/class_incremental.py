@@ -7,22 +7,25 @@ torchrun --nproc-per-node 8 recipes/class_incremental.py data.source=imagefolder
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":
+    import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
+
 from everbatch import config
 from everbatch.data import class_incremental, task_incremental
 from everbatch.distributed import init
-from everbatch.logging import Recorder, versions
+from everbatch.logging import versions
 from everbatch.metrics import summary
 from everbatch.plots import accuracy_heatmap
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard, recorded, restarted
+from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
 from everbatch.strict_yaml import dump_text
 from everbatch.train import Consolidate, Replay, Trainer, WarmStart
 from everbatch.train.evaluate import accuracies
+from everbatch.train.persist import agree
+from everbatch.train.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +58,22 @@ class Recipe:
 
 def main() -> None:
     """Train, evaluate after each task, report."""
-    options = config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="class_incremental")
     with guard("class_incremental"):
-        run(options)
+        run(config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="class_incremental"))
 
 
 def run(options: Recipe) -> None:
-    """One run."""
-    world = init()
-    folder = Path(options.output)
-    train, test = options.data.open()
+    """One run, alone in its folder."""
+    with Run.of(options, init()) as job:
+        train(options, job)
+
+
+def train(options: Recipe, job: Run) -> None:
+    """What the run does."""
+    world, folder, recorder = job.world, job.folder, job.recorder
+    samples, test = options.data.open()
     split = {"class": class_incremental, "task": task_incremental}[options.scenario]
-    stream = split(train, test, tasks=options.tasks, seed=options.trainer.seed)
+    stream = split(samples, test, tasks=options.tasks, seed=options.trainer.seed)
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
     mixins: dict[type, Any] = {Replay: options.replay} if options.replay else {}
     if options.optimizer.remembers or options.consolidate.isolate:
@@ -74,13 +81,12 @@ def run(options: Recipe) -> None:
     if options.optimizer.shrink_perturb is not None:
         mixins[WarmStart] = options.warm_start
     learner = type("Learner", (*mixins, Trainer), {})
-    recorder = None if options.dry_run else Recorder(folder, world.rank)
     trainer = learner(
         options.model.build(sample, stream.num_classes, options.trainer.seed),
         options.optimizer.build(Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)),
         options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
         config=options.trainer, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
-        folder=None if options.dry_run else folder / "checkpoints", recorder=recorder, num_tasks=len(stream),
+        folder=job.checkpoints, recorder=recorder, num_tasks=len(stream),
         identity=options.data.identity,
         **{f"{part.__name__.lower()}_{k}": v for part, chosen in mixins.items() for k, v in vars(chosen).items()})
     if options.dry_run:
@@ -88,19 +94,15 @@ def run(options: Recipe) -> None:
             print(dump_text(config.resolved(options)) + trainer.describe())
         return
     assert recorder is not None
-    resume = options.resume or restarted()
+    agree(world, {"stream": stream.fingerprint()})
     untrained = accuracies(trainer, stream, 0, list(stream.tasks)) if options.trainer.eval_future else None
-    started = time.perf_counter()
-    with recorded(options, folder / "config.yaml", resume=resume, write=world.rank == 0):
-        matrix = trainer.fit(stream, resume=resume)
-    if trainer.stopped:
-        recorder.say("stopped by a signal; a checkpoint was written; go on with resume=true")
-        recorder.close()
-        sys.exit(143)
-    seconds = time.perf_counter() - started
+    matrix = job.fit(trainer, stream)
+    if matrix is None:
+        return
+    seconds = trainer.seconds
     counts = [len(task.test_ids) for task in stream.tasks]
     figures = summary(matrix, counts=counts, random_init=untrained)
-    recorder.figure("accuracy_matrix", accuracy_heatmap(matrix, title=f"{train.name}: {trainer.title}"), trainer.step)
+    recorder.figure("accuracy_matrix", accuracy_heatmap(matrix, title=f"{samples.name}: {trainer.title}"), trainer.step)
     recorder.result({
         "accuracy_matrix": matrix, **figures, "test_samples": counts, "classes": stream.classes, "seconds": seconds,
         "steps": trainer.step, "skipped_steps": trainer.optimizer.skipped_count, "seed": options.trainer.seed,
@@ -110,7 +112,7 @@ def run(options: Recipe) -> None:
              for name, value in figures.items()]
     recorder.say("\n".join([*lines, f"{trainer.step} steps in {seconds:.0f} s; see {folder}/result.json, "
                             f"{folder}/figures/accuracy_matrix.png, and tensorboard --logdir {folder}"]))
-    recorder.close()
+    job.close(trainer)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":
+    import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
+
 import torch
 from torch import nn
 
@@ -32,6 +35,7 @@ from everbatch.plots import compare_curves
 from everbatch.recipe import Data, Engine, Model, Optimizer, guard
 from everbatch.strict_yaml import dump_text
 from everbatch.train import StepRecord, Trainer, TrainerMixin, WarmStart
+from everbatch.train.run import Run
 
 ARMS = {"fresh": "start over", "warm": "warm start", "shrink_perturb": "shrink and perturb"}
 
@@ -106,25 +110,31 @@ class Fitted(TrainerMixin):
 
 def main() -> None:
     """Train every arm with every seed, compare."""
-    options = config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="growing_data")
     with guard("growing_data"):
-        run(options)
+        run(config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="growing_data"))
 
 
 def run(options: Recipe) -> None:
-    """All runs, and the report."""
-    world, folder = init(), Path(options.output)
-    if options.dry_run:
-        if world.rank == 0:
+    """All runs, alone in their folder."""
+    with Run.of(options, init(), shared=False) as job:
+        if not options.dry_run:
+            compare(options, job)
+        elif job.world.rank == 0:
             print(dump_text(config.resolved(options)))
-        return
-    recorder = Recorder(folder, world.rank, tensorboard=False)
-    if world.rank == 0:
-        config.dump(options, folder / "config.yaml")
+
+
+def compare(options: Recipe, job: Run) -> None:
+    """All arms, and the report."""
+    world, folder = job.world, job.folder
     train, test = (noisy(source, options.pixel_noise, options.data.source) for source in options.data.open())
     sizes = round_sizes(len(train), options.rounds, options.first)
     accuracy: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     epochs: dict[str, list[list[int]]] = {arm: [] for arm in options.arms}
+    job.checkpoints = None
+    job.begin()
+    recorder = Recorder(folder, world.rank, tensorboard=False)
+    if world.rank == 0:
+        config.dump(options, folder / "config.yaml")
     started = time.perf_counter()
     for seed in range(options.trainer.seed, options.trainer.seed + options.seeds):
         stream = growing(train, test, sizes=sizes, seed=seed)

@@ -11,24 +11,27 @@ bash launch/torchrun.sh recipes/large_batch.py --config recipes/large_batch/resn
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":
+    import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
+
 from everbatch import config
 from everbatch.data import Stream, iid
 from everbatch.distributed import init
 from everbatch.errors import check
-from everbatch.logging import Recorder, versions
+from everbatch.logging import versions
 from everbatch.optim.rules import scaled_lr
 from everbatch.plots import compare_curves
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard, recorded, restarted
+from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
 from everbatch.strict_yaml import dump_text
 from everbatch.train import ConAdv, StepRecord, Trainer, TrainerMixin
 from everbatch.train.adversary import Role, serve, split_ranks
 from everbatch.train.evaluate import accuracies
+from everbatch.train.run import Run
 
 DEFAULT_BATCH = Trainer.Config().batch_size
 
@@ -144,20 +147,13 @@ class Progress(TrainerMixin):
 
 def main() -> None:
     """Train, evaluate, report."""
-    options = config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="large_batch")
     with guard("large_batch"):
+        options = config.parse(Recipe, default_yaml=Path(__file__).with_suffix(".yaml"), prog="large_batch")
         role = divided(options)
-        alone(options)
         if role is not None and role.adversary:
             serve(role, build(options)[1])
         else:
             run(options, spare=0 if role is None else role.adversaries)
-
-
-def alone(options: Recipe) -> None:
-    """Say what torchrun would, where DeepSpeed is to run in one process: it joins a process group or none at all."""
-    if options.engine.kind == "deepspeed" and "WORLD_SIZE" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def divided(options: Recipe) -> Role | None:
@@ -196,21 +192,27 @@ def micro_batches(global_batch: int, micro_batch: int, ranks: int) -> int:
 
 
 def run(options: Recipe, spare: int) -> None:
-    """One run, on the ranks that train."""
-    world, folder = init(), Path(options.output)
+    """One run, on the ranks that train, alone in its folder."""
+    with Run.of(options, init()) as job:
+        train(options, spare, job)
+
+
+def train(options: Recipe, spare: int, job: Run) -> None:
+    """What the run does."""
+    world, folder, recorder = job.world, job.folder, job.recorder
     accumulation = micro_batches(options.global_batch, options.micro_batch, world.size)
     options = replace(options, trainer=replace(options.trainer, batch_size=options.global_batch))
+    job.options = options
     stream, model = build(options)
     adversary = options.conadv and replace(options.conadv, mean=options.data.means, std=options.data.stds)
     learner = type("Learner", (Progress, *((ConAdv,) if adversary else ()), Trainer), {})
-    recorder = None if options.dry_run else Recorder(folder, world.rank)
     shape = tuple(stream.fetch(stream.tasks[0].train_ids[:1]).shape[1:])
     factory = Factory(model=options.model, shape=shape, num_classes=stream.num_classes)
     trainer = learner(
         model, replace(options.optimizer, lr=options.peak_lr).build(factory),
         options.engine.build(options.global_batch, accumulation, world.size),
         config=replace(options.trainer, accumulation=accumulation), augment=options.data.augmentation(shape[-1]),
-        prepare=options.data.prepare, folder=None if options.dry_run else folder / "checkpoints", recorder=recorder,
+        prepare=options.data.prepare, folder=job.checkpoints, recorder=recorder,
         identity=options.data.identity, progress_eval_every=options.eval_every, progress_devices=world.size + spare,
         **({f"conadv_{k}": v for k, v in vars(adversary).items()} if adversary else {}))
     batch = (f"global batch {options.global_batch} = {world.size} rank{'s' * (world.size > 1)} x {accumulation} micro-batches x "
@@ -220,16 +222,11 @@ def run(options: Recipe, spare: int) -> None:
             print(f"{dump_text(config.resolved(options))}{batch}\n{trainer.describe()}")
         return
     assert recorder is not None
-    resume = options.resume or restarted()
     recorder.say(batch)
-    started = time.perf_counter()
-    with recorded(options, folder / "config.yaml", resume=resume, write=world.rank == 0):
-        matrix = trainer.fit(stream, resume=resume)
-    if trainer.stopped:
-        recorder.say("stopped by a signal; a checkpoint was written; go on with resume=true")
-        recorder.close()
-        sys.exit(143)
-    seconds, accuracy, averaged = time.perf_counter() - started, matrix[0][0], None
+    matrix = job.fit(trainer, stream)
+    if matrix is None:
+        return
+    seconds, accuracy, averaged = trainer.seconds, matrix[0][0], None
     if options.optimizer.ema is not None:
         with trainer.optimizer.averaged():  # batch norm statistics stay those of the last weights
             averaged = accuracies(trainer, stream, 0, list(stream.tasks))[0]
@@ -245,7 +242,7 @@ def run(options: Recipe, spare: int) -> None:
         "world_size": world.size, "accumulation": accumulation, "describe": trainer.describe(), "stream": stream.fingerprint(),
         "versions": versions(), "configuration": config.resolved(options)})
     recorder.say(report(accuracy, averaged, trainer.throughput, trainer.step, seconds, folder))
-    recorder.close()
+    job.close(trainer)
 
 
 def report(accuracy: float, averaged: float | None, throughput: dict[str, float | None], steps: int, seconds: float,

@@ -13,6 +13,9 @@ from __future__ import annotations
 import ast
 import sys
 
+if __name__ == "__main__":
+    import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
+
 import torch
 from torch.nn import functional
 

@@ -11,6 +11,9 @@ engine's own must be off (DeepSpeed's default is 1.0); forgetting it is an error
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
+
 import deepspeed
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ class SharpSGD(ClipGradNorm, SAM, torch.optim.SGD):
 
 def main() -> None:
     """One epoch after another, 32 digits per rank and step, in two micro-batches."""
-    world = init()
+    world = init(lone=True)  # one process without torchrun is a group of its own
     train, test = load("digits", train=True), load("digits", train=False)
     torch.manual_seed(0)  # every rank draws the same weights and the same order of samples
     model = SmallConv(in_chans=1, num_classes=10, image_size=8)

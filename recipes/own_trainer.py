@@ -9,6 +9,9 @@ rest. A verb that a mixin extends and the trainer lacks is an error, by name, wh
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

@@ -8,6 +8,8 @@ import datetime
 import functools
 import itertools
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from everbatch.ends import end_with_parent
 from everbatch.errors import check
 
 __all__ = ["World", "attempt_store", "init"]
@@ -102,14 +105,26 @@ _stores: dict[tuple[str, ...], tuple[Store, int, int]] = {}
 _groups = itertools.count()
 
 
-def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0) -> World:
+def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0, lone: bool = False) -> World:
     """Join the process group that `torchrun` describes in the environment, once; one rank without it.
+
+    When torchrun itself is killed, its ranks get SIGTERM: a trainer writes a checkpoint then, any other script ends.
 
     Args:
         device: "cuda" or "cpu"; by default CUDA where there is one. Decides the backend: nccl with gloo for CPU tensors, or gloo.
         timeout_s: seconds until a collective that some rank never joined raises instead of hanging.
         spare: ranks of torchrun's world, the last ones, that stay outside of the group.
+        lone: without torchrun, make a group of this process alone: DeepSpeed wants one, and would look for MPI.
     """
+    if lone and "WORLD_SIZE" not in os.environ and not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1,
+                                store=dist.HashStore())  # type: ignore[attr-defined]
+        _settle_at_exit()
+        atexit.register(_leave)
+    if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        end_with_parent(signal.SIGTERM)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         if cuda:

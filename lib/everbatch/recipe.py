@@ -7,8 +7,6 @@ import functools
 import inspect
 import operator
 import os
-import sys
-import time
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from everbatch import seeds
 from everbatch.compose import compose
 from everbatch.config import dump
 from everbatch.data import Source, load
-from everbatch.errors import CheckpointMismatch, CompositionError, UnsupportedHost, check, nearest
+from everbatch.ends import guard
+from everbatch.errors import check, nearest
 from everbatch.nn import SmallConv
 from everbatch.optim import (
     ASAM,
@@ -281,56 +279,26 @@ def restarted() -> bool:
     return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
+@dataclass
+class Kept:
+    """What `recorded` is told about a run."""
+
+    unchanged: bool = False
+    """Nothing was done, and nothing is to be written."""
+
+
 @contextmanager
-def recorded(options: Any, path: Path, *, resume: bool, write: bool) -> Iterator[None]:
+def recorded(options: Any, path: Path, *, resume: bool, write: bool) -> Iterator[Kept]:
     """Keep a run's configuration beside its results: written before the run, but where it resumes from one of the `checkpoints`
     beside it, after it, so that a refused one does not replace the configuration that must be repeated."""
-    kept = path.parent / "checkpoints"
-    late = resume and path.exists() and any(any(kept.glob(f"{prefix}step-[0-9]*")) for prefix in ("", ".old-"))
+    late, kept = resume and path.exists() and resumable(path.parent), Kept()
     if write and not late:
         dump(options, path)
-    yield
-    if write and late:
+    yield kept
+    if write and late and not kept.unchanged:
         dump(options, path)
 
 
-EXPECTED = (ValueError, CompositionError, UnsupportedHost, CheckpointMismatch, RuntimeError, ImportError, OSError)
-
-
-@contextmanager
-def guard(prog: str) -> Iterator[None]:
-    """End the process with one line and exit code 1 on an error that a user can mend, whatever other ranks wait for.
-
-    Where all ranks fail alike, rank 0 speaks; a rank that fails on its own speaks itself; ranks that fail only because
-    another ended speak if that one could not. EVERBATCH_TRACEBACK=1 shows where.
-    """
-    try:
-        yield
-    except EXPECTED as error:
-        if os.environ.get("EVERBATCH_TRACEBACK") == "1":
-            raise
-        rank = int(os.environ.get("RANK", "0"))
-        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-        if lost:
-            text = "another rank ended without a word (killed, or out of memory?); resume=true goes on from the newest checkpoint"
-        if _speaks(rank, text, lost):
-            print(f"{prog}: rank {rank}: {text}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)  # not sys.exit: tearing down a process group may wait for ranks that never come
-
-
-def _speaks(rank: int, text: str, lost: bool) -> bool:
-    """Whether this rank tells its error; the launcher's store remembers what others told."""
-    if not dist.is_initialized():
-        return rank == 0
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        for _ in range(0 if lost or rank == 0 else 10):  # rank 0 may be about to say the same
-            if store.check(["everbatch/error"]):
-                break
-            time.sleep(0.1)
-        told = store.compare_set("everbatch/error", "", text).decode()
-        return store.add(f"everbatch/error/{text}", 1) == 1 and (told == text or not lost)
-    except RuntimeError:  # the store's owner is gone already: better twice than never
-        return True
+def resumable(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint."""
+    return any(any((folder / "checkpoints").glob(f"{prefix}step-[0-9]*")) for prefix in ("", ".old-"))

@@ -153,9 +153,12 @@ def test_a_second_run_in_the_folder_sets_the_first_aside(tmp_path: Path) -> None
     learning.trainer("plain", folder=tmp_path).fit(stream())
     left(tmp_path, 3)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002"]
-    assert (tmp_path / "previous" / "step-00000024").exists()
+    assert (tmp_path / "previous" / "1" / "step-00000024").exists()
+    left(tmp_path, 5)
+    assert [p.name for p in sorted((tmp_path / "previous" / "2").iterdir())] == ["step-00000002"]
+    assert (tmp_path / "previous" / "1" / "step-00000024").exists()
     found = checkpoint.latest(tmp_path, world=World())
-    assert found is not None and found.step == 2
+    assert found is not None and found.step == 4
 
 
 def test_a_second_fit_trains_all_its_tasks() -> None:

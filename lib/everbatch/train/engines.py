@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.compose import base_of, option_names, route
-from everbatch.distributed import World
+from everbatch.distributed import World, init
 from everbatch.errors import UnsupportedHost, check, nearest
 from everbatch.optim.groups import groups
 from everbatch.optim.mixin import OptimizerMixin
@@ -103,6 +103,7 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
         client = base(target, **rest)
     except TypeError as error:
         raise TypeError(f"{cls.__name__}: {error}; options of the mixins: {', '.join(sorted(option_names(cls)))}") from None
+    init(device.type, lone=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=dict(config))
     half = bool(engine.bfloat16_enabled())
     mixed = [n for n, m in engine.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)

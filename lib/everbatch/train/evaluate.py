@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,37 @@ if TYPE_CHECKING:
 __all__ = ["accuracies", "evaluating", "mean_buffers"]
 
 
+@overload
+def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task]) -> list[float]: ...
+
+
+@overload
+def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool],
+               ) -> list[float] | None: ...
+
+
 @torch.no_grad()
-def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task]) -> list[float]:
+def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
+               ) -> list[float] | None:
     """Accuracy on the test samples of each task, in [0, 1], counted exactly once each at any world size.
 
     Class-incremental: the prediction is among the classes of tasks 0 to `seen` (a task not yet seen: among its own as well).
     Task-incremental: among the task's classes. Otherwise: among all.
 
+    `stop(True)` is asked on all ranks before every tenth batch; where it says so, there is no result.
+
     Cost: one forward of every test sample; one all-reduce for all tasks. Training flags, statistics and random streams are as
     before.
     """
     counts = torch.zeros(len(tasks), 2, dtype=torch.float64, device=trainer.device)
+    begun = 0
     with evaluating(trainer.module, trainer.world):
         for i, task in enumerate(tasks):
             allowed = allowed_classes(stream, seen, task).to(trainer.device)
             for batch in evaluation_batches(stream, task, trainer.config.eval_batch, trainer.world):
+                if stop is not None and begun % 10 == 0 and stop(True):
+                    return None
+                begun += 1
                 ready = batch.to(trainer.device)
                 logits = trainer.predict(replace(ready, inputs=trainer.inputs_of(ready.inputs)))
                 guess = allowed[logits[:, allowed].argmax(1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from everbatch import checkpoint, seeds
+from everbatch import checkpoint, runs, seeds
 from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.checkpoint.manifest import json_problem
 from everbatch.compose import base_of, parts_of
@@ -54,7 +53,8 @@ def save(trainer: Trainer) -> None:
                 "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain,
                 "evaluation": in_evaluation(trainer.module)}
     assert trainer.folder is not None
-    checkpoint.save(trainer.folder, trainer.step, pieces, {"optimizer": meta, "trainer": counters, "identity": identity(trainer)},
+    checkpoint.save(trainer.folder, trainer.step, pieces, {"optimizer": meta, "trainer": counters, "identity": identity(trainer),
+                                                          "seconds": trainer.seconds},
                     world=trainer.world, keep_last=trainer.config.keep_last)
 
 
@@ -95,6 +95,7 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
             else:
                 setattr(state, field, saved["mixins"][key])
     trainer.step, trainer.task_index, trainer.task_step = saved["step"], saved["task_index"], saved["task_step"]
+    trainer._seconds = float(kept.meta.get("seconds", 0.0))
     trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
 
 
@@ -141,26 +142,22 @@ def options_of(optimizer: Any) -> dict[str, Any]:
     return {name: [g.get(name) for g in optimizer.param_groups] for name in sorted(optimizer.defaults) if name not in free}
 
 
-def agree(world: World, values: Mapping[str, Any]) -> None:
+def agree(world: World, values: Mapping[str, Any], who: str = "Trainer") -> None:
     """Raise `ValueError` on every rank unless all ranks hold the same values, naming the first that differs. One gather."""
     texts: list[Any] = world.gather({k: repr(v) for k, v in values.items()})
     for k in texts[0]:
         odd = [rank for rank, other in enumerate(texts) if other.get(k) != texts[0][k]]
-        check(not odd, "Trainer", f"{k} is {texts[0][k]} on rank 0 and {texts[odd[0]].get(k) if odd else ''} on rank {odd[:1]}",
+        check(not odd, who, f"{k} is {texts[0][k]} on rank 0 and {texts[odd[0]].get(k) if odd else ''} on rank {odd[:1]}",
               "be the same on every rank", "start every rank with the same arguments, data and environment")
 
 
 def set_aside(folder: Path, world: World) -> None:
-    """Move checkpoints of an earlier run to `folder`/previous, in place of those that lie there.
+    """Move checkpoints of an earlier run to `folder`/previous/N.
 
     Left where they are, they would outlive newer ones with lower steps, and be what the next run resumes from.
     """
-    found = sorted(folder.glob("*step-[0-9]*")) if world.rank == 0 and folder.exists() else []
-    if found:
-        shutil.rmtree(folder / "previous", ignore_errors=True)
-        (folder / "previous").mkdir()
-        for path in found:
-            path.rename(folder / "previous" / path.name)
+    if world.rank == 0 and folder.exists():
+        runs.set_aside(folder, [path.name for path in folder.glob("*step-[0-9]*")])
 
 
 def _load_buffers(trainer: Trainer, kept: Checkpoint) -> None:

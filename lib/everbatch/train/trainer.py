@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import signal
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,7 @@ from everbatch.data import Batch, Loader, Stream, Task
 from everbatch.distributed import init
 from everbatch.errors import check
 from everbatch.logging import Recorder
+from everbatch.runs import claimed
 from everbatch.train import persist
 from everbatch.train.engines import launch
 from everbatch.train.evaluate import accuracies
@@ -30,7 +34,7 @@ from everbatch.train.modes import evaluation_roots, warn_if_nothing_trains
 from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
-from everbatch.train.signals import StopOnSignal
+from everbatch.train.signals import Interrupted, StopOnSignal
 
 __all__ = ["Trainer"]
 
@@ -144,7 +148,10 @@ class Trainer:
         self.loader: Loader | None = None
         self._outputs: dict[str, list[Tensor]] = {}
         self._terms: dict[str, Tensor] = {}
-        self._stop_asked = self.stopped = False
+        self._stop_asked = self.stopped = self.had_ended = False
+        self.stop_sign = 0
+        self._seconds = 0.0
+        self._since: float | None = None
         self._source: Iterator[Batch] = iter(())
         self._ahead: deque[Batch] = deque()
         self._prepared: dict[int, Batch] = {}
@@ -288,26 +295,36 @@ class Trainer:
             stream: the tasks.
             resume: go on from the newest good checkpoint in `folder`, if there is one.
 
-        Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous. A second call trains on: tasks
-        and the matrix begin anew; weights, optimizer, what mixins remember, the count of steps and the samples' positions in the
-        stream go on.
+        Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous/N. While it runs, `folder`
+        belongs to this run alone. SIGTERM and SIGUSR1 have a checkpoint written, and `stopped` is true afterwards.
+
+        A second call trains on: tasks and the matrix begin anew; weights, optimizer, what mixins remember, the count of steps
+        and the samples' positions in the stream go on.
 
         Raises:
             ValueError: on every rank, when the ranks have different streams; a batch larger than a task; another number of tasks
                 than the constructor was told; a second call where Consolidate isolated tasks.
             CheckpointMismatch: a checkpoint of another configuration, stream or model.
+            Interrupted: a KeyboardInterrupt, after a Ctrl-C and with a checkpoint in `folder`; a second one ends the process
+                with exit code 130. Uncaught it ends a script with that code and one line. Without a folder a Ctrl-C is Python's
+                own KeyboardInterrupt, at once.
             RuntimeError: too many consecutive steps without a finite gradient.
         """
-        check(self._tasks_told in (None, len(stream)), "Trainer", f"a stream of {len(stream)} tasks after num_tasks="
-              f"{self._tasks_told}", "have as many", "leave num_tasks out, or give the stream's")
+        self.validate(stream)
         self.stream, self.num_tasks = stream, len(stream)
-        self._validate(stream)
-        persist.agree(self.world, persist.identity(self))
+        persist.agree(self.world, {**persist.identity(self), "resume": resume})
+        with nullcontext() if self.folder is None else claimed(self.folder, self.world):
+            return self._fit(stream, resume)
+
+    def _fit(self, stream: Stream, resume: bool) -> list[list[float]]:
+        """`fit`, once the ranks agree and own the folder."""
         kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
         for part in parts_of(type(self)) if kept is None else ():
             if "before_fit" in vars(part):
                 part.before_fit(self)  # type: ignore[attr-defined]
-        self._stop_asked = self.stopped = False
+        self._stop_asked = self.stopped = self.had_ended = False
+        self.stop_sign, self._seconds, self._since = 0, 0.0, time.monotonic()
+        self._asked_at = (self.step, time.monotonic())
         self.task_index, self.task_step, self.bad_steps, self.matrix = 0, 0, 0, []
         if self.folder is not None and not resume:
             persist.set_aside(self.folder, self.world)
@@ -315,14 +332,29 @@ class Trainer:
             persist.load(self, kept)
             if self.recorder is not None:
                 self.recorder.rewind(self.step - 1)
+            self.had_ended = self.task_index >= len(stream) and len(self.matrix) >= len(stream)
         try:
             with StopOnSignal(self):
+                if len(self.matrix) < self.task_index:  # stopped in that task's evaluation
+                    self.task_index -= 1
+                    self._close_task(stream, stream.tasks[self.task_index])
                 while self.task_index < len(stream) and not self.stopped:
                     self._run_task(stream, stream.tasks[self.task_index])
         except BaseException as error:
             self._keep_scalars(error)
             raise
+        self._seconds, self._since = self.seconds, None
+        if self.stop_sign == signal.SIGINT and self.stopped:
+            text = f"stopped by Ctrl-C after step {self.step}; a checkpoint is in {self.folder}; go on with resume=True"
+            if self.recorder is None and self.world.rank == 0:
+                print(text, flush=True)
+            raise Interrupted(text)
         return self.matrix
+
+    @property
+    def seconds(self) -> float:
+        """Spent in `fit` so far, by this run: over resumes too, up to the checkpoint that each went on from."""
+        return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def _keep_scalars(self, error: BaseException) -> None:
         """Write what led to an error; where that fails as well, on a full disk, say so beside it and not in its place."""
@@ -335,8 +367,10 @@ class Trainer:
                 warnings.warn(f"Trainer: the last scalars before {type(error).__name__} were not written: "
                               f"{type(another).__name__}: {another}", stacklevel=3)
 
-    def _validate(self, stream: Stream) -> None:
-        """Errors of any task before the first step of the first."""
+    def validate(self, stream: Stream) -> None:
+        """Raise what `fit` would, of any task, before the first step of the first."""
+        check(self._tasks_told in (None, len(stream)), "Trainer", f"a stream of {len(stream)} tasks after num_tasks="
+              f"{self._tasks_told}", "have as many", "leave num_tasks out, or give the stream's")
         for task in stream.tasks:
             loader = Loader(stream, task, self.config.batch_size, self.config.epochs, self.seed, self.world)
             self._schedule(loader.steps_per_epoch)
@@ -363,14 +397,24 @@ class Trainer:
             schedule.step()
             self._set_rates(schedule)
             if self._should_stop():
-                self._save()
-                return
+                break
             if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.task_step < len(self.loader):
                 self._save()
+        if self.stopped or self._should_stop(now=True):
+            self._save()
+            return
         self.consolidate(task)
         self.on_task_end(task)
-        last = len(stream) if config.eval_future else self.task_index + 1
-        row = accuracies(self, stream, self.task_index, list(stream.tasks[:last]))
+        self._close_task(stream, task)
+
+    def _close_task(self, stream: Stream, task: Task) -> None:
+        """Evaluate after a task, and keep all of it; stopped in between, keep that the evaluation is missing."""
+        last = len(stream) if self.config.eval_future else self.task_index + 1
+        row = accuracies(self, stream, self.task_index, list(stream.tasks[:last]), stop=self._should_stop)
+        if row is None:
+            self.task_index, self.task_step = self.task_index + 1, 0
+            self._save()
+            return
         self.matrix.append(row + [float("nan")] * (len(stream) - last))
         self.task_index, self.task_step = self.task_index + 1, 0
         if self.recorder is not None:
@@ -439,17 +483,24 @@ class Trainer:
         assert self.loader is not None
         return self.loader.global_rows(self.task_step)
 
-    def _should_stop(self) -> bool:
-        """Whether a signal reached any rank; asked every tenth step, because the answer is a collective."""
-        if self._signals and self.step % 10 == 0:
-            self.stopped = not self.world.all(not self._stop_asked)
+    def _should_stop(self, now: bool = False) -> bool:
+        """Whether a signal reached any rank. The answer is a collective, so it is asked for `now`, at every tenth step, and at
+        every step where one takes a second or more: launchers wait half a minute."""
+        if self._signals and (now or self.world.size == 1 or self._slow or self.step % 10 == 0):
+            (begun, since), self._asked_at = self._asked_at, (self.step, time.monotonic())
+            spent = time.monotonic() - since
+            told = [self._stop_asked, self.stop_sign == signal.SIGINT, spent >= max(1, self.step - begun)]
+            some, ctrl_c, self._slow = (bool(n) for n in self.world.sum(torch.tensor([float(t) for t in told])))
+            self.stopped = some
+            self.stop_sign = signal.SIGINT if ctrl_c else self.stop_sign
         return self.stopped
 
     def export(self, path: str | Path) -> Path:
         """Write the bare model's weights and buffers to one safetensors file; see `everbatch.train.export`. Collective."""
         return export(self, path)
 
-    _signals = False
+    _signals = _slow = False
+    _asked_at = (0, 0.0)
 
     def _save(self) -> None:
         if self.folder is not None:

@@ -1,0 +1,121 @@
+"""One run of a recipe in its output folder: agreed on by all ranks, alone in the folder, stopped and resumed with a word."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from everbatch import runs
+from everbatch.config import resolved
+from everbatch.data import Stream
+from everbatch.distributed import World
+from everbatch.logging import Recorder
+from everbatch.recipe import recorded, restarted, resumable
+from everbatch.train import persist
+from everbatch.train.signals import Interrupted
+from everbatch.train.trainer import Trainer
+
+__all__ = ["Run"]
+
+COMPARED_BY_TRAINER = ("data", "model", "optimizer", "engine", "trainer")
+
+
+class Run:
+    """What a recipe does around `Trainer.fit`. Make one with `Run.of`, on every rank, right after `init`.
+
+    Attributes:
+        recorder: None for a dry run.
+        checkpoints: folder for `Trainer`; None for a dry run.
+        resume: whether to go on from a checkpoint: asked for, or started again by a launcher, on any rank.
+    """
+
+    def __init__(self, options: Any, world: World) -> None:
+        self.options, self.world, self.folder = options, world, Path(options.output)
+        self.resume = bool(getattr(options, "resume", False)) or not world.all(not restarted())
+        self.recorder = None if options.dry_run else Recorder(self.folder, world.rank)
+        self.checkpoints = None if options.dry_run else self.folder / "checkpoints"
+
+    @classmethod
+    @contextmanager
+    def of(cls, options: Any, world: World, *, shared: bool = True) -> Iterator[Run]:
+        """Agree on what steers the run, and own its folder inside the block.
+
+        Raises:
+            ValueError: on every rank: options that differ, another run in the folder, a folder that cannot be written.
+        """
+        given = {key: value for key, value in resolved(options).items() if key not in COMPARED_BY_TRAINER}
+        persist.agree(world, given, "options")
+        if options.dry_run:
+            yield cls(options, world)
+            return
+        with runs.claimed(options.output, world, shared=shared):
+            yield cls(options, world)
+
+    def begin(self) -> bool:
+        """Make the folder ready: whether the run goes on from a checkpoint there; if not, everything of an earlier run is moved
+        to previous/N. Everything is tried for writing. Collective."""
+        goes_on: bool = runs.together(self.world, self.folder, self._ready)[0]
+        runs.try_writing(self.folder, self.world, checkpoints=self.checkpoints is not None)
+        return goes_on
+
+    def _ready(self) -> bool:
+        if self.world.rank:
+            return False
+        goes_on = self.resume and resumable(self.folder) and not runs.half_moved(self.folder)
+        moved = None if goes_on else runs.set_aside(self.folder)
+        assert self.recorder is not None
+        if moved is not None:
+            self.recorder.say(f"what an earlier run left in {self.folder} is in {moved} now")
+        elif self.resume and not goes_on:
+            self.recorder.say(f"nothing to resume in {self.folder}: this run begins anew")
+        return goes_on
+
+    def fit(self, trainer: Trainer, stream: Stream) -> list[list[float]] | None:
+        """`Trainer.fit` in the folder. None where nothing was left to do: the run had ended, and its results are untouched.
+
+        Raises:
+            SystemExit: stopped by a signal, with a checkpoint and a line that says so; 130 after a Ctrl-C, else 143.
+        """
+        trainer.validate(stream)
+        goes_on = self.begin()
+        assert self.recorder is not None
+        first = self.world.rank == 0
+        with recorded(self.options, self.folder / "config.yaml", resume=goes_on, write=first) as kept:
+            try:
+                matrix = trainer.fit(stream, resume=goes_on)
+            except Interrupted:
+                matrix = trainer.matrix
+            if trainer.had_ended and self._told(trainer):
+                kept.unchanged = True
+        if trainer.stopped:
+            who = "Ctrl-C" if trainer.stop_sign == signal.SIGINT else "a signal"
+            self.recorder.say(f"stopped by {who} after step {trainer.step}; a checkpoint was written; go on with resume=true")
+            self.close(trainer)
+            raise SystemExit(128 + (signal.SIGINT if trainer.stop_sign == signal.SIGINT else signal.SIGTERM))
+        if kept.unchanged:
+            self.recorder.say(f"this run has ended already, after step {trainer.step}, and nothing was prolonged: nothing was "
+                              f"done or written; see {self.folder / 'result.json'}")
+            self.close(trainer)
+            return None
+        return matrix
+
+    def close(self, trainer: Trainer | None = None) -> None:
+        """Close the recorder, and end what works for the trainer."""
+        if self.recorder is not None:
+            self.recorder.close()
+        if trainer is not None and hasattr(trainer, "close"):
+            trainer.close()
+
+    def _told(self, trainer: Trainer) -> bool:
+        """Whether the results of this very state lie in the folder."""
+        def steps() -> Any:
+            try:
+                return json.loads((self.folder / "result.json").read_text())["steps"] if self.world.rank == 0 else None
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+
+        return bool(self.world.gather(steps())[0] == trainer.step)
