@@ -123,7 +123,7 @@ class Run:
         Args:
             accumulation: micro-batches per pass.
             spoil: make this rank's loss NaN.
-            fail_in_pass: raise `Interrupted` in this pass, after the first forward; 0 for never.
+            fail_in_pass: raise `Interrupted` in this pass, after its last forward; 0 for never.
         """
         x, y = self.local(x), self.local(y)
         passes = 0
@@ -135,7 +135,7 @@ class Run:
             for rows in self.opt.micro_batches(torch.arange(len(x)).chunk(accumulation)):
                 inputs = x[rows].bfloat16() if self.spec.bf16 else x[rows]
                 loss = nn.functional.cross_entropy(self.forward(inputs).float(), y[rows])
-                if passes == fail_in_pass:
+                if passes == fail_in_pass and rows[-1] == len(x) - 1:
                     raise Interrupted
                 total += self.opt.backward(loss * math.nan if spoil else loss)
             return total

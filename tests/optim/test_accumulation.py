@@ -243,6 +243,68 @@ def test_a_loop_before_a_step_without_a_closure() -> None:
     assert same(weights(model), weights(other))
 
 
+# ----------------------------------------------------------------------------------------------- gradients left over
+def test_a_framework_that_accumulates_by_itself() -> None:
+    """One backward outside, the next in the closure: half of the batch would be lost."""
+    model, opt = started(Sharp)
+    before = weights(model)
+    LABEL(model(X), Y).backward()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"backward outside of the closure \(0.weight\), which every pass would forget"):
+            opt.step(averaged(model, opt))
+    assert same(weights(model), before)
+    opt.zero_grad(set_to_none=False)
+    opt.step(averaged(model, opt))
+    other, twin = started(Sharp)
+    twin.step(averaged(other, twin))
+    assert same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_gradient_of_zeros_is_none(sparse: bool) -> None:
+    model, opt = started(Plain)
+    model[0].weight.grad = torch.zeros(5, 6).to_sparse() if sparse else torch.zeros(5, 6)
+    opt.step(averaged(model, opt))
+    assert opt.step_count == 1
+
+
+def test_a_closure_may_be_torchs_own_loop() -> None:
+    """zero_grad, forward, loss.backward: what it did before stays right where nothing is scaled or averaged."""
+    ends = []
+    for classical in (False, True):
+        model, opt = started(Sharp)
+
+        def closure(model: Any = model, opt: Any = opt, classical: bool = classical) -> Tensor:
+            if classical:
+                opt.zero_grad()
+            loss = LABEL(model(X), Y)
+            loss.backward() if classical else opt.backward(loss)
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+def test_a_closure_that_raises_leaves_nothing_to_complain_about() -> None:
+    model, opt = started(Sharp)
+    calls = []
+
+    def closure() -> Any:
+        calls.append(opt.backward(LABEL(model(X), Y)))
+        if len(calls) == 2:  # the second pass
+            raise KeyError("stop")
+        return calls[-1]
+
+    with pytest.raises(KeyError, match="stop"):
+        opt.step(closure)
+    opt.step(closure)
+    LABEL(model(X), Y).backward()
+    with pytest.raises(RuntimeError, match="outside of the closure"):
+        opt.step(closure)
+
+
 def test_what_micro_batches_takes() -> None:
     _, opt = started(Plain)
     with pytest.raises(ValueError, match=r"micro_batches\(average=4\), must be True or False"):

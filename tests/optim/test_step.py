@@ -128,9 +128,14 @@ def test_without_a_closure_a_mixin_that_needs_a_pass_says_so() -> None:
 
 
 def test_gradients_are_zeroed_before_every_pass() -> None:
+    """Those of a backward before the step are not forgotten without a word."""
     dirty, clean = build(), build()
     for p in dirty[0].parameters():
         p.grad = torch.full_like(p, 3.0)
+    with pytest.raises(RuntimeError, match=r"found a gradient of a backward outside of the closure .*opt.zero_grad\(\) before"):
+        train(*dirty, 0, 1)
+    assert all((p.grad == 3.0).all() for p in dirty[0].parameters())  # opt.step() may use them yet
+    dirty[1].zero_grad()
     train(*dirty, 0, 2)
     train(*clean, 0, 2)
     assert same(weights(dirty[0]), weights(clean[0]))

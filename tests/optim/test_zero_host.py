@@ -54,6 +54,9 @@ EXPECTED = {
                                "this step, must agree; loop over 4 of them with opt.micro_batches(...) inside the closure, or",
     "4 configured, 2 given": "ValueError: DeepSpeed: gradient_accumulation_steps=4 in the engine and 2 micro-batches in",
     "2 configured, 4 given": "ValueError: DeepSpeed: gradient_accumulation_steps=2 in the engine and 4 micro-batches in",
+    "the old loop": "ok", "left over by module": "ok", "left over by engine": "ok", "left over by opt.backward": "ok",
+    "loss.backward in the closure": "RuntimeError: DeepSpeed: no opt.backward(loss) followed the last forward",
+    "no backward at all": "RuntimeError: DeepSpeed: no opt.backward(loss) followed the last forward",
     "torch scheduler": "ok", "engine scheduler": "ok", "hooks": "ok", "micro batches": "ok", "self-check after NaN": "ok",
     "factory": "ValueError: ShrinkPerturb: the factory's model lacks parameters ['0.weight', '0.bias', '2.weight'], must be",
 }

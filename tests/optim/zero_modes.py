@@ -235,6 +235,80 @@ def wrong_number_of_micro_batches(steps: int, count: int) -> None:
         expect(not torch.equal(before, weights_of(engine)), "weights did not move")
 
 
+MODES: tuple[dict[str, Any], ...] = (
+    *({"stage": stage} for stage in range(4)), *({"stage": stage, "config": {"bf16": {"enabled": True}}} for stage in range(4)),
+    {"stage": 1, "config": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}},
+    {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"stage": 3, "offload_optimizer": {"device": "cpu"}})
+
+
+def the_old_loop() -> None:
+    """engine.backward and engine.step are errors beside the step and inside its closure; engine(...) alone is not."""
+    kept = []
+    for stage in range(4):
+        engine = engine_of(stage=stage)
+        opt = Sharp.on(engine)
+        opt.step(closure_of(opt, engine))
+        before = weights_of(engine)
+        x = torch.ones(8, 6)
+
+        def inside(opt: Any = opt, engine: Any = engine, x: Any = x) -> None:
+            engine.backward(engine(x).square().mean())
+
+        for call in (lambda e=engine, x=x: e.backward(e(x).square().mean()), engine.step, lambda o=opt, f=inside: o.step(f)):
+            try:
+                call()
+                expect(False, f"stage {stage}: accepted")
+            except RuntimeError as error:
+                expect("that Sharp.on(engine) has taken" in str(error) and "call opt.step(closure)" in str(error), str(error))
+        with torch.no_grad():
+            engine(x)
+        expect(torch.equal(before, weights_of(engine)), "weights moved")
+        opt.step(closure_of(opt, engine))
+        again = Sharp.on(engine, rho=0.1)
+        again.step(closure_of(again, engine))
+        expect(not torch.equal(before, weights_of(engine)), "weights did not move")
+        kept.append([g for name in ("backward", "step") if (g := vars(engine)[name]).engine() is not engine])
+    expect(not any(kept), "a guard of another engine")
+
+
+def left_alone(how: str) -> None:
+    """A gradient that a backward outside of the closure left is found in every mode, and zero_grad cures it."""
+    for mode in MODES:
+        ends = []
+        for left in (False, True):
+            engine = engine_of(**mode)
+            opt = Sharp.on(engine)
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(next(engine.module.parameters()).dtype)
+
+            def closure(opt: Any = opt, engine: Any = engine, x: Any = x) -> torch.Tensor:
+                loss = engine.module(x).float().square().mean()
+                opt.backward(loss)
+                return loss
+
+            for i in range(2):
+                if left and (how == "opt.backward" or mode["stage"] or how == "module"):
+                    loss = (engine if how == "engine" else engine.module)(x).float().square().mean()
+                    opt.backward(loss) if how == "opt.backward" else loss.backward()
+                    try:
+                        opt.step(closure)
+                        expect(False, f"{mode}, step {i}: a gradient was forgotten without a word")
+                    except RuntimeError as error:
+                        expect("of a backward outside of the closure" in str(error), str(error))
+                    opt.zero_grad()
+                opt.step(closure)
+            ends.append(weights_of(engine))
+        expect(torch.equal(*ends), f"{mode}: differ by {(ends[0] - ends[1]).abs().max()}")
+
+
+def past_us(within: str) -> None:
+    """A closure whose loss goes past opt.backward gives no gradient that a mixin could see."""
+    engine = engine_of(stage=2)
+    opt = Sharp.on(engine)
+    if within == "closure":
+        opt.step(lambda: engine.module(torch.ones(8, 6)).square().mean().backward())
+    opt.step()
+
+
 def two_backwards() -> None:
     engine = engine_of()
     opt = Sharp.on(engine)
@@ -294,6 +368,10 @@ CASES: dict[str, Callable[[], Any]] = {
     "4 configured, one given": lambda: wrong_number_of_micro_batches(4, 1),
     "4 configured, 2 given": lambda: wrong_number_of_micro_batches(4, 2),
     "2 configured, 4 given": lambda: wrong_number_of_micro_batches(2, 4),
+    "the old loop": the_old_loop,
+    **{f"left over by {how}": (lambda how=how: left_alone(how)) for how in ("module", "engine", "opt.backward")},
+    "loss.backward in the closure": lambda: past_us("closure"),
+    "no backward at all": lambda: past_us(""),
     "self-check after NaN": mended_self_check,
     "factory": lambda: Bare.on(engine_of(stage=3), factory=lambda: nn.Linear(1, 1)).shrink_perturb(),
 }

@@ -76,6 +76,7 @@ class OptimizerMixin(Contract):
         Raises:
             UnsupportedHost: a mode of the engine in which a method would not be exact.
         """
+        from everbatch.optim.hosts.taken import take
         from everbatch.optim.hosts.zero import ZeroHost
 
         self, base = cls.__new__(cls), base_of(cls)
@@ -89,6 +90,7 @@ class OptimizerMixin(Contract):
         host = ZeroHost(engine, base)
         torch.optim.Optimizer.__setstate__(self, {"defaults": dict(host.inner.defaults)})  # type: ignore[arg-type]
         self._attach(host)
+        take(engine, cls.__name__)
         return self
 
     def _start(self, options: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -169,13 +171,16 @@ class OptimizerMixin(Contract):
 
         Returns:
             What the closure returned in the recorded pass, detached.
+
+        Raises:
+            RuntimeError: before anything moves, if a backward outside of the closure has left a gradient, as a framework's
+                accumulation does; where a host can tell: plain torch, DDP, FSDP2 and DeepSpeed's own backward.
         """
         self._require(auxiliary)
+        self._accumulation.enter(closure is not None)
         self.metrics, self._on_apply, self._on_skip, self._replaced = {}, [], [], ""
         closures = {**auxiliary, **({"loss": closure} if closure is not None else {})}
         closures = {name: f if name == "per_sample" else self._accumulation.watched(name, f) for name, f in closures.items()}
-        if closure is None:
-            self._accumulation.complete()
         self._objective = objective = Objective(self.host, closures, self.add_penalty, several=self.extra_passes() > 0,
                                                 seed=(self.seed, self.step_count))
         try:
@@ -202,6 +207,7 @@ class OptimizerMixin(Contract):
         self.host.end_step(applied)
         self.host.discard()
         self.host.publish_if_dirty()
+        self._accumulation.leave()
         self.last_applied = applied
         self.last_passes = objective.passes
         return objective.loss if closure is not None else loss
@@ -237,6 +243,7 @@ class OptimizerMixin(Contract):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. The step does so before every pass; a loop need not."""
         self.host.discard()
+        self._accumulation.leave()
 
     def micro_batches(self, batches: Iterable[Any], *, average: bool = True) -> Iterator[Any]:
         """Yield micro-batches of one pass, reducing gradients with the last only.

@@ -111,6 +111,11 @@ class Host(abc.ABC):
     def update(self) -> None:
         """Let the base optimizer update the masters from the gradients, and publish the result."""
 
+    def left_over(self) -> str:
+        """Before a step's first pass: the name of a parameter whose gradient is not zero, "" if there is none or where a host
+        cannot tell. No collective; a host sync only where gradients lie about."""
+        return ""
+
     def end_pass(self) -> None:  # noqa: B027
         """After the last backward of a pass (gradient unscaling)."""
 

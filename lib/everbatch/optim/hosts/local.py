@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, unwrap
+from everbatch.optim.hosts.unreduced import forget_unreduced, unreduced
 from everbatch.optim.shards import Shard, Vector
 
 if TYPE_CHECKING:
@@ -140,9 +141,21 @@ class LocalHost(Host):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def left_over(self) -> str:
+        if any(unreduced(m) for m in self._met if isinstance(m, FSDPModule)):
+            return self.names[0]
+        found = [(n, _local_view(p.grad)) for n, p in self._counted if p.grad is not None]
+        if not found:
+            return ""
+        sizes = torch.stack([(g.coalesce().values() if g.is_sparse else g).count_nonzero() for _, g in found]).tolist()
+        return next((n for (n, _), size in zip(found, sizes, strict=True) if size), "")
+
     def discard(self) -> None:
         for _, p in self._named:
             p.grad = None
+        for module in self._met:
+            if isinstance(module, FSDPModule):
+                forget_unreduced(module)
 
     def set_sync(self, last: bool) -> None:
         self.sync = last and not self.local

@@ -17,6 +17,7 @@ from torch import Tensor
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex
+from everbatch.optim.hosts.taken import passage
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Shard, Vector
 
@@ -197,8 +198,8 @@ class ZeroHost(Host):
                 low.data.copy_(master.data)
 
     def discard(self) -> None:
+        self.engine.zero_grad()  # first: stage 3's own trips over gradients of a backward past the engine
         self.zero.zero_grad()
-        self.engine.zero_grad()
         if self.kind == "BF16_Optimizer":
             self.zero.clear_lp_grads()
             self.zero.clear_hp_grads()
@@ -210,8 +211,34 @@ class ZeroHost(Host):
             self.zero.micro_step_id = -1
             if self.zero.cpu_offload:  # it remembers an overflow until its own step, which a skipped one never reaches
                 self.zero.reset_cpu_buffers()
+        if self.stage:
+            self._forget_buckets()
+            self.zero.clear_backward_seen_flag()
         self._backwards, self._open = 0, True
         self._own.clear()
+
+    def _forget_buckets(self) -> None:
+        """Empty what a backward past the engine, or one that raised, has put aside for a reduction that never came."""
+        stale = [bucket for bucket in getattr(self.zero, "ipg_buckets", {}).values() if bucket.params]
+        for bucket in stale:
+            bucket.clear_params() if self.stage == 3 else bucket.clear()
+        reduced = self.zero.params_already_reduced if stale else []
+        for key in list(reduced) if isinstance(reduced, dict) else range(len(reduced)):
+            reduced[key] = False
+
+    def left_over(self) -> str:
+        for name, p in self._named:
+            if p.grad is not None:
+                return name
+        # A backward of what engine(...) returned reduces into the shards; the engine notes it until its next forward.
+        seen = getattr(getattr(self.zero, "_backward_hook_state", None), "backward_seen_this_step", False)
+        reduced = getattr(self.zero, "averaged_gradients", None) or {} if self.stage < 3 else {}  # stage 3 writes over them
+        return self._named[0][0] if self._backwards or seen or any(g is not None for g in reduced.values()) else ""
+
+    def end_pass(self) -> None:
+        if self._open:
+            raise RuntimeError("DeepSpeed: no opt.backward(loss) followed the last forward, so there is no gradient to use; call "
+                               "it in place of loss.backward() and engine.backward(loss), once per micro-batch")
 
     def set_sync(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -237,7 +264,8 @@ class ZeroHost(Host):
             self._add_local(loss)
             return
         self._backwards += 1
-        self.engine.backward(loss, scale_wrt_gas=False)
+        with passage(self.engine):
+            self.engine.backward(loss, scale_wrt_gas=False)
 
     def _add_local(self, loss: Tensor) -> None:
         """Add this rank's gradient, past the engine: nothing is reduced, nothing of the engine's state moves."""
@@ -270,7 +298,8 @@ class ZeroHost(Host):
 
     def update(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
+        with passage(self.engine):
+            self.engine.step()
         self._backwards = 0
         if not self.engine.was_step_applied():
             raise RuntimeError("DeepSpeed skipped an update whose gradient was finite on every rank; the engine's own overflow "
