@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from everbatch import checkpoint, seeds
 from everbatch.compose import compose
-from everbatch.data import Loader, Stream, TensorSource, class_incremental, task_incremental
+from everbatch.data import Loader, Stream, Task, TensorSource, class_incremental, task_incremental
 from everbatch.distributed import World
-from everbatch.optim import EWC, MAS, SAM, SI, DynamicSparsity, Refresh
-from everbatch.train import Consolidate, Trainer
+from everbatch.optim import EWC, MAS, SAM, SI, ClipGradNorm, DynamicSparsity, Refresh
+from everbatch.train import Consolidate, Trainer, TrainerMixin
 from processes import ROOT, Zygote
 
 LR, BATCH = 0.1, 10
@@ -180,3 +180,50 @@ def test_importance_is_the_same_at_any_world_size(zygote: Zygote, tmp_path: Path
         first = kept[0].whole(name)
         for other in kept[1:]:  # fp32, sums in another order, over 44 steps
             torch.testing.assert_close(other.whole(name), first, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_trainer_that_lists_nothing_does_the_same(case: str) -> None:
+    parts, options, _ = CASES[case]
+    listed = learner(parts, options)
+    alone = Trainer(net(), functools.partial(compose(*parts, base=torch.optim.SGD), lr=LR, **options), device="cpu",
+                    config=Trainer.Config(batch_size=BATCH, epochs=2))
+    assert str(listed.fit(stream())) == str(alone.fit(stream()))
+    assert all(torch.equal(p, q) for p, q in zip(listed.module.parameters(), alone.module.parameters(), strict=True))
+    assert f"{', '.join(p.__name__ for p in (EWC, MAS, Refresh, SI) if p in parts)} called by the trainer" in alone.describe()
+
+
+class ByHand(TrainerMixin):
+    """Calls EWC itself."""
+
+    def consolidate(self, task: Task) -> None:
+        super().consolidate(task)  # type: ignore[misc]
+        opt: Any = self.optimizer  # type: ignore[attr-defined]
+        ones = {n: torch.full(shape, 0.01) for n, (_, shape) in opt.host.master_layout().items()}
+        opt.consolidate_ewc(importance=ones)
+
+
+def test_what_a_mixin_has_called_is_not_called_again() -> None:
+    class Own(ByHand, Trainer): ...
+
+    optimizer = functools.partial(compose(EWC, base=torch.optim.SGD), lr=LR, strength=1.0, estimator="given")
+    trainer = Own(net(), optimizer, device="cpu", config=Trainer.Config(batch_size=BATCH))
+    trainer.fit(stream())
+    assert trainer.optimizer.states[EWC].tasks == 3
+    lazy = Trainer(net(), optimizer, device="cpu", config=Trainer.Config(batch_size=BATCH))
+    with pytest.warns(UserWarning) as told:
+        lazy.fit(stream())
+    said = [f"EWC with estimator='given' was handed no importance for task {k}" for k in range(3)]
+    assert len(told) == 3 and all(text in str(w.message) for text, w in zip(said, told, strict=True))
+    assert lazy.optimizer.states[EWC].tasks == 0
+
+
+def test_a_pull_that_must_overflow_is_refused_before_the_next_task() -> None:
+    trainer = Trainer(net(), functools.partial(compose(MAS, base=torch.optim.SGD), lr=LR, strength=1e4), device="cpu",
+                      config=Trainer.Config(batch_size=BATCH))
+    with pytest.raises(ValueError, match=r"MAS with strength=10000 and importance .* have strength below .*ClipGradNorm"):
+        trainer.fit(stream())
+    assert trainer.task_index == 1 and trainer.bad_steps == 0
+    clipped = Trainer(net(), functools.partial(compose(MAS, ClipGradNorm, base=torch.optim.SGD), lr=LR, mas_strength=1e4,
+                                               max_norm=1.0), device="cpu", config=Trainer.Config(batch_size=BATCH))
+    assert len(clipped.fit(stream())) == 3

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from everbatch import seeds
 from everbatch.data import Batch, Stream, Task
 from everbatch.errors import check
-from everbatch.optim import EWC, MAS, SI, DynamicSparsity, Refresh
-from everbatch.train.evaluate import mean_buffers
+from everbatch.optim import EWC, DynamicSparsity, Refresh
+from everbatch.train.memory import MEMORY, is_active, remember
 from everbatch.train.mixin import TrainerMixin
 
 __all__ = ["Consolidate"]
-
-MEMORY = (EWC, MAS, Refresh, SI)
-
 
 class Consolidate(TrainerMixin):
     """Call what the optimizer's parts want called at a task's end, on the task's own training samples.
@@ -31,6 +25,9 @@ class Consolidate(TrainerMixin):
     Those parts say what the calls do; here is only when, and on what: after the last step of a task, inputs without
     augmentation, `samples` of them drawn by (seed, task), each on one rank. The result is the same at any world size, to
     rounding; running statistics that differ by rank are averaged for it. Parts at strength 0 are not called.
+
+    `Trainer` does this by itself where the class lists no Consolidate, with the options' defaults: list it for other options, for
+    isolate=True, or over a trainer of your own.
 
     isolate=True gives every task of DynamicSparsity a mask of its own: `begin_task` before its first step, `end_task` after its
     last, and predictions for the samples of a task that ended are made with its mask and weights. That needs the task id at
@@ -88,18 +85,10 @@ class Consolidate(TrainerMixin):
     def consolidate(self, task: Task) -> None:
         """Take importance, then freeze an isolated task. Collective."""
         super().consolidate(task)  # type: ignore[misc]
-        opt = self.optimizer
-        with mean_buffers(self.module, self.world):  # or importance would depend on which rank holds which sample
-            if self.__active(EWC):
-                opt.consolidate_ewc(self.__rows(task))
-            if self.__active(MAS):
-                opt.consolidate_mas(self.__rows(task))
-            if self.__active(Refresh):
-                opt.update_fisher(self.__rows(task))
-        if self.__active(SI):
-            opt.consolidate_si()
-        if self.configs[Consolidate].isolate:
-            opt.end_task()
+        config: Consolidate.Config = self.configs[Consolidate]
+        remember(self, task, samples=config.samples, rows=config.rows)
+        if config.isolate:
+            self.optimizer.end_task()
 
     def predict(self, batch: Batch) -> Tensor:
         """With the mask and weights of the batch's task, where tasks are isolated and it has ended."""
@@ -108,21 +97,6 @@ class Consolidate(TrainerMixin):
                 return super().predict(batch)  # type: ignore[misc, no-any-return]
         return super().predict(batch)  # type: ignore[misc, no-any-return]
 
-    def __active(self, part: type) -> bool:
-        config = self.optimizer.configs.get(part)
-        return config is not None and bool(config.active if part is Refresh else config.strength)
-
-    def __rows(self, task: Task) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """This rank's (inputs, targets, ids), the task's samples in a seeded order dealt out in turn."""
-        config: Consolidate.Config = self.configs[Consolidate]
-        assert self.stream is not None
-        order = torch.randperm(len(task.train_ids), generator=seeds.generator(self.seed, "consolidate", task.id))
-        chosen = task.train_ids[order[: config.samples or None]]
-        mine = chosen[self.world.rank :: self.world.size].contiguous()
-        for ids in torch.split(mine, config.rows) if len(mine) else ():
-            raw = self.stream.fetch(ids).to(self.optimizer.host.device)
-            yield self.inputs_of(raw), self.stream.targets(ids), ids  # type: ignore[attr-defined]
-
     def __check(self) -> None:
         config: Consolidate.Config = self.configs[Consolidate]
         kind, configs = type(self.optimizer).__name__, self.optimizer.configs
@@ -130,7 +104,7 @@ class Consolidate(TrainerMixin):
               f"optimizer {kind} has nothing to call at a task's end", "be composed with EWC, SI, MAS or Refresh",
               "or set isolate=True with DynamicSparsity")
         for part in (EWC, Refresh):
-            check(not self.__active(part) or configs[part].estimator != "given", "Consolidate",
+            check(not is_active(self.optimizer, part) or configs[part].estimator != "given", "Consolidate",
                   f"estimator='given' of {part.__name__}", "be one that is estimated here", "or hand importance in yourself, "
                   "without Consolidate")
         if config.isolate:

@@ -26,9 +26,11 @@ from everbatch.errors import check
 from everbatch.logging import Recorder
 from everbatch.runs import claimed
 from everbatch.train import persist
+from everbatch.train.consolidate import Consolidate
 from everbatch.train.engines import launch
 from everbatch.train.evaluate import accuracies
 from everbatch.train.export import export
+from everbatch.train.memory import active_parts, remember, require_stable, taken
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.modes import evaluation_roots, warn_if_nothing_trains
 from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
@@ -62,6 +64,9 @@ class Trainer:
         ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
             an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM); an
             identity that JSON cannot hold.
+
+    Memory: what EWC, MAS, Refresh and SI want called at a task's end is called, once, as `Consolidate` does, which need not be
+    listed; what a mixin's `consolidate` has called is not called again.
 
     Modes: every module stays in the mode that it is in when the trainer is built, or is put into later, norms and dropout alike;
     evaluation puts all modes back, and checkpoints keep them.
@@ -169,6 +174,9 @@ class Trainer:
         lines += [f"  {part.__name__:<18} {c!r}".replace(f"{part.__name__}.Config", "")
                   for part, c in getattr(self, "configs", {}).items()]
         lines += [f"  {part.__name__:<18} {part.notes(self)}" for part in parts_of(type(self)) if "notes" in vars(part)]  # type: ignore[attr-defined]
+        memory = [part.__name__ for part in active_parts(self.optimizer)]
+        if memory and not issubclass(type(self), Consolidate):
+            lines.append(f"  {'at a task end':<18} {', '.join(memory)} called by the trainer, on the task's training samples")
         return "\n".join([*lines, self.optimizer.describe()])
 
     # ---------------------------------------------------------------------------------------------- verbs, innermost
@@ -383,6 +391,7 @@ class Trainer:
         if self.task_step == 0:
             if self.task_index and config.reset_optimizer:
                 self.optimizer.host.reset_moments()
+            require_stable(self)
             self.on_task_start(task)
         warn_if_nothing_trains(self.module)
         schedule = self._schedule(self.loader.steps_per_epoch, self.task_step)
@@ -403,7 +412,10 @@ class Trainer:
         if self.stopped or self._should_stop(now=True):
             self._save()
             return
+        done = taken(self.optimizer)
         self.consolidate(task)
+        if not issubclass(type(self), Consolidate):  # which does it where it stands among the mixins
+            remember(self, task, done=done)
         self.on_task_end(task)
         self._close_task(stream, task)
 
