@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from everbatch.config_tree import ABSENT, ConfigError, Group, Leaf, grow, parser, speaks_text, tree
 from everbatch.config_words import suggestion
+from everbatch.ends import tell
 from everbatch.strict_yaml import dump_text, load_file, load_text
 from everbatch.zero_config import deepspeed_config
 
@@ -89,8 +90,8 @@ def dump(config: Any, path: str | os.PathLike[str]) -> None:
 
 
 def fail(prog: str, message: str) -> NoReturn:
-    """End the process with code 2 and one line on stderr (one per node: the same mistake is every rank's)."""
-    _say(f"{prog}: {message}", sys.stderr)
+    """End the process with code 2 and one line on stderr: of one rank, where all make the same mistake."""
+    tell(prog, message, name_first=False)
     raise SystemExit(2)
 
 

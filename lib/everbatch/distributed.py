@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from everbatch.ends import end_with_parent
 from everbatch.errors import check
 
-__all__ = ["World", "attempt_store", "init"]
+__all__ = ["World", "attempt_store", "enlist", "init"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,48 @@ class World:
 
 def attempt_store(timeout_s: float = 600.0) -> tuple[Store, int, int]:
     """A connection to the store of this launch, and this process's rank and number of ranks in torchrun's world."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    launch = (attempt, *(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    store, rank, size = _launch_store(timeout_s)
+    # torchrun's static rendezvous keeps one store over restarts, with the addresses of the dead ranks in it.
+    return PrefixStore(f"attempt-{_attempt()}", store), rank, size
+
+
+def _launch_store(timeout_s: float) -> tuple[Store, int, int]:
+    names = ("TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    launch = tuple(os.environ.get(name, "") for name in names)
     if launch not in _stores:
-        store, rank, size = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
-        # torchrun's static rendezvous keeps one store over restarts, with the addresses of the dead ranks in it.
-        _stores[launch] = PrefixStore(f"attempt-{attempt}", store), rank, size
+        _stores[launch] = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
     return _stores[launch]
+
+
+def _attempt() -> str:
+    """How often the launcher has started this rank again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def enlist(trainers: int, timeout_s: float = 600.0, *, wait: bool = True) -> None:
+    """Tell the other ranks of the launch which attempt this is and how many ranks train; wait until all that train say the same.
+
+    Raises:
+        ValueError: another rank says something else. A rank that was started again less often than another waits for what
+            will never come; one that was started more often waits for one that may be late.
+    """
+    store, rank, size = _launch_store(timeout_s)
+    attempt, plan = _attempt(), f"{trainers} of {size} ranks train"
+    store.set(f"everbatch/rank/{rank}", f"{attempt};{plan}")
+    place, begun, pause = f"everbatch/joined/{attempt}/{trainers}", time.monotonic(), 0.01
+    found = store.add(place, 1)
+    while wait and found < trainers and time.monotonic() - begun < timeout_s:
+        time.sleep(pause)
+        pause = min(0.5, 1.5 * pause)
+        for other in range(size) if time.monotonic() - begun > 1 else ():
+            if store.check([f"everbatch/rank/{other}"]):
+                count, _, theirs = store.get(f"everbatch/rank/{other}").decode().partition(";")
+                check(int(count) <= int(attempt), "init",
+                      f"rank {rank} was started again {attempt} times and rank {other} {count} times",
+                      "be the same on every rank (TORCHELASTIC_RESTART_COUNT)", "start all ranks anew together")
+                check(count != attempt or theirs == plan, "init", f"{plan} on rank {rank} and {theirs} on rank {other}",
+                      "be the same on every rank", "start every rank with the same arguments")
+        found = store.add(place, 0)
 
 
 _stores: dict[tuple[str, ...], tuple[Store, int, int]] = {}
@@ -130,6 +165,7 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0,
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         store, rank, size = attempt_store(timeout_s)
+        enlist(size - spare, timeout_s)
         store = PrefixStore(f"group-{next(_groups)}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size - spare,
                                 timeout=datetime.timedelta(seconds=timeout_s))

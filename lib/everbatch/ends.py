@@ -107,9 +107,12 @@ def guard(prog: str) -> Iterator[None]:
             text = "another rank ended without a word (killed, or out of memory?); resume=true goes on from the newest checkpoint"
         tell(prog, text, lost=lost)
         end(1)
-    except KeyboardInterrupt as error:
-        if isinstance(error, SystemExit):  # the trainer has said it and written a checkpoint
-            raise
+    except SystemExit as stop:
+        if not stop.code and not isinstance(stop, KeyboardInterrupt) and not _all_leave():
+            tell(prog, "this rank was asked for --help or --print-config and others were not, must be the same on every rank")
+            end(2)
+        raise
+    except KeyboardInterrupt:
         interrupted(prog)
     except Exception as error:
         _told(f"{type(error).__name__}: {error}", lost=False)
@@ -128,11 +131,11 @@ def interrupted(prog: str) -> NoReturn:
     end(130)
 
 
-def tell(prog: str, text: str, *, lost: bool = False) -> None:
+def tell(prog: str, text: str, *, lost: bool = False, name_first: bool = True) -> None:
     """Print one line of an error on stderr, unless another rank has told the same, or (`lost`) the error behind it."""
     rank = int(os.environ.get("RANK", "0"))
     if _told(text, lost=lost):
-        print(f"{prog}: rank {rank}: {text}", file=sys.stderr, flush=True)
+        print(f"{prog}: rank {rank}: {text}" if rank or name_first else f"{prog}: {text}", file=sys.stderr, flush=True)
 
 
 def _lost(error: BaseException) -> bool:
@@ -148,7 +151,7 @@ def _told(text: str, *, lost: bool) -> bool:
     """Whether this rank is the one to tell its error; the launcher's store remembers what others told."""
     rank = int(os.environ.get("RANK", "0"))
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        return rank == 0
+        return rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"
     from everbatch.distributed import attempt_store
 
     try:
@@ -161,6 +164,28 @@ def _told(text: str, *, lost: bool) -> bool:
         return store.add(f"everbatch/error/{text}", 1) == 1 and (told == text or not lost)
     except (RuntimeError, ValueError):  # the store's owner is gone already: better twice than never
         return True
+
+
+def _all_leave(limit_s: float = 10.0) -> bool:
+    """Whether every rank of the launch leaves before they join, as this one does."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return True
+    import torch.distributed as dist
+
+    from everbatch.distributed import attempt_store
+
+    if dist.is_initialized():
+        return True
+    try:
+        store, _, _ = attempt_store(limit_s)
+        found, begun = store.add("everbatch/left", 1), time.monotonic()
+        while found < size and time.monotonic() - begun < limit_s:
+            time.sleep(0.05)
+            found = store.add("everbatch/left", 0)
+    except RuntimeError:  # another rank holds the store, and has left already or has not come
+        return True
+    return found >= size
 
 
 def _reader_gone() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,6 +130,21 @@ def _binding(part: type, config: Any) -> str:
     """The options of a mixin that decide what a run gives: all but those it calls free."""
     unbound = getattr(part, "free", ())
     return repr({k: v for k, v in vars(config).items() if k not in unbound}) if unbound else repr(config)
+
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def parts(trainer: Trainer, optimizer: Any) -> dict[str, Any]:
+    """Classes and plain options of a trainer's mixins and of its optimizer: ranks that differ there would wait for each other."""
+    if not isinstance(optimizer, functools.partial) or not isinstance(optimizer.func, type):
+        return {}  # refused by name later on
+    cls: Any = optimizer.func
+    options = dict(optimizer.keywords)
+    plain = {f"optimizer.{k}": v for k, v in options.items() if k != "lr" and isinstance(v, PLAIN)}
+    mixins = {f"mixins.{part.__name__}": _binding(part, c) for part, c in getattr(trainer, "configs", {}).items()}
+    names = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(cls), cls)]]
+    return {"classes": names, **mixins, **plain}
 
 
 def layout(model: nn.Module) -> str:

@@ -138,7 +138,7 @@ class Trainer:
         model = self.configure_model(model)
         persist.agree(self.world, {
             **{f"trainer.{k}": v for k, v in vars(self.config).items()}, "engine": engine, "recorder": recorder is not None,
-            "checkpoints": folder is not None, "model": persist.layout(model)})
+            "checkpoints": folder is not None, "model": persist.layout(model), **persist.parts(self, optimizer)})
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
                              decay_vectors=self.config.decay_vectors)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from everbatch.distributed import attempt_store, init
+from everbatch.distributed import attempt_store, enlist, init
 from everbatch.ends import at_end
 from everbatch.errors import check
 from everbatch.train.adversary.attack import Attack
@@ -87,7 +87,9 @@ def split_ranks(adversaries: int, device: str | None = None, timeout_s: float = 
     check(1 <= adversaries and 2 * adversaries <= size, "split_ranks", f"adversaries={adversaries} of {size} ranks",
           "be at least one, and at most half of the ranks", "start more ranks, about one adversary to three trainers")
     _role = Role(rank, size - adversaries, adversaries)
-    if not _role.adversary:
+    if _role.adversary:
+        enlist(_role.trainers, timeout_s, wait=False)
+    else:
         init(device, timeout_s, spare=adversaries)
         at_end(functools.partial(store.set, end_key(rank), "1"))  # or the adversaries would wait for a trainer that never spoke
     return _role
