@@ -17,7 +17,7 @@ from everbatch.distributed import World
 from processes import ENVIRONMENT, ROOT, Zygote, free_port
 
 RECIPE = ROOT / "recipes" / "class_incremental.py"
-SHORT = ("tasks=2", "trainer.epochs=30", "trainer.checkpoint_every=10", "data.augment=none", "trainer.schedule.kind=constant")
+SHORT = ("tasks=2", "trainer.epochs=8", "trainer.checkpoint_every=10", "data.augment=none", "trainer.schedule.kind=constant")
 START = ROOT / "launch" / "start.py"
 TORCHRUN = ["-m", "torch.distributed.run"]
 
