@@ -16,6 +16,7 @@ from everbatch.optim import state as persistence
 from everbatch.optim.accumulation import Accumulation
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.hosts.local import LocalHost
+from everbatch.optim.nonfinite import nonfinite_gradients
 from everbatch.optim.objective import Objective
 from everbatch.optim.realised import realised, report
 from everbatch.optim.shards import Vector
@@ -106,6 +107,8 @@ class OptimizerMixin(Contract):
         self._held: frozenset[str] = frozenset()
         self._objective: Objective | None = None
         self.last_applied, self.last_passes = True, 0
+        self.last_nonfinite: str | None = None
+        """Of the last skipped step: the first weight whose gradient was not finite in this rank's slices."""
         return self._configure(options)
 
     def _attach(self, host: Host) -> None:
@@ -198,6 +201,7 @@ class OptimizerMixin(Contract):
                 self.step_count += 1
                 self.edit_parameters()
             else:
+                self.last_nonfinite = next(iter(nonfinite_gradients(self.host)), None)
                 objective.rollback()
                 for undo in reversed(self._on_skip):
                     undo()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,47 +15,85 @@ from torch.distributed.fsdp import FSDPModule
 
 from everbatch import checkpoint, runs, seeds
 from everbatch.checkpoint import Checkpoint, Piece
-from everbatch.checkpoint.manifest import json_problem
-from everbatch.compose import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
 from everbatch.optim.hosts.local import LocalHost
+from everbatch.optim.nonfinite import nonfinite_weights
+from everbatch.optim.state_checks import like
+from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers
 from everbatch.train.frozen import frozen_as_in, frozen_of, set_frozen
+from everbatch.train.identity import changes, check_plain, described, identity, options_of, parts, steps_per_epoch
 from everbatch.train.modes import in_evaluation, put_into_evaluation
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
 
-__all__ = ["agree", "check_plain", "identity", "layout", "load", "options_of", "save", "set_aside"]
+__all__ = ["agree", "check_plain", "identity", "layout", "load", "newest", "options_of", "parts", "save", "set_aside"]
+
+LAYOUT = 2
+"""Of what a trainer puts into a checkpoint. 1 held buffers that are not persistent as well, and no description of the stream."""
 
 
 def save(trainer: Trainer) -> None:
-    """Write a checkpoint of the present step boundary. Collective."""
+    """Write a checkpoint of the present step boundary. Collective.
+
+    Raises:
+        RuntimeError: on every rank, when a weight is not finite, naming it; nothing is written then.
+    """
+    _refuse_nonfinite(trainer)
     pieces, meta = optimizer_state.pieces(trainer.optimizer)
-    for name, buffer in trainer.module.named_buffers():
-        key = f"buffer/{trainer.world.rank}/{name}"
-        pieces.append(Piece(key, tuple(buffer.shape), 0, buffer))
+    pieces += buffer_pieces(trainer.module, trainer.world.rank)
     for name, value in frozen_of(trainer.module).items():
         pieces += [Piece(f"frozen/{name}", tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
     plain: dict[str, Any] = {}
-    for part, state in getattr(trainer, "states", {}).items():
-        for field, value in _fields(state).items():
-            key = f"{part.__name__}.{field}"
-            if hasattr(value, "state_dict"):
-                saved, plain[key] = _store_pieces(key, value.state_dict(), trainer.world.rank)
-                pieces += saved
-            elif isinstance(value, Tensor):
-                pieces += [Piece(key, tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
-            else:
-                plain[key] = value
+    for key, _, _, value in _mixin_fields(trainer):
+        if hasattr(value, "state_dict"):
+            saved, plain[key] = _store_pieces(key, value.state_dict(), trainer.world.rank)
+            pieces += saved
+        elif isinstance(value, Tensor):
+            pieces += [Piece(key, tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
+        else:
+            plain[key] = value
     counters = {"step": trainer.step, "task_index": trainer.task_index, "task_step": trainer.task_step,
-                "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain,
+                "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain, "changes": trainer.changes,
                 "evaluation": in_evaluation(trainer.module)}
+    assert trainer.folder is not None and trainer.stream is not None
+    everything = {"optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
+                  "stream": described(trainer.stream), "seconds": trainer.seconds}
+    checkpoint.save(trainer.folder, trainer.step, pieces, everything, world=trainer.world, keep_last=trainer.config.keep_last,
+                    healthy=trainer.bad_steps == 0)
+
+
+def _refuse_nonfinite(trainer: Trainer) -> None:
+    """Weights that are not finite are the end of a run, and must not become what it is resumed from."""
+    found: list[Any] = trainer.world.gather(nonfinite_weights(trainer.optimizer.host)[:5])
+    if any(found):
+        names = list(dict.fromkeys(name for theirs in found for name in theirs))[:5]
+        raise RuntimeError(f"Trainer: after step {trainer.step - 1} weights {names} are not finite, so no checkpoint was "
+                           "written; lower the learning rate or look at the data, and go on from the last checkpoint with "
+                           "resume=true")
+
+
+def newest(trainer: Trainer) -> Checkpoint | None:
+    """The checkpoint to go on from, or None; says so where a run ended in skipped steps and goes on from before them."""
     assert trainer.folder is not None
-    checkpoint.save(trainer.folder, trainer.step, pieces, {"optimizer": meta, "trainer": counters, "identity": identity(trainer),
-                                                          "seconds": trainer.seconds},
-                    world=trainer.world, keep_last=trainer.config.keep_last)
+    kept = checkpoint.latest(trainer.folder, world=trainer.world)
+    if trainer.world.rank == 0:
+        beyond = [step for step in checkpoint.failed(trainer.folder) if kept is None or step > kept.step]
+        if beyond:
+            start = "no checkpoint before it is healthy, so it begins anew" if kept is None else (
+                f"it goes on from step {kept.step}, the last checkpoint whose steps were healthy")
+            say(trainer, f"the run in {trainer.folder} ended by too many skipped steps, after step {beyond[-1]}: {start}")
+    return kept
+
+
+def say(trainer: Trainer, text: str) -> None:
+    """Print a line on rank 0, above the bar of a recorder where there is one."""
+    if trainer.recorder is not None:
+        trainer.recorder.say(text)
+    elif trainer.world.rank == 0:
+        print(f"Trainer: {text}", flush=True)
 
 
 def load(trainer: Trainer, kept: Checkpoint) -> None:
@@ -65,97 +102,119 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     Another world size or ZeRO stage gets the same weights, moments, mixin state and memory; buffers that differed by rank become
     their mean, and the order of samples follows the new number of ranks only where a batch is divided among them. Parameters that
     the run had frozen or unfrozen by then are so again, but on DeepSpeed, which trains what was trained when it was built.
+    What may differ (`identity.changes`) is said, and kept in `trainer.changes`.
 
     Raises:
-        CheckpointMismatch: another configuration, stream, class or frozen part, naming what differs; nothing is touched then.
+        CheckpointMismatch: on every rank, another configuration, stream, class or frozen part, or entries of another kind than
+            `save` writes, naming them; nothing is touched then.
     """
     for part in trainer.module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()  # after a forward the root stays gathered: in place of its parameters are copies
-    ours, theirs = identity(trainer), kept.meta.get("identity", {})
-    differs = [k for k in {**ours, **theirs} if not _same(ours.get(k), theirs.get(k))]
-    if differs:
-        k, more = differs[0], ", ".join(differs[1:6]) + ", ..." * (len(differs) > 6)
-        raise CheckpointMismatch(f"checkpoint {kept.path}: made with {k}={theirs.get(k)!r}, this run has {ours.get(k)!r}"
-                                 + (f" (and {more} differ)" if more else "")
-                                 + "; repeat the configuration, or use another folder")
+    with _agreed(trainer.world, kept):
+        _check_counters(trainer, kept)
+        new = changes(trainer, kept.meta, kept.path)
     with frozen_as_in(kept, trainer.module, change=isinstance(trainer.optimizer.host, LocalHost)):
+        with _agreed(trainer.world, kept):
+            optimizer_state.check_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
+            check_buffers(trainer.module, kept, trainer.world)
+            _check_mixins(trainer, kept)
+            _load_mixins(trainer, kept)  # these check what they hold themselves; they come before the first weight
         optimizer_state.load_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
     saved = kept.meta["trainer"]
-    _load_buffers(trainer, kept)
+    load_buffers(trainer.module, kept, trainer.world)
     set_frozen(trainer.module, {n.removeprefix("frozen/"): kept.whole(n) for n in kept.names() if n.startswith("frozen/")})
     if "evaluation" in saved:
         put_into_evaluation(trainer.module, saved["evaluation"])
-    for part, state in getattr(trainer, "states", {}).items():
-        for field, value in _fields(state).items():
-            key = f"{part.__name__}.{field}"
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(_store_state(key, saved["mixins"][key], kept))
-            elif isinstance(value, Tensor):
-                setattr(state, field, kept.whole(key))
-            else:
-                setattr(state, field, saved["mixins"][key])
     trainer.step, trainer.task_index, trainer.task_step = saved["step"], saved["task_index"], saved["task_step"]
     trainer._seconds = float(kept.meta.get("seconds", 0.0))
     trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
+    trainer._seconds = float(kept.meta.get("seconds", 0.0))
+    trainer.changes = [*saved.get("changes", []), *new]
+    assert trainer.stream is not None
+    if new and trainer.task_index == len(trainer.stream):  # a run of one task is prolonged: back into that task
+        before = steps_per_epoch(trainer, trainer.stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
+        trainer.task_index, trainer.task_step, trainer.matrix = 0, before, []
+    for text in new:
+        say(trainer, f"resumed with another {text}")
 
 
-def check_plain(identity: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless a checkpoint can hold what the caller of `Trainer` names."""
-    for name, value in identity.items():
-        check(json_problem(_jsonable(value), name) is None, "Trainer", f"identity[{name!r}]={value!r}",
-              "be made of numbers, texts, lists and dicts", "give its text, or numbers that tell it from others")
+@contextmanager
+def _agreed(world: World, kept: Checkpoint) -> Iterator[None]:
+    """Raise on every rank what one rank finds; whatever a malformed entry raises is a mismatch as well. One gather."""
+    problem: str | None = None
+    try:
+        yield
+    except CheckpointMismatch as error:
+        problem = str(error)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+        problem = f"checkpoint {kept.path}: its meta is not what a trainer writes: {type(error).__name__}: {error}"
+    found = [text for text in world.gather(problem) if text is not None]
+    if found:
+        raise CheckpointMismatch(str(problem if problem is not None else found[0]))
 
 
-def identity(trainer: Trainer) -> dict[str, Any]:
-    """What must be equal for a run to be the continuation of another: configuration, stream, classes and their options."""
-    check_plain(trainer.identity)
-    free = {"keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation"}
-    config = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in free}
-    mixins = {part.__name__: _binding(part, c) for part, c in getattr(trainer, "configs", {}).items()}
-    optimizer = {part.__name__: repr(c) for part, c in trainer.optimizer.configs.items()}
-    base = base_of(type(trainer.optimizer))
-    assert trainer.stream is not None and base is not None
-    classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(type(trainer.optimizer)), base)]]
-    values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
-              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint(), "identity": trainer.identity,
-              "frozen": trainer._begun_frozen}
-    if trainer._begun_evaluation:  # older checkpoints, all of models in training mode, say nothing
-        values["evaluation"] = trainer._begun_evaluation
-    flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
-    return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
+def _check_counters(trainer: Trainer, kept: Checkpoint) -> None:
+    saved, stream = kept.meta["trainer"], trainer.stream
+    assert stream is not None
+    limits = {"step": kept.step, "task_index": len(stream), "task_step": kept.step, "bad_steps": kept.step}
+    for name, most in limits.items():
+        value = saved[name]
+        if type(value) is not int or not 0 <= value <= most:
+            raise CheckpointMismatch(f"checkpoint {kept.path}: trainer.{name} is {repr(value)[:80]}, must be an integer in "
+                                     f"[0, {most}]")
+    rows = saved["matrix"]
+    good = isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+    if not good or not all(type(a) in (int, float) for row in rows for a in row) or saved["task_index"] - len(rows) not in (0, 1):
+        raise CheckpointMismatch(f"checkpoint {kept.path}: trainer.matrix is {repr(rows)[:80]}, must be a row of numbers for "
+                                 f"each of {saved['task_index']} tasks, but for the last")
+    like("Trainer", "seconds", kept.meta.get("seconds", 0.0), 0.0)
+    texts = [*saved.get("changes", []), *saved.get("evaluation", [])]
+    if not isinstance(kept.meta["identity"], dict) or not all(isinstance(text, str) for text in texts):
+        raise CheckpointMismatch(f"checkpoint {kept.path}: identity must be a table, changes and evaluation lists of texts")
 
 
-def _binding(part: type, config: Any) -> str:
-    """The options of a mixin that decide what a run gives: all but those it calls free."""
-    unbound = getattr(part, "free", ())
-    return repr({k: v for k, v in vars(config).items() if k not in unbound}) if unbound else repr(config)
+def _mixin_fields(trainer: Trainer) -> Iterator[tuple[str, Any, str, Any]]:
+    """(key, state, field, value) of all that the trainer's mixins keep."""
+    for part, state in getattr(trainer, "states", {}).items():
+        for field in dataclasses.fields(state):
+            yield f"{part.__name__}.{field.name}", state, field.name, getattr(state, field.name)
 
 
-PLAIN = (bool, int, float, str, type(None))
+def _check_mixins(trainer: Trainer, kept: Checkpoint) -> None:
+    saved, names = kept.meta["trainer"]["mixins"], set(kept.names())
+    for key, state, field, value in _mixin_fields(trainer):
+        if isinstance(value, Tensor):
+            needed = [key]
+        elif key not in saved:
+            raise CheckpointMismatch(f"checkpoint {kept.path}: holds no {key}; it was written by another version of the mixin")
+        elif hasattr(value, "load_state_dict"):
+            needed = [f"{key}/index/{name}" for name in saved[key]["arrays"]]
+            needed += [f"{key}/rows/{name}" for name in saved[key]["names"]]
+            like("Trainer", f"{key}.numbers", saved[key]["numbers"], {})
+        else:
+            kinds = {f.name: str(f.type) for f in dataclasses.fields(state)}
+            like("Trainer", key, saved[key], value, optional="None" in kinds[field])
+            needed = []
+        lacking = [name for name in needed if name not in names]
+        if lacking:
+            raise CheckpointMismatch(f"checkpoint {kept.path}: holds no tensors {lacking[:5]}, which its meta names")
 
 
-def parts(trainer: Trainer, optimizer: Any) -> dict[str, Any]:
-    """Classes and plain options of a trainer's mixins and of its optimizer: ranks that differ there would wait for each other."""
-    if not isinstance(optimizer, functools.partial) or not isinstance(optimizer.func, type):
-        return {}  # refused by name later on
-    cls: Any = optimizer.func
-    options = dict(optimizer.keywords)
-    plain = {f"optimizer.{k}": v for k, v in options.items() if k != "lr" and isinstance(v, PLAIN)}
-    mixins = {f"mixins.{part.__name__}": _binding(part, c) for part, c in getattr(trainer, "configs", {}).items()}
-    names = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(cls), cls)]]
-    return {"classes": names, **mixins, **plain}
+def _load_mixins(trainer: Trainer, kept: Checkpoint) -> None:
+    saved = kept.meta["trainer"]["mixins"]
+    for key, state, field, value in _mixin_fields(trainer):
+        if hasattr(value, "load_state_dict"):
+            value.load_state_dict(_store_state(key, saved[key], kept))
+        elif isinstance(value, Tensor):
+            setattr(state, field, kept.whole(key))
+        else:
+            setattr(state, field, saved[key])
 
 
 def layout(model: nn.Module) -> str:
     """A short text of names and shapes of all parameters."""
     return f"layout {seeds.derive(*(f'{n} {tuple(p.shape)}' for n, p in model.named_parameters())):x}"
-
-
-def options_of(optimizer: Any) -> dict[str, Any]:
-    """Options of the base optimizer, by name, one value per parameter group; without lr and what only picks an implementation."""
-    free = {"lr", "foreach", "fused", "capturable", "differentiable"}
-    return {name: [g.get(name) for g in optimizer.param_groups] for name in sorted(optimizer.defaults) if name not in free}
 
 
 def agree(world: World, values: Mapping[str, Any], who: str = "Trainer") -> None:
@@ -174,15 +233,6 @@ def set_aside(folder: Path, world: World) -> None:
     """
     if world.rank == 0 and folder.exists():
         runs.set_aside(folder, [path.name for path in folder.glob("*step-[0-9]*")])
-
-
-def _load_buffers(trainer: Trainer, kept: Checkpoint) -> None:
-    rank, same = trainer.world.rank, kept.world_size == trainer.world.size
-    for name, buffer in trainer.module.named_buffers():
-        ranks = [rank] if same else range(kept.world_size)
-        values = [kept.whole(f"buffer/{r}/{name}").to(buffer.device) for r in ranks]
-        mean = torch.stack([v.float() for v in values]).mean(0) if len(values) > 1 and buffer.is_floating_point() else values[0]
-        buffer.copy_(mean.to(buffer.dtype))
 
 
 def _store_pieces(key: str, saved: dict[str, Any], rank: int) -> tuple[list[Piece], dict[str, Any]]:
@@ -204,18 +254,3 @@ def _store_state(key: str, plain: dict[str, Any], kept: Checkpoint) -> dict[str,
     index: dict[str, Any] = {name: kept.whole(f"{key}/index/{name}").numpy() for name in plain["arrays"]}
     rows = {name: kept.whole(f"{key}/rows/{name}") for name in plain["names"]}
     return {"index": {**index, **plain["numbers"]}, "start": 0, "rows": rows}
-
-
-def _fields(state: Any) -> dict[str, Any]:
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal; NaN is to itself here."""
-    return bool(one == other) or json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    return [_jsonable(v) for v in value] if isinstance(value, tuple | list) else value

@@ -27,6 +27,7 @@ from everbatch.logging import Recorder
 from everbatch.runs import claimed
 from everbatch.train import persist
 from everbatch.train.consolidate import Consolidate
+from everbatch.train.diagnosis import where_not_finite
 from everbatch.train.engines import launch
 from everbatch.train.evaluate import accuracies
 from everbatch.train.export import export
@@ -149,6 +150,8 @@ class Trainer:
         self._begun_frozen = {n: True for n, p in self.module.named_parameters() if not p.requires_grad}
         self.step, self.task_index, self.task_step, self.bad_steps = 0, 0, 0, 0
         self.matrix: list[list[float]] = []
+        self.changes: list[str] = []
+        """What resumed runs had otherwise than the run before, in words: another learning rate, schedule or number of epochs."""
         self.stream: Stream | None = None
         self.loader: Loader | None = None
         self._outputs: dict[str, list[Tensor]] = {}
@@ -301,7 +304,9 @@ class Trainer:
 
         Args:
             stream: the tasks.
-            resume: go on from the newest good checkpoint in `folder`, if there is one.
+            resume: go on from the newest good checkpoint in `folder`, if there is one. Learning rate, schedule, and the epochs of
+                an unfinished task or of a one-task run may be others than before; that is said and kept in `changes`. A run that
+                is finished and not prolonged is left as it is.
 
         Without `resume`, checkpoints of an earlier run in `folder` are moved to `folder`/previous/N. While it runs, `folder`
         belongs to this run alone. SIGTERM and SIGUSR1 have a checkpoint written, and `stopped` is true afterwards.
@@ -316,7 +321,8 @@ class Trainer:
             Interrupted: a KeyboardInterrupt, after a Ctrl-C and with a checkpoint in `folder`; a second one ends the process
                 with exit code 130. Uncaught it ends a script with that code and one line. Without a folder a Ctrl-C is Python's
                 own KeyboardInterrupt, at once.
-            RuntimeError: too many consecutive steps without a finite gradient.
+            RuntimeError: too many consecutive steps without a finite gradient, naming ranks, samples and tensors; a folder that
+                cannot be written to; weights that are not finite when a checkpoint is due.
         """
         self.validate(stream)
         self.stream, self.num_tasks = stream, len(stream)
@@ -326,21 +332,29 @@ class Trainer:
 
     def _fit(self, stream: Stream, resume: bool) -> list[list[float]]:
         """`fit`, once the ranks agree and own the folder."""
-        kept = checkpoint.latest(self.folder, world=self.world) if resume and self.folder is not None else None
+        kept = persist.newest(self) if resume and self.folder is not None else None
         for part in parts_of(type(self)) if kept is None else ():
             if "before_fit" in vars(part):
                 part.before_fit(self)  # type: ignore[attr-defined]
         self._stop_asked = self.stopped = self.had_ended = False
         self.stop_sign, self._seconds, self._since = 0, 0.0, time.monotonic()
         self._asked_at = (self.step, time.monotonic())
-        self.task_index, self.task_step, self.bad_steps, self.matrix = 0, 0, 0, []
+        self.task_index, self.task_step, self.bad_steps, self.matrix, self.changes = 0, 0, 0, [], []
         if self.folder is not None and not resume:
             persist.set_aside(self.folder, self.world)
         if kept is not None:
             persist.load(self, kept)
+            self.had_ended = self.task_index >= len(stream) and len(self.matrix) >= len(stream)
+        if self.had_ended:
+            persist.say(self, f"the run in {self.folder} is finished, after step {self.step - 1}; nothing to train (to prolong a "
+                              "run of one task, raise epochs)")
+            self._since = None
+            return self.matrix
+        if self.folder is not None:
+            checkpoint.try_writing(self.folder, world=self.world)
+        if kept is not None:
             if self.recorder is not None:
                 self.recorder.rewind(self.step - 1)
-            self.had_ended = self.task_index >= len(stream) and len(self.matrix) >= len(stream)
         try:
             with StopOnSignal(self):
                 if len(self.matrix) < self.task_index:  # stopped in that task's evaluation
@@ -486,9 +500,12 @@ class Trainer:
             self.recorder.scalars(record.step, values)
             self.recorder.advance()
         if self.bad_steps >= self.config.max_bad_steps:
+            found = where_not_finite(self, record)
+            if self.folder is not None and self.world.rank == 0:
+                checkpoint.withdraw(self.folder)
             raise RuntimeError(f"Trainer: {self.bad_steps} consecutive steps up to step {record.step} gave a gradient that is "
-                               "not finite, and were skipped on every rank; lower the learning rate or look at the data, or "
-                               "raise max_bad_steps")
+                               f"not finite, and were skipped on every rank; in the last of them, {found}; lower the learning "
+                               "rate or look at the data, or raise max_bad_steps")
 
     def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, targets and positions of the whole global batch: a function of the step, without communication."""

@@ -1,0 +1,111 @@
+"""Persistent buffers in checkpoints: each rank's own, as they are by then, whatever length a table has grown to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from everbatch.checkpoint import Checkpoint, Piece
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch
+
+__all__ = ["buffer_pieces", "check_buffers", "load_buffers", "persistent"]
+
+
+def persistent(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that torch's `state_dict` holds, each under its first name."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                result[f"{path}.{name}".lstrip(".")] = buffer
+    return result
+
+
+def buffer_pieces(module: nn.Module, rank: int) -> list[Piece]:
+    """This rank's persistent buffers."""
+    return [Piece(f"buffer/{rank}/{name}", tuple(b.shape), 0, b) for name, b in persistent(module).items()]
+
+
+def check_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
+    """Raise `CheckpointMismatch` unless `load_buffers` would take them. Local; no tensor data is read.
+
+    Sizes may differ, for tables grow and shrink; a buffer the run made on the way is made again. One that the model has and the
+    checkpoint lacks, that no module could hold, or of another number of dimensions, belongs to another model.
+    """
+    ours, theirs = persistent(module), _saved(kept, world)
+    lacking = sorted(set(ours) - set(theirs))
+    if lacking:
+        raise CheckpointMismatch(f"checkpoint {kept.path}: holds no buffers {lacking[:5]}, which the model has; build the same "
+                                 "model")
+    odd = [name for name in sorted(set(theirs) - set(ours)) if not _ignored(module, name, kept) and not _room(module, name)]
+    if odd:
+        raise CheckpointMismatch(f"checkpoint {kept.path}: holds buffers {odd[:5]}, which the model lacks; build the same model")
+    for name, buffer in ours.items():
+        for key in theirs[name]:
+            shape, dtype = tuple(kept.shape(key)), kept.dtype(key)
+            if len(shape) != buffer.dim() or dtype.is_floating_point != buffer.is_floating_point():
+                raise CheckpointMismatch(f"checkpoint {kept.path}: buffer {name} is {dtype} {shape}, the model's is "
+                                         f"{buffer.dtype} {tuple(buffer.shape)}; build the same model")
+
+
+@torch.no_grad()
+def load_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
+    """Put them back: bit for bit at the same world size; at another, those that differ by rank become their mean, and of tables
+    of several lengths every rank gets the longest."""
+    ours = persistent(module)
+    for name, keys in _saved(kept, world).items():
+        if name not in ours and _ignored(module, name, kept):
+            continue
+        values = [kept.whole(key) for key in keys]
+        value = max(values, key=Tensor.numel)
+        if len(values) > 1 and value.is_floating_point() and len({v.shape for v in values}) == 1:
+            value = torch.stack([v.float() for v in values]).mean(0)
+        buffer = ours.get(name)
+        if buffer is not None and buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:
+            _place(module, name, buffer, value)
+
+
+def _place(module: nn.Module, name: str, old: Tensor | None, value: Tensor) -> None:
+    """Make `value` the buffer, under every name the old one has."""
+    if old is None:
+        path, _, last = name.rpartition(".")
+        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        part = module.get_submodule(path)
+        part.register_buffer(last, value.to(device))
+        return
+    fresh = value.to(old.device, old.dtype)
+    for part in module.modules():
+        for last, buffer in part._buffers.items():
+            if buffer is old:
+                part._buffers[last] = fresh
+
+
+def _saved(kept: Checkpoint, world: World) -> dict[str, list[str]]:
+    """Keys of the saved buffers by name: this rank's where the world is the same, else every rank's."""
+    ranks = [world.rank] if kept.world_size == world.size else list(range(kept.world_size))
+    result: dict[str, list[str]] = {}
+    for rank in ranks:
+        prefix = f"buffer/{rank}/"
+        for key in kept.names():
+            if key.startswith(prefix):
+                result.setdefault(key.removeprefix(prefix), []).append(key)
+    return result
+
+
+def _ignored(module: nn.Module, name: str, kept: Checkpoint) -> bool:
+    """Whether the buffer is none of the state: not persistent, or unknown in a checkpoint that held those as well."""
+    path, _, last = name.rpartition(".")
+    part = dict(module.named_modules()).get(path)
+    return kept.meta.get("layout", 1) == 1 or (part is not None and last in part._non_persistent_buffers_set)
+
+
+def _room(module: nn.Module, name: str) -> bool:
+    """Whether the module is there and has nothing else of that name: a place kept free, or nothing yet."""
+    path, _, last = name.rpartition(".")
+    part = dict(module.named_modules()).get(path)
+    return part is not None and part._buffers.get(last) is None and (last in part._buffers or not hasattr(part, last))

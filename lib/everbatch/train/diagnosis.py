@@ -1,0 +1,65 @@
+"""Where a step that was skipped went wrong: which rank, which samples, which tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from everbatch.optim.nonfinite import nonfinite_weights
+from everbatch.train.record import StepRecord
+
+if TYPE_CHECKING:
+    from everbatch.train.trainer import Trainer
+
+__all__ = ["where_not_finite"]
+
+
+def where_not_finite(trainer: Trainer, record: StepRecord) -> str:
+    """What in a skipped step was not finite, in words, the same on every rank: of the first rank that has any, the samples and
+    the first tensor on the way from inputs over weights and logits to gradients. One gather; host syncs."""
+    weights = nonfinite_weights(trainer.optimizer.host)
+    mine = _inputs(record) or ((f"weight {weights[0]!r}", []) if weights else _logits(record))
+    ids = [key for part in record.parts for key in part.ids.tolist()]
+    if mine is None and not bool(torch.isfinite(record.loss).all()):
+        mine = "the loss", ids
+    everywhere: list[Any] = trainer.world.gather((mine, ids, trainer.optimizer.last_nonfinite))
+    gradient = next((name for *_, name in everywhere if name), None)
+    tail = f", and the first gradient is that of {gradient!r}" if gradient else ""
+    for rank, (found, all_ids, _) in enumerate(everywhere):
+        if found is not None:
+            what, chosen = found
+            return f"the first tensor that is not finite is {what} on rank {rank}, samples {_short(chosen or all_ids)}{tail}"
+    rank = next((r for r, (*_, name) in enumerate(everywhere) if name), 0)
+    samples = _short(everywhere[rank][1])
+    return (f"losses are finite on every rank, and the first tensor that is not finite is the gradient of {gradient!r} on rank "
+            f"{rank}, samples {samples}")
+
+
+def _inputs(record: StepRecord) -> tuple[str, list[int]] | None:
+    """The first part with inputs that are not finite, and the ids of their samples."""
+    for part in record.parts:
+        bad = _bad(part.inputs)
+        if bad.any():
+            return f"the input (part {part.part!r})", part.ids[bad[: len(part.ids)].to(part.ids.device)].tolist()
+    return None
+
+
+def _logits(record: StepRecord) -> tuple[str, list[int]] | None:
+    """The same of logits."""
+    for part in record.parts:
+        outputs = record.outputs.get(part.part)
+        bad = _bad(outputs) if outputs is not None else torch.zeros(0, dtype=torch.bool)
+        if bad.any() and len(bad) == len(part.ids):
+            return f"the logits (part {part.part!r})", part.ids[bad.to(part.ids.device)].tolist()
+    return None
+
+
+def _bad(rows: Tensor) -> Tensor:
+    """(n,) bool: rows with an element that is not finite."""
+    return ~torch.isfinite(rows.reshape(len(rows), -1)).all(1) if rows.is_floating_point() else torch.zeros(0, dtype=torch.bool)
+
+
+def _short(ids: list[int]) -> str:
+    return f"{ids[:8]}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
