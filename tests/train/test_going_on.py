@@ -71,10 +71,10 @@ def test_a_finished_run_of_one_task_is_prolonged_as_if_it_had_been_longer(tmp_pa
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     matrix = alone(tmp_path).fit(one_task())
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
     again = alone(tmp_path, model=learning.net(9), optimizer=functools.partial(learning.PLAIN.func, lr=0.7, momentum=0.9))
     assert again.fit(one_task(), resume=True) == matrix and again.had_ended and again.changes == []
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
     assert f"the run in {tmp_path} is finished, after step {again.step - 1}; nothing to train" in capsys.readouterr().out
 
 
