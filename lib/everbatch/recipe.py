@@ -24,6 +24,7 @@ from everbatch.data import Source, load
 from everbatch.ends import guard
 from everbatch.errors import check, nearest
 from everbatch.nn import SmallConv
+from everbatch.nn.probe import check_input
 from everbatch.optim import (
     ASAM,
     EMA,
@@ -56,7 +57,7 @@ class Data:
     """Where samples come from, and what is done to them."""
 
     source: str = "digits"
-    """digits, imagefolder:PATH, torchvision:NAME:ROOT or npz:PATH."""
+    """digits, the path of a folder of images or of an .npz file, or torchvision:NAME:ROOT; see `everbatch.data.load`."""
     image_size: int | None = None
     """Side of the images in pixels; by default the size the data has."""
     download: bool = False
@@ -139,15 +140,20 @@ class Model:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(seed, "model"))
             if self.name == "small_conv":
-                return SmallConv(sample.shape[0], num_classes, sample.shape[-1])
+                check(sample.ndim == 3, "model", f"samples of shape {tuple(sample.shape)}", "be (C, H, W) images")
+                model: nn.Module = SmallConv(sample.shape[0], num_classes, sample.shape[-1])
+                check_input(model, sample, self.name)
+                return model
             try:
                 import timm
             except ImportError as error:
                 raise ImportError("model: timm is not installed; pip install everbatch[vision]") from error
             check(timm.is_model(self.name), "model", f"name={self.name!r}", "be small_conv or a model of timm",
                   nearest(self.name, [*timm.list_models(), "small_conv"]))
-            return timm.create_model(self.name, pretrained=self.pretrained, num_classes=num_classes,
-                                     in_chans=sample.shape[0])
+            model = timm.create_model(self.name, pretrained=self.pretrained, num_classes=num_classes,
+                                      in_chans=sample.shape[0])
+            check_input(model, sample, self.name)
+            return model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ from torch.nn import functional
 from everbatch import checkpoint, seeds
 from everbatch.compose import parts_of
 from everbatch.data import Batch, Loader, Stream, Task
+from everbatch.data.loader import check_workers
+from everbatch.data.notes import notes_of, tell
 from everbatch.distributed import init
 from everbatch.errors import check
 from everbatch.logging import Recorder
@@ -114,6 +116,7 @@ class Trainer:
                                 ("checkpoint_every", 0), ("max_bad_steps", 1), ("workers", 0)):
                 value = getattr(self, name)
                 check(isinstance(value, int) and value >= least, "Trainer", f"{name}={value!r}", f"be an integer >= {least}")
+            check_workers("Trainer", self.workers)
             check(self.precision in ("fp32", "bf16"), "Trainer", f"precision={self.precision!r}", "be fp32 or bf16")
             check(0 <= self.label_smoothing < 1, "Trainer", f"label_smoothing={self.label_smoothing!r}", "be in [0, 1)")
 
@@ -326,6 +329,8 @@ class Trainer:
         """
         self.validate(stream)
         self.stream, self.num_tasks = stream, len(stream)
+        for note in notes_of(stream):
+            tell(f"data: {note}")
         persist.agree(self.world, {**persist.identity(self), "resume": resume})
         with nullcontext() if self.folder is None else claimed(self.folder, self.world):
             return self._fit(stream, resume)
