@@ -178,3 +178,19 @@ def test_odd_pictures_are_read(tmp_path: Path) -> None:
     got = source.fetch(torch.arange(9))
     assert got.shape == (9, 3, 6, 6) and got[:, :, 3, 3].tolist() == [
         [0, 0, 0], [10, 20, 30], [10, 20, 30], [255, 255, 255], [7, 7, 7], [10, 20, 30], [255, 255, 255], [10, 20, 30], [9, 9, 9]]
+
+
+@pytest.mark.parametrize("size", [0, 8193, 10**18, 1.5, True, "32"])
+def test_the_size_of_images_is_bounded(size: object) -> None:
+    with pytest.raises(ValueError, match=r"image_size=.*, must be an integer in \[1, 8192\]"):
+        load("digits", train=True, image_size=size)  # type: ignore[arg-type]
+
+
+def test_a_folder_too_deep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(tmp_path / "pets" / "cat")
+    fill(tmp_path / "pets" / "dog")
+    assert load(tmp_path, train=True).classes == ("pets",)
+    assert f"if the folders in it are the classes, open {str(tmp_path / 'pets')!r}" in capsys.readouterr().err
+    fill(tmp_path / "one" / "cat", 1)
+    with pytest.raises(ValueError, match="1 sample of class 'cat', must be at least 2"):
+        load(tmp_path / "one", train=True)

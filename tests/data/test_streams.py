@@ -111,6 +111,8 @@ def test_domains_have_their_own_ids() -> None:
         domain_incremental([])
     with pytest.raises(ValueError, match="has classes"):
         domain_incremental([(train, test), pair(2)])
+    with pytest.raises(ValueError, match="a TensorSource in place 0, must be a .train, test. pair"):
+        domain_incremental([train, test])  # type: ignore[list-item]
 
 
 def images() -> TensorSource:

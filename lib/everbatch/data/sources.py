@@ -289,8 +289,9 @@ def load(
     """
     kind, rest = _named(spec)
     check((kind == "digits") == (not rest), "load", f"{str(spec)!r}", "be 'digits' or 'kind:path'")
-    check(image_size is None or 1 <= image_size <= LARGEST_IMAGE, "load", f"image_size={image_size!r}",
-          f"be in [1, {LARGEST_IMAGE}]")
+    whole = isinstance(image_size, int) and not isinstance(image_size, bool)
+    check(image_size is None or (whole and 1 <= image_size <= LARGEST_IMAGE), "load", f"image_size={image_size!r}",
+          f"be an integer in [1, {LARGEST_IMAGE}]")
     check(resize in ("crop", "square"), "load", f"resize={resize!r}", "be 'crop' or 'square'")
     check(channels in (None, 1, 3), "load", f"channels={channels!r}", "be 1 or 3")
     if kind == "digits":

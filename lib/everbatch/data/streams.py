@@ -239,6 +239,9 @@ def domain_incremental(domains: Sequence[tuple[Samples, Samples]]) -> Stream:
     """
     who = "domain_incremental"
     check(len(domains) > 0, who, "no domains", "be at least one (train, test) pair")
+    for index, pair in enumerate(domains):
+        check(isinstance(pair, tuple | list) and len(pair) == 2, who, f"a {type(pair).__name__} in place {index}",
+              "be a (train, test) pair")
     flat = in_one_label_space(who, [as_source(part) for pair in domains for part in pair])
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
     for pair in pairs:
