@@ -50,6 +50,8 @@ class Recipe:
     """class: no task id at test; task: the task id is given at test."""
     output: str = "runs/class_incremental"
     """Folder of this run: result.json, config.yaml, figures, TensorBoard, checkpoints."""
+    init: str | None = None
+    """Begin a new run with the weights of another: its folder, one of its checkpoints, or a .safetensors file."""
     resume: bool = False
     """Go on from the newest good checkpoint in the output folder; workers that torchrun restarts do so anyway."""
     dry_run: bool = False
@@ -82,12 +84,12 @@ def train(options: Recipe, job: Run) -> None:
         mixins[WarmStart] = options.warm_start
     learner = type("Learner", (*mixins, Trainer), {})
     trainer = learner(
-        options.model.build(sample, stream.num_classes, options.trainer.seed),
+        job.start(options.model.build(sample, stream.num_classes, options.trainer.seed)),
         options.optimizer.build(Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)),
         options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
         config=options.trainer, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
         folder=job.checkpoints, recorder=recorder, num_tasks=len(stream),
-        identity=options.data.identity,
+        identity=options.data.identity | job.identity,
         **{f"{part.__name__.lower()}_{k}": v for part, chosen in mixins.items() for k, v in vars(chosen).items()})
     if options.dry_run:
         if world.rank == 0:

@@ -35,6 +35,7 @@ from everbatch.plots import compare_curves
 from everbatch.recipe import Data, Engine, Model, Optimizer, guard
 from everbatch.strict_yaml import dump_text
 from everbatch.train import StepRecord, Trainer, TrainerMixin, WarmStart
+from everbatch.train.begin import begin_from
 from everbatch.train.run import Run
 
 ARMS = {"fresh": "start over", "warm": "warm start", "shrink_perturb": "shrink and perturb"}
@@ -68,6 +69,8 @@ class Recipe:
     """Channels of small_conv's first convolution; >= 1."""
     output: str = "runs/growing_data"
     """Folder of this run: result.json, config.yaml, the figure."""
+    init: str | None = None
+    """Begin with the weights of another run: its folder, one of its checkpoints, or a .safetensors file. Not the arm fresh."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
 
@@ -187,7 +190,10 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World) 
     learner = type("Learner", ((WarmStart,) if arm != "warm" else ()) + (Fitted, Trainer), {})
     engine = options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size)
     engine = "plain" if engine == "ddp" and world.size == 1 else engine
-    trainer = learner(model(seed), optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
+    first = model(seed)
+    if options.init is not None and arm != "fresh":
+        begin_from(first, options.init, world)
+    trainer = learner(first, optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
                       augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
     matrix = trainer.fit(stream)
     return [matrix[k][k] for k in range(len(stream))], list(trainer.states[Fitted].epochs)

@@ -61,6 +61,8 @@ class Recipe:
     """Epochs between evaluations beside the one at the end; 0 for none."""
     output: str = "runs/large_batch"
     """Folder of this run: result.json, config.yaml, figures, TensorBoard, checkpoints."""
+    init: str | None = None
+    """Begin a new run with the weights of another: its folder, one of its checkpoints, or a .safetensors file."""
     resume: bool = False
     """Go on from the newest good checkpoint in the output folder; workers that torchrun restarts do so anyway."""
     dry_run: bool = False
@@ -209,11 +211,12 @@ def train(options: Recipe, spare: int, job: Run) -> None:
     shape = tuple(stream.fetch(stream.tasks[0].train_ids[:1]).shape[1:])
     factory = Factory(model=options.model, shape=shape, num_classes=stream.num_classes)
     trainer = learner(
-        model, replace(options.optimizer, lr=options.peak_lr).build(factory),
+        job.start(model), replace(options.optimizer, lr=options.peak_lr).build(factory),
         options.engine.build(options.global_batch, accumulation, world.size),
         config=replace(options.trainer, accumulation=accumulation), augment=options.data.augmentation(shape[-1]),
         prepare=options.data.prepare, folder=job.checkpoints, recorder=recorder,
-        identity=options.data.identity, progress_eval_every=options.eval_every, progress_devices=world.size + spare,
+        identity=options.data.identity | job.identity,
+        progress_eval_every=options.eval_every, progress_devices=world.size + spare,
         **({f"conadv_{k}": v for k, v in vars(adversary).items()} if adversary else {}))
     batch = (f"global batch {options.global_batch} = {world.size} rank{'s' * (world.size > 1)} x {accumulation} micro-batches x "
              f"{options.micro_batch}; peak learning rate {options.peak_lr:g}")

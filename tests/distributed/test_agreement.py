@@ -40,7 +40,7 @@ def test_arguments(zygote: Zygote, tmp_path: Path, case: str) -> None:
     assert all(job.codes) and job.seconds < 30, job
     lines = [line for line in job.err.splitlines() if line.startswith("class_incremental:")]
     assert len(lines) == 1 and text in lines[0] and "Traceback" not in job.err, job.err
-    assert not (tmp_path / "run").exists() and not Path("/tmp/elsewhere").exists()
+    assert not list((tmp_path / "run").glob("[!.]*")) and not Path("/tmp/elsewhere").exists()
 
 
 ENVIRONMENTS = {

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from everbatch import runs
 from everbatch.config import resolved
 from everbatch.data import Stream
@@ -16,6 +18,7 @@ from everbatch.distributed import World
 from everbatch.logging import Recorder
 from everbatch.recipe import recorded, restarted, resumable
 from everbatch.train import persist
+from everbatch.train.begin import begin_from
 from everbatch.train.signals import Interrupted
 from everbatch.train.trainer import Trainer
 
@@ -31,6 +34,7 @@ class Run:
         recorder: None for a dry run.
         checkpoints: folder for `Trainer`; None for a dry run.
         resume: whether to go on from a checkpoint: asked for, or started again by a launcher, on any rank.
+        goes_on: whether there is one.
     """
 
     def __init__(self, options: Any, world: World) -> None:
@@ -38,6 +42,8 @@ class Run:
         self.resume = bool(getattr(options, "resume", False)) or not world.all(not restarted())
         self.recorder = None if options.dry_run else Recorder(self.folder, world.rank)
         self.checkpoints = None if options.dry_run else self.folder / "checkpoints"
+        there = self.resume and resumable(self.folder) and not runs.half_moved(self.folder)
+        self.goes_on = bool(world.gather(there)[0])
 
     @classmethod
     @contextmanager
@@ -55,24 +61,30 @@ class Run:
         with runs.claimed(options.output, world, shared=shared):
             yield cls(options, world)
 
-    def begin(self) -> bool:
-        """Make the folder ready: whether the run goes on from a checkpoint there; if not, everything of an earlier run is moved
-        to previous/N. Everything is tried for writing. Collective."""
-        goes_on: bool = runs.together(self.world, self.folder, self._ready)[0]
-        runs.try_writing(self.folder, self.world, checkpoints=self.checkpoints is not None)
-        return goes_on
+    def start(self, model: nn.Module) -> nn.Module:
+        """The bare model as this run begins with it: with the weights of `init`, where a new run names one. Collective."""
+        if self.options.init is not None and not self.goes_on:
+            begin_from(model, self.options.init, self.world)
+        return model
 
-    def _ready(self) -> bool:
-        if self.world.rank:
-            return False
-        goes_on = self.resume and resumable(self.folder) and not runs.half_moved(self.folder)
-        moved = None if goes_on else runs.set_aside(self.folder)
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must repeat of how this one began."""
+        return {} if self.options.init is None else {"init": self.options.init}
+
+    def begin(self) -> None:
+        """Make the folder ready: where the run does not go on from a checkpoint there, everything of an earlier run is moved to
+        previous/N. Everything is tried for writing. Collective."""
+        runs.together(self.world, self.folder, self._ready)
+        runs.try_writing(self.folder, self.world, checkpoints=self.checkpoints is not None)
+
+    def _ready(self) -> None:
+        moved = None if self.goes_on or self.world.rank else runs.set_aside(self.folder)
         assert self.recorder is not None
         if moved is not None:
             self.recorder.say(f"what an earlier run left in {self.folder} is in {moved} now")
-        elif self.resume and not goes_on:
+        elif self.resume and not self.goes_on:
             self.recorder.say(f"nothing to resume in {self.folder}: this run begins anew")
-        return goes_on
 
     def fit(self, trainer: Trainer, stream: Stream) -> list[list[float]] | None:
         """`Trainer.fit` in the folder. None where nothing was left to do: the run had ended, and its results are untouched.
@@ -81,12 +93,12 @@ class Run:
             SystemExit: stopped by a signal, with a checkpoint and a line that says so; 130 after a Ctrl-C, else 143.
         """
         trainer.validate(stream)
-        goes_on = self.begin()
+        self.begin()
         assert self.recorder is not None
         first = self.world.rank == 0
-        with recorded(self.options, self.folder / "config.yaml", resume=goes_on, write=first) as kept:
+        with recorded(self.options, self.folder / "config.yaml", resume=self.goes_on, write=first) as kept:
             try:
-                matrix = trainer.fit(stream, resume=goes_on)
+                matrix = trainer.fit(stream, resume=self.goes_on)
             except Interrupted:
                 matrix = trainer.matrix
             if trainer.had_ended and self._told(trainer):
