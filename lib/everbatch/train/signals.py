@@ -42,8 +42,8 @@ class StopOnSignal:
     signal ranks and launcher, which passes its own on to the ranks.
 
     A second Ctrl-C, `TWICE_S` later or more, ends it at once with exit code 130; in an interactive session it raises
-    KeyboardInterrupt. torchrun leaves at its second Ctrl-C without passing it on, so a launcher that goes after a first
-    Ctrl-C counts as one. SIGINT is left alone where it was ignored, as in background jobs.
+    KeyboardInterrupt. torchrun passes its second Ctrl-C on as SIGTERM, so that counts as one after a first. SIGINT is left
+    alone where it was ignored, as in background jobs.
 
     A handler of Python's waits until the main thread is back from C, which a rank whose peer is gone never is. Hence a thread
     that looks at the time: Python writes the numbers of signals to it as they come. Windows has no SIGUSR1.
@@ -62,7 +62,6 @@ class StopOnSignal:
         if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
             return
         self.trainer._signals = True
-        self.launcher = os.getppid()
         self.ends = socket.socketpair()
         self.ends[0].settimeout(None)  # whatever socket.setdefaulttimeout says
         self.ends[1].setblocking(False)
@@ -85,8 +84,8 @@ class StopOnSignal:
         first, ctrl_c = math.inf, False
         while sign := self.ends[0].recv(1)[0]:
             since = time.monotonic() - first
-            alone = sign in self.SIGNALS and ctrl_c and os.getppid() != self.launcher
-            if (sign == signal.SIGINT and since >= self.TWICE_S and not hasattr(sys, "ps1")) or alone:
+            again = sign == signal.SIGINT or (sign in self.SIGNALS and ctrl_c)
+            if again and since >= self.TWICE_S and not hasattr(sys, "ps1"):
                 end(128 + signal.SIGINT)
             if sign in self.SIGNALS and since >= self.GRACE_S:
                 ctypes.pythonapi.PyOS_setsig(sign, None)  # SIG_DFL; signal.signal() is for the main thread
