@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,41 @@ def test_compose_sorts_and_builds_the_class_a_statement_would() -> None:
 def test_compose_refuses_what_is_no_mixin() -> None:
     refused("is not a mixin; pass mixins first and base=...", lambda: compose(torch.optim.SGD, base=torch.optim.Adam))
     refused("is not a mixin", lambda: compose(OptimizerMixin, SAM, torch.nn.Linear, base=torch.optim.SGD))
+
+
+SGD = torch.optim.SGD
+ONE = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize(("mixins", "base", "text"), [
+    ((SAM,), "sgd", "compose: base='sgd' is not a class; pass base=torch.optim.SGD"),
+    ((SAM,), "torch.optim.AdamW", "is not a class; pass base=torch.optim.AdamW"),
+    ((SAM,), "sdg", "pass one such as base=torch.optim.SGD; did you mean 'sgd'?"),
+    ((SAM,), SGD(ONE.parameters()), "base=an instance of SGD is not a class; pass base=torch.optim.SGD and its options to the "
+                                    "class that compose returns"),
+    ((SAM,), functools.partial(SGD, lr=0.1), "base=functools.partial(SGD, ...) is not a class; pass base=torch.optim.SGD and its "
+                                             "options (lr=0.1) to the class that compose returns"),
+    ((SAM,), functools.partial(SGD), "pass base=torch.optim.SGD and its options to the class"),
+    ((SAM,), torch.optim, "is not a class; pass one such as base=torch.optim.SGD"),
+    ((SAM,), lambda p: SGD(p), "is not a class; pass one such as base=torch.optim.SGD"),
+    ((SAM, SGD), None, "torch.optim.SGD is the base, not a mixin; write compose(SAM, base=torch.optim.SGD)"),
+    ((SAM, "sgd"), None, "'sgd' is the base, not a mixin; write compose(SAM, base=torch.optim.SGD)"),
+    ((SAM, functools.partial(SGD, lr=0.1)), None, "is the base, not a mixin; write compose(SAM, base=torch.optim.SGD)"),
+    ((SAM,), None, "no base; name the class that the mixins stand on, as in compose(SAM, base=torch.optim.SGD)"),
+    ((SAM,), ClipGradNorm, "base=ClipGradNorm is a mixin; pass it before base="),
+    ((SAM,), nn.Linear, "SAMLinear: its base Linear is no optimizer with a step of its own; end the class in one"),
+    ((SAM,), torch.optim.Optimizer, "its base Optimizer is no optimizer with a step of its own"),
+    ((SAM,), compose(SAM, base=SGD), "SAM is a part of base=SAMSGD already; leave one of them out"),
+    ((SAM, ClipGradNorm, SAM), SGD, "SAM is given twice; list it once"),
+    (("sam",), SGD, "'sam' is not a mixin; pass the class everbatch.optim.SAM"),
+    (("clipgradnrm",), SGD, "is not a mixin; did you mean 'clipgradnorm'?"),
+    (([SAM],), SGD, "is not a mixin; pass mixins one by one, compose(A, B, base=...)"),
+])
+def test_compose_says_in_one_line_which_call_works(mixins: Any, base: Any, text: str) -> None:
+    refused(text, lambda: compose(*mixins, base=base))
+    with pytest.raises(CompositionError) as error:
+        compose(*mixins, base=base)
+    assert "\n" not in str(error.value)
 
 
 def test_a_composed_class_can_be_composed_further() -> None:

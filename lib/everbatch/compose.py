@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 from typing import Any, ClassVar
 
+from everbatch.compose_call import check_call
 from everbatch.errors import CompositionError, check, nearest
 
 __all__ = ["Contract", "Cost", "compose"]
@@ -52,7 +53,7 @@ class Contract:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if Contract in cls.__bases__:
+        if Contract in cls.__bases__ or _finished(cls) is not None:
             return
         base = base_of(cls)
         if base is None:
@@ -68,8 +69,19 @@ class Contract:
         return rest
 
 
+def _finished(cls: type) -> type | None:
+    """The composed class that `cls` only imitates, as Lightning and Fabric make `type(..., (Wrapper, type(opt)), {})` for their
+    wrappers. A class in front that shares a base with it, as an optimizer does, is no wrapper: it stands in a wrong place."""
+    front, *rest = cls.__bases__
+    if issubclass(front, Contract):
+        return None
+    whole = [_finished(b) or b for b in rest if issubclass(b, Contract) and base_of(b) is not None]
+    return next((b for b in whole if set(front.__mro__) & set(b.__mro__) == {object}), None)
+
+
 def base_of(cls: type) -> type | None:
     """The class the parts stand on: the first in the method resolution order outside the contract; None for a part."""
+    cls = _finished(cls) or cls
     for entry in cls.__mro__:
         if not issubclass(entry, Contract) and entry is not object:
             return entry
@@ -139,16 +151,16 @@ def sort_parts(parts: tuple[type, ...]) -> tuple[type, ...]:
     return tuple(result)
 
 
-def compose(*mixins: type, base: type, name: str | None = None) -> type:
+def compose(*mixins: type, base: Any = None, name: str | None = None) -> type:
     """Build the class that lists `mixins` in a legal order over `base`, as a class statement would.
 
     Args:
         mixins: parts of one family, any order; may be empty for optimizers (the base with the step protocol alone).
-        base: the class below them, such as `torch.optim.SGD` or a trainer.
+        base: the class below them, such as `torch.optim.SGD` or a trainer. Its options go to the class that is built.
         name: name of the new class; by default the names of the parts and of the base, joined.
 
     Raises:
-        CompositionError: two owners of one resource, contradicting orders, a class that is not a part.
+        CompositionError: two owners of one resource, contradicting orders, a mixin that is none, a base that is no class.
 
     >>> import torch
     >>> from everbatch import compose
@@ -156,9 +168,7 @@ def compose(*mixins: type, base: type, name: str | None = None) -> type:
     >>> compose(SAM, ClipGradNorm, base=torch.optim.SGD).__name__
     'ClipGradNormSAMSGD'
     """
-    for part in mixins:
-        if not (isinstance(part, type) and issubclass(part, Contract) and base_of(part) is None):
-            raise CompositionError(f"compose: {part!r} is not a mixin; pass mixins first and base=...")
+    check_call(mixins, base, name)
     parts = sort_parts(tuple(mixins))
     roots = tuple(dict.fromkeys(root for part in parts for root in part.__mro__ if _is_root(root)))
     if not parts:

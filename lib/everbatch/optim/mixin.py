@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.compose import Contract, Cost, base_of, parts_of, reject_unknown
-from everbatch.errors import UnsupportedHost, check
+from everbatch.errors import CompositionError, UnsupportedHost, check
 from everbatch.optim import state as persistence
 from everbatch.optim.accumulation import Accumulation
 from everbatch.optim.hosts.base import Host
@@ -48,6 +48,13 @@ class OptimizerMixin(Contract):
     host: Host
     metrics: dict[str, Tensor]
     """What mixins logged during the last step: 0-dim tensors, still on the device."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = base_of(cls)
+        if base is not None and (not issubclass(base, torch.optim.Optimizer) or base is torch.optim.Optimizer):
+            raise CompositionError(f"{cls.__name__}: its base {base.__name__} is no optimizer with a step of its own; end the "
+                                   "class in one, such as torch.optim.SGD")
 
     def __init__(self, params: Any, *, seed: int = 0, scaler: Any | None = None, **options: Any) -> None:
         """Build over plain torch, DDP or FSDP2.
@@ -141,11 +148,16 @@ class OptimizerMixin(Contract):
             self.host = LocalHost(self, *host.recipe())
             self._accumulation = Accumulation(type(self).__name__, self.host)
 
+    def _own(self, name: str) -> Any:
+        if name not in self.__dict__:  # a wrapper that imitates this type, and forwards what it lacks
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        return self.__dict__[name]
+
     # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         inner = getattr(self.__dict__.get("host"), "inner", None)
-        return inner.param_groups if inner is not None else self.__dict__["param_groups"]  # type: ignore[no-any-return]
+        return inner.param_groups if inner is not None else self._own("param_groups")  # type: ignore[no-any-return]
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
@@ -154,7 +166,7 @@ class OptimizerMixin(Contract):
     @property
     def state(self) -> Any:
         inner = getattr(self.__dict__.get("host"), "inner", None)
-        return inner.state if inner is not None else self.__dict__["state"]
+        return inner.state if inner is not None else self._own("state")
 
     @state.setter
     def state(self, value: Any) -> None:
