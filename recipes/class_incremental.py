@@ -17,10 +17,11 @@ if __name__ == "__main__":
 from everbatch import config
 from everbatch.data import class_incremental, task_incremental
 from everbatch.distributed import init
+from everbatch.errors import check, check_whole
 from everbatch.logging import versions
 from everbatch.metrics import summary
 from everbatch.plots import accuracy_heatmap
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
+from everbatch.recipe import MEMORY, Data, Engine, Factory, Model, Optimizer, check_together, guard, unused_together
 from everbatch.strict_yaml import dump_text
 from everbatch.train import Consolidate, Replay, Trainer, WarmStart
 from everbatch.train.evaluate import accuracies
@@ -56,6 +57,21 @@ class Recipe:
     """Go on from the newest good checkpoint in the output folder; workers that torchrun restarts do so anyway."""
     dry_run: bool = False
     """Print the resolved configuration and what a step costs, and stop."""
+
+    def __post_init__(self) -> None:
+        check_together(self)
+        check_whole("class_incremental", "tasks", self.tasks, 1)
+        check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
+              "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
+
+    def unused(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why."""
+        found = unused_together(self)
+        if not self.optimizer.remembers and not self.consolidate.isolate:
+            found["consolidate"] = f"it calls optimizer.{', optimizer.'.join(MEMORY)}, and none is given"
+        if self.optimizer.shrink_perturb is None:
+            found["warm_start"] = "it calls optimizer.shrink_perturb, which is not given"
+        return found
 
 
 def main() -> None:

@@ -27,17 +27,18 @@ from everbatch import config, seeds
 from everbatch.compose import base_of, compose, parts_of
 from everbatch.data import Source, Stream, TensorSource, growing
 from everbatch.distributed import World, init
-from everbatch.errors import check
+from everbatch.errors import check, check_real, check_whole
 from everbatch.logging import Recorder, versions
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.plots import compare_curves
-from everbatch.recipe import Data, Engine, Model, Optimizer, guard
+from everbatch.recipe import Data, Engine, Model, Optimizer, check_together, guard, unused_together
 from everbatch.strict_yaml import dump_text
 from everbatch.train import StepRecord, Trainer, TrainerMixin, WarmStart
 from everbatch.train.begin import begin_from
 from everbatch.train.run import Run
 
+KEPT = "this recipe writes no checkpoints"
 ARMS = {"fresh": "start over", "warm": "warm start", "shrink_perturb": "shrink and perturb"}
 
 
@@ -49,7 +50,8 @@ class Recipe:
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     engine: Engine = field(default_factory=Engine)
-    trainer: Trainer.Config = field(default_factory=Trainer.Config)
+    trainer: Trainer.Config = field(default_factory=Trainer.Config, metadata={"idle": {
+        "checkpoint_every": KEPT, "keep_last": KEPT, "eval_future": "all rounds are tested on the same samples"}})
     shrink: float = 0.4
     """Factor on the old weights; in [0, 1]."""
     perturb: float = 0.1
@@ -75,12 +77,27 @@ class Recipe:
     """Print the resolved configuration and stop."""
 
     def __post_init__(self) -> None:
-        check(self.rounds >= 2, "growing_data", f"rounds={self.rounds}", "be >= 2")
-        check(0 < self.first < 1, "growing_data", f"first={self.first}", "be in (0, 1)")
-        check(self.seeds >= 1, "growing_data", f"seeds={self.seeds}", "be >= 1")
-        check(self.pixel_noise >= 0, "growing_data", f"pixel_noise={self.pixel_noise}", "be >= 0")
-        check(self.width >= 1, "growing_data", f"width={self.width}", "be >= 1")
-        check(bool(self.arms), "growing_data", "arms=()", "name at least one")
+        who = "growing_data"
+        check_together(self)
+        check_whole(who, "rounds", self.rounds, 2)
+        check_real(who, "first", self.first, 0.0, 1.0, open_low=True, open_high=True)
+        check_real(who, "shrink", self.shrink, 0.0, 1.0)
+        check_real(who, "perturb", self.perturb, 0.0)
+        check_whole(who, "seeds", self.seeds, 1)
+        check_real(who, "pixel_noise", self.pixel_noise, 0.0)
+        check_whole(who, "width", self.width, 1, 2**16)
+        check(bool(self.arms), who, "arms=()", "name at least one")
+        check(len(set(self.arms)) == len(self.arms), who, f"arms={list(self.arms)}", "name each once")
+        check(self.optimizer.shrink_perturb is None, who, "optimizer.shrink_perturb", "be null", "set shrink and perturb")
+
+    def unused(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why."""
+        found = unused_together(self)
+        if self.model.name != "small_conv":
+            found["width"] = "it is small_conv's"
+        if "shrink_perturb" not in self.arms:
+            found |= dict.fromkeys(("shrink", "perturb"), "arms has no shrink_perturb")
+        return found
 
 
 class Fitted(TrainerMixin):

@@ -22,11 +22,11 @@ if __name__ == "__main__":
 from everbatch import config
 from everbatch.data import Stream, iid
 from everbatch.distributed import init
-from everbatch.errors import check
+from everbatch.errors import check, check_whole
 from everbatch.logging import versions
 from everbatch.optim.rules import scaled_lr
 from everbatch.plots import compare_curves
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, guard
+from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, check_together, guard, unused_together
 from everbatch.strict_yaml import dump_text
 from everbatch.train import ConAdv, StepRecord, Trainer, TrainerMixin
 from everbatch.train.adversary import Role, serve, split_ranks
@@ -44,9 +44,11 @@ class Recipe:
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     engine: Engine = field(default_factory=Engine)
-    trainer: Trainer.Config = field(default_factory=lambda: Trainer.Config(decay_vectors=False))
+    trainer: Trainer.Config = field(default_factory=lambda: Trainer.Config(decay_vectors=False), metadata={"idle": {
+        "batch_size": "set global_batch", "accumulation": "set micro_batch", "eval_future": "there is one task"}})
     """batch_size and accumulation follow from global_batch and micro_batch, and are left out here."""
-    conadv: ConAdv.Config | None = None
+    conadv: ConAdv.Config | None = field(default=None, metadata={"idle": {
+        "mean": "it is data.mean", "std": "it is data.std", "classes": "the data have them"}})
     """Concurrent adversarial learning; null for none. Its mean and std are those of data."""
     global_batch: int = 512
     """Samples of one update, over all ranks and micro-batches; a multiple of ranks * micro_batch."""
@@ -56,7 +58,7 @@ class Recipe:
     """How optimizer.lr, tuned at base_batch, grows with global_batch: not at all, in proportion (SGD), with the square root
     (Adam, LAMB)."""
     base_batch: int = 256
-    """Batch size that optimizer.lr belongs to; >= 1. Unused with lr_rule=none."""
+    """Batch size that optimizer.lr belongs to, with lr_rule=linear or sqrt; >= 1."""
     eval_every: int = 0
     """Epochs between evaluations beside the one at the end; 0 for none."""
     output: str = "runs/large_batch"
@@ -69,8 +71,9 @@ class Recipe:
     """Print the resolved configuration and what a step costs, and stop. Opens the data, for its shape."""
 
     def __post_init__(self) -> None:
+        check_together(self)
         for name, least in (("global_batch", 1), ("micro_batch", 1), ("base_batch", 1), ("eval_every", 0)):
-            check(getattr(self, name) >= least, "large_batch", f"{name}={getattr(self, name)}", f"be >= {least}")
+            check_whole("large_batch", name, getattr(self, name), least)
         check(self.trainer.batch_size in (DEFAULT_BATCH, self.global_batch), "large_batch",
               f"trainer.batch_size={self.trainer.batch_size}", "be left out", "set global_batch")
         check(self.trainer.accumulation == 1, "large_batch", f"trainer.accumulation={self.trainer.accumulation}", "be left out",
@@ -81,6 +84,13 @@ class Recipe:
         own = None if self.conadv is None else (self.conadv.mean, self.conadv.std)
         check(own in (None, ((0.0,), (1.0,)), (self.data.means, self.data.stds)), "large_batch",
               f"conadv.mean and conadv.std = {own}", "be left out", "they follow data.mean and data.std")
+
+    def unused(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why."""
+        found = unused_together(self)
+        if self.lr_rule == "none":
+            found["base_batch"] = "lr_rule=linear or sqrt scale the rate from it"
+        return found
 
     @property
     def peak_lr(self) -> float:
@@ -105,6 +115,10 @@ class Progress(TrainerMixin):
         """Epochs between evaluations; 0 for none."""
         devices: int = 1
         """Over which the throughput is divided."""
+
+        def __post_init__(self) -> None:
+            check_whole("Progress", "eval_every", self.eval_every)
+            check_whole("Progress", "devices", self.devices, 1)
 
     @dataclass
     class State:

@@ -16,7 +16,7 @@ from everbatch.compose import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
-from everbatch.recipe import MIXINS, Engine, Factory, Model, Optimizer, recorded, restarted
+from everbatch.recipe import MIXINS, Engine, Factory, Model, Optimizer, recorded, restarted, unused_together
 from everbatch.strict_yaml import load_text
 from everbatch.train import Replay, Trainer
 
@@ -168,3 +168,65 @@ def test_where_nothing_is_there_to_resume_the_configuration_is_the_new_one(tmp_p
     with pytest.raises(KeyboardInterrupt), recorded(Optimizer(lr=0.2), path, resume=True, write=True):
         raise KeyboardInterrupt
     assert load_text(path.read_text())["lr"] == kept
+
+
+def test_every_default_of_deepspeed_is_written() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Run:
+        engine: Engine = field(default_factory=Engine)
+
+    written = config.resolved(Run(engine=Engine(deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})))["engine"]
+    assert written["stage"] == 1 and written["precision"] == "fp32" and written["deepspeed"]["gradient_clipping"] == 0.0
+    assert written["deepspeed"]["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert not {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} & written["deepspeed"].keys()
+    again = Engine(**written)
+    assert again.written() == again and again.build(8, 2, 2) == Engine(
+        deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}).build(8, 2, 2)
+    assert config.resolved(Run(engine=Engine(kind="ddp")))["engine"]["deepspeed"] is None
+
+
+def test_momentum_is_of_sgd() -> None:
+    assert Optimizer(momentum=0.5).build().keywords["momentum"] == 0.5 and Optimizer().build().keywords["momentum"] == 0.0
+    with pytest.raises(ValueError, match=r"momentum=0.5 with base=adamw, must be null; it is SGD's"):
+        Optimizer(base="adamw", momentum=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picky:
+    """Like a recipe, with an option that another leaves without effect, and one that it computes."""
+
+    trainer: Trainer.Config = field(default_factory=lambda: Trainer.Config(batch_size=7), metadata={"idle": {
+        "batch_size": "set size"}})
+    replay: Replay.Config | None = None
+    size: int = 7
+
+    def unused(self) -> dict[str, str]:
+        return unused_together(self)
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (["trainer.batch_size=7"], "trainer.batch_size has no use here, must be left out; set size"),
+    (["trainer.batch-size=7"], "trainer.batch_size has no use here"),
+    (["trainer.schedule.power=2"], "trainer.schedule.power has no effect here, must be left out; it is of trainer.schedule.kind"),
+    (["trainer.schedule.factor=0.1", "trainer.schedule.kind=cosine"], "trainer.schedule.factor has no effect here"),
+    (["replay.method=er", "replay.alpha=0.1"], "replay.alpha has no effect here, must be left out; replay.method=er stores no"),
+    (["replay.method=dark_er", "replay={beta: 1}"], "replay.beta has no effect here"),
+    (["replay.capacity=0", "replay.memory=ring"], "replay.memory has no effect here")])
+def test_options_without_effect_are_refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config.parse(Picky, words)
+    assert text in capsys.readouterr().err
+
+
+def test_files_hold_options_without_effect_at_their_defaults_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = config.parse(Picky, ["replay.method=er", "size=3"])
+    assert chosen.trainer.batch_size == 7 and "batch_size" not in config.resolved(chosen)["trainer"]
+    config.dump(chosen, tmp_path / "c.yaml")
+    assert config.parse(Picky, ["--config", str(tmp_path / "c.yaml")]) == chosen
+    (tmp_path / "d.yaml").write_text("replay: {method: er, alpha: 0.7}")
+    with pytest.raises(SystemExit):
+        config.parse(Picky, ["--config", str(tmp_path / "d.yaml")])
+    assert "replay.alpha has no effect here" in capsys.readouterr().err
+    # What a recipe's own file says does not stand in the way of another choice.
+    assert config.parse(Picky, ["replay.method=er"], default_yaml=tmp_path / "e.yaml" if (tmp_path / "e.yaml").write_text(
+        "replay: {alpha: 0.3}") else None).replay == Replay.Config(method="er", alpha=0.3)

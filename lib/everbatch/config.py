@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -39,6 +39,9 @@ def parse(
     before overrides. On bad input one line goes to stderr, from the first process of each node only, and every process
     exits with code 2; there is no traceback.
 
+    A recipe may have a method `unused()`: paths of options that have no effect beside the others, with the reason. One of them is
+    an error on the command line, and in a file where it differs from the default (a dumped file holds every option).
+
     Args:
         recipe: the dataclass at the root of the tree.
         argv: the arguments after the program's name; `sys.argv[1:]` when None.
@@ -51,7 +54,9 @@ def parse(
         if "help" in asked:
             _say(help_text(recipe, base, prog=prog), sys.stdout)
             raise SystemExit(0)
-        config = build(recipe, *[_mapping(file) for file in files], *overrides, base=base)
+        layers = [_mapping(file) for file in files]
+        config = build(recipe, *layers, *overrides, base=base)
+        _refuse_unused(config, tree(recipe, base), layers, overrides)
     except ValueError as error:  # ConfigError, and what the strict loader raises
         fail(prog, str(error))
     except RecursionError:
@@ -75,9 +80,43 @@ def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) ->
     return grow(root, merged)  # type: ignore[no-any-return]
 
 
+def _refuse_unused(config: Any, root: Group, files: Sequence[Mapping[str, Any]], overrides: Sequence[Mapping[str, Any]]) -> None:
+    unused: Mapping[str, str] = config.unused() if hasattr(config, "unused") else {}
+    typed = {path for layer in overrides for path, _ in _paths(layer)}
+    filed = {path for layer in files for path, _ in _paths(layer)}
+    now, default = dict(_paths(resolved(config))), {leaf.path: leaf.default for leaf in root.leaves()}
+    for path in sorted(typed | filed):
+        reason = next((why for name, why in unused.items() if f"{path}.".startswith(f"{name}.")), None)
+        if reason is not None and (path in typed or now.get(path) != _plain(default.get(path))):
+            raise ConfigError(f"{path} has no effect here, must be left out; {reason}")
+
+
+def _paths(layer: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything in nested mappings."""
+    for key, value in layer.items():
+        path = f"{above}{str(key).replace('-', '_')}"
+        if isinstance(value, Mapping) and value:
+            yield from _paths(value, f"{path}.")
+        else:
+            yield path, value
+
+
 def resolved(config: Any) -> dict[str, Any]:
-    """The whole configuration as nested plain values (JSON and YAML can hold them), every default written out."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
+    """The whole configuration as nested plain values (JSON and YAML can hold them), every default written out.
+
+    A dataclass may have a method `written()` that gives it with those defaults filled in that depend on other options; what a
+    field's metadata names as `idle` is left out, as it must be in a file.
+    """
+    if hasattr(config, "written"):
+        config = config.written()
+    result = {}
+    for field in dataclasses.fields(config):
+        if field.init:
+            value = _plain(getattr(config, field.name))
+            for name in field.metadata.get("idle", ()) if isinstance(value, dict) else ():
+                value.pop(name)
+            result[field.name] = value
+    return result
 
 
 def dump(config: Any, path: str | os.PathLike[str]) -> None:
@@ -192,6 +231,12 @@ def _find(root: Group, key: str) -> Leaf | Group:
 
 
 def _unknown(root: Group, key: str) -> ConfigError:
+    above: Leaf | Group | None = root
+    for part in key.split("."):
+        cure = above.idle.get(part) if isinstance(above, Group) else None
+        if cure is not None:
+            raise ConfigError(f"{key} has no use here, must be left out; {cure}")
+        above = above.children.get(part) if isinstance(above, Group) else None
     meant = suggestion(key, root.paths())
     hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(root.children)}; --help lists all"
     return ConfigError(f"unknown key {key!r}, {hint}")

@@ -46,7 +46,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Group:
-    """One dataclass in the tree; `default` is an instance, None (an optional part that is off) or ABSENT."""
+    """One dataclass in the tree; `default` is an instance, None (an optional part that is off) or ABSENT; `idle`: its fields
+    that are no options here, and what to set instead or why."""
 
     path: str
     cls: type
@@ -54,6 +55,7 @@ class Group:
     text: str
     optional: bool
     children: dict[str, Leaf | Group] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
 
     def leaves(self) -> Iterator[Leaf]:
         """Every option below, in declaration order."""
@@ -94,7 +96,10 @@ def tree(cls: type, default: Any = None, path: str = "", text: str = "", is_opti
         nested = [member for member in members if dataclasses.is_dataclass(member)]
         if len(nested) == 1 and len(members) == 1:
             inner, optional = typing.cast(type, nested[0]), type(None) in _members(hint)
-            group.children[item.name] = tree(inner, value, here, note, optional)
+            below = tree(inner, value, here, note, optional)
+            idle = item.metadata.get("idle", {})
+            left = {name: child for name, child in below.children.items() if name not in idle}
+            group.children[item.name] = dataclasses.replace(below, children=left, idle=idle)
         elif nested:
             raise TypeError(f"configuration: {here} is {hint}, must be one dataclass, optional or not, or plain values")
         else:
@@ -117,7 +122,7 @@ def _grow(group: Group, values: Any, converted: Mapping[str, Any]) -> Any:
         return group.default
     if values is None:
         return None
-    arguments = {}
+    arguments = {name: getattr(group.default, name) for name in group.idle if isinstance(group.default, group.cls)}
     for name, child in group.children.items():
         value = ABSENT if values is ABSENT else values.get(name, ABSENT)
         if isinstance(child, Group):

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 
-__all__ = ["CheckpointMismatch", "CompositionError", "UnsupportedHost", "check", "check_real", "nearest"]
+__all__ = ["CheckpointMismatch", "CompositionError", "UnsupportedHost", "check", "check_real", "check_whole", "nearest"]
 
 
 class CompositionError(TypeError):
@@ -44,8 +44,18 @@ def check_real(
     check(inside, who, f"{name}={value!r}", must, cure)
 
 
+def check_whole(who: str, name: str, value: int, low: int = 0, high: int = 2**31 - 1, *, cure: str = "") -> None:
+    """Raise unless `value` is an integer from `low` to `high`: larger ones are no counts but slips of the keyboard."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    check(whole and value >= low, who, f"{name}={value!r}", f"be an integer >= {low}", cure)
+    check(value <= high, who, f"{name}={value!r}", f"be at most {high}", cure)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Text that names the choice most like `name`, or all choices when none is near."""
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    more = f" and {len(known) - 30} more" if len(known) > 30 else ""
+    return f"known: {', '.join(known[:30]) or 'none'}{more}"

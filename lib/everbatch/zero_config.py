@@ -112,13 +112,19 @@ def _on(value: Any) -> bool:
     return bool(value.get("enabled", False)) if isinstance(value, Mapping) else bool(value)
 
 
-_OURS = "the recipe's own options build it, so that mixins compose with it"
+_CLIENT = (
+    "the base under the mixins, torch.optim.SGD or AdamW (in a recipe optimizer.base=sgd or adamw, optimizer.lr, "
+    "optimizer.weight_decay); an engine of your own may have DeepSpeed build it with torch_adam: true, else it is an Adam that "
+    "no mixin stands on"
+)
 _UNTESTED = "it has not been shown exact here"
 _REFUSED: list[tuple[str, Callable[[Any], bool], str, str]] = [
     # key, when a value is refused, what it must be, what to do or why
-    ("gradient_clipping", lambda v: v != 0, "be 0", "set gradient_clipping: 0, add ClipGradNorm"),
-    ("optimizer", lambda v: v is not None, "be left out", f"remove the block: {_OURS}"),
-    ("scheduler", lambda v: v is not None, "be left out", f"remove the block: {_OURS}"),
+    ("gradient_clipping", lambda v: v != 0, "be 0", "set gradient_clipping: 0, add ClipGradNorm (in a "
+     "recipe optimizer.clip.max_norm=1.0)"),
+    ("optimizer", lambda v: v is not None, "be left out", f"remove the block: the client optimizer is {_CLIENT}"),
+    ("scheduler", lambda v: v is not None, "be left out", "remove the block: the schedule of the trainer sets the rates "
+     "(trainer.schedule.kind=... in a recipe), or torch's schedulers on an optimizer of your own"),
     ("fp16", _on, "not be enabled", "use bf16 or fp32: fp16 under DeepSpeed is not proven here"),
     ("torch_autocast", _on, "not be enabled", f"use bf16: {_UNTESTED}"),
     ("pipeline", lambda v: True, "be left out", f"pipeline parallelism is not supported: {_UNTESTED}"),
@@ -138,7 +144,7 @@ _REFUSED: list[tuple[str, Callable[[Any], bool], str, str]] = [
 
 
 def deepspeed_config(
-    user: Mapping[str, Any] | str | os.PathLike[str] | None = None, *, micro_batch: int, accumulation: int = 1,
+    user: Mapping[str, Any] | str | os.PathLike[str] | None = None, *, micro_batch: int | None = None, accumulation: int = 1,
     world_size: int | None = None, stage: int | None = None, precision: Literal["fp32", "bf16"] | None = None,
     accumulation_dtype: Literal["fp32"] | None = None, offload_optimizer: bool | None = None,
     persistence_threshold: int | None = None,
@@ -150,7 +156,7 @@ def deepspeed_config(
 
     Args:
         user: raw DeepSpeed options, as a mapping or as the path of a JSON or YAML file; not modified.
-        micro_batch: samples per rank and forward pass.
+        micro_batch: samples per rank and forward pass; None leaves out all batch sizes, which `deepspeed.initialize` asks for.
         accumulation: micro-batches per step.
         world_size: data-parallel ranks; with it, `train_batch_size` is checked and written.
         stage: ZeRO stage, 0 to 3.
@@ -179,8 +185,8 @@ def deepspeed_config(
 
     options: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": None if world_size is None else micro_batch * accumulation * world_size,
+        "gradient_accumulation_steps": None if micro_batch is None else accumulation,
+        "train_batch_size": None if world_size is None or micro_batch is None else micro_batch * accumulation * world_size,
         "zero_optimization.stage": stage,
         "bf16.enabled": None if precision is None else precision == "bf16",
         "data_types.grad_accum_dtype": accumulation_dtype,
@@ -198,10 +204,11 @@ def deepspeed_config(
     _settle_offload(zero, offload_optimizer)
     if world_size is None and result.get("train_batch_size") is None:
         result.pop("train_batch_size", None)
-    per_rank = micro_batch * accumulation
-    total = result.get("train_batch_size", per_rank)
-    fits = isinstance(total, int) and total > 0 and total % per_rank == 0
-    check(fits, "deepspeed", f"train_batch_size={total!r}", f"be a multiple of {per_rank}, one rank's share")
+    if micro_batch is not None:
+        per_rank = micro_batch * accumulation
+        total = result.get("train_batch_size", per_rank)
+        fits = isinstance(total, int) and total > 0 and total % per_rank == 0
+        check(fits, "deepspeed", f"train_batch_size={total!r}", f"be a multiple of {per_rank}, one rank's share")
     # What follows depends on other options in DeepSpeed; written out, it does not.
     if _look(mine, "zero_optimization.overlap_comm") in (_NOTHING, None):
         zero["overlap_comm"] = zero["stage"] == 3

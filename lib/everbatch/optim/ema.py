@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from everbatch.compose import Cost
-from everbatch.errors import check, check_real
+from everbatch.errors import check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.shards import ByName, wide
 
@@ -44,8 +44,7 @@ class EMA(OptimizerMixin):
 
         def __post_init__(self) -> None:
             check_real("EMA", "ema_decay", self.ema_decay, 0.0, 1.0, open_high=True)
-            check(isinstance(self.ema_every, int) and self.ema_every >= 1, "EMA", f"ema_every={self.ema_every!r}",
-                  "be an integer >= 1")
+            check_whole("EMA", "ema_every", self.ema_every, 1)
 
     @dataclass
     class State:

@@ -50,6 +50,9 @@ class GSAM(OptimizerMixin):
         def __post_init__(self) -> None:
             check_real("GSAM", "rho", self.rho, 0.0, cure="pass rho=0 to switch it off")
             check_real("GSAM", "alpha", self.alpha, 0.0, 1.0)
+            check_real("GSAM", "lr_min", self.lr_min, 0.0)
+            if self.lr_max is not None:
+                check_real("GSAM", "lr_max", self.lr_max, 0.0, open_low=True)
             if self.rho_min is not None:
                 check_real("GSAM", "rho_min", self.rho_min, 0.0, self.rho)
                 check(self.lr_max is not None and self.lr_max > self.lr_min >= 0, "GSAM",

@@ -117,7 +117,7 @@ class LAMB(OptimizerMixin):
         min_ratio: float = 0.0
         """Least trust ratio; >= 0. DeepSpeed's FusedLamb: 0.01."""
         max_ratio: float = math.inf
-        """Largest trust ratio; >= min_ratio, > 0. DeepSpeed's FusedLamb: 10."""
+        """Largest trust ratio; >= min_ratio, > 0; infinite for no bound. DeepSpeed's FusedLamb: 10."""
         always_adapt: bool = False
         """Give groups without weight decay a ratio, too."""
         max_grad_norm: float | None = None

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 
 from everbatch.compose import Cost
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import ByName, Vector, inner
-from everbatch.optim.sharpness import ascent, check_interval, masters_copy, paired
+from everbatch.optim.sharpness import ascent, masters_copy, paired
 
 __all__ = ["LookSAM", "StaleSAM"]
 
@@ -48,8 +48,7 @@ class LookSAM(OptimizerMixin):
         def __post_init__(self) -> None:
             check_real("LookSAM", "rho", self.rho, 0.0, cure="pass rho=0 to switch it off")
             check_real("LookSAM", "alpha", self.alpha, 0.0, 1.0)
-            check(isinstance(self.every, int) and not isinstance(self.every, bool) and self.every >= 1, "LookSAM",
-                  f"every={self.every!r}", "be an integer >= 1")
+            check_whole("LookSAM", "every", self.every, 1)
             check(self.norms in ("model", "tensor"), "LookSAM", f"norms={self.norms!r}", "be 'model' or 'tensor'")
 
     @dataclass
@@ -142,7 +141,7 @@ class StaleSAM(OptimizerMixin):
 
         def __post_init__(self) -> None:
             check_real("StaleSAM", "rho", self.rho, 0.0, cure="pass rho=0 to switch it off")
-            check_interval("StaleSAM", self.tau)
+            check_whole("StaleSAM", "tau", self.tau, 1)
 
     @dataclass
     class State:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everbatch.compose import Cost
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.fisher import (
     ESTIMATORS,
     Estimator,
@@ -328,7 +328,7 @@ class MAS(OptimizerMixin):
         def __post_init__(self) -> None:
             check_real("MAS", "strength", self.strength, 0.0, cure="pass 0 to switch it off")
             check_real("MAS", "retain", self.retain, 0.0, 1.0)
-            check(isinstance(self.chunk, int) and self.chunk >= 1, "MAS", f"chunk={self.chunk!r}", "be an integer >= 1")
+            check_whole("MAS", "chunk", self.chunk, 1)
 
     @dataclass
     class State:
@@ -381,7 +381,7 @@ def check_estimator(who: str, config: Any) -> None:
     allowed = (*ESTIMATORS, "given")
     check(config.estimator in allowed, who, f"estimator={config.estimator!r}", f"be one of {', '.join(allowed)}")
     check(config.denominator in ("samples", "loader"), who, f"denominator={config.denominator!r}", "be samples or loader")
-    check(isinstance(config.chunk, int) and config.chunk >= 1, who, f"chunk={config.chunk!r}", "be an integer >= 1")
+    check_whole(who, "chunk", config.chunk, 1)
 
 
 def chosen_importance(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everbatch import seeds
 from everbatch.compose import Cost
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.fisher import Estimator, Factory, Rows, require_replica, slices
 from everbatch.optim.hosts.base import Host
 from everbatch.optim.mixin import OptimizerMixin
@@ -131,7 +131,7 @@ class Refresh(OptimizerMixin):
             check(self.loss in ("full", "current_ce"), "Refresh", f"loss={self.loss!r}", "be full or current_ce")
             for name in ("every", "unlearn_steps"):
                 value = getattr(self, name)
-                check(isinstance(value, int) and value >= 1, "Refresh", f"{name}={value!r}", "be an integer >= 1")
+                check_whole("Refresh", name, value, 1)
             for name in ("gamma", "delta", "noise_scale", "fisher_coef", "noise_coef"):
                 check_real("Refresh", name, getattr(self, name), 0.0)
             check_real("Refresh", "damping", self.damping, 1e-8)

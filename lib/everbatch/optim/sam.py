@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from everbatch.compose import Cost
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.objective import Objective
 from everbatch.optim.sharpness import (
@@ -60,8 +60,7 @@ class SAM(OptimizerMixin):
             check_real("SAM", "delta", self.delta, 0.0)
             check_interval("SAM", self.interval)
             check(self.scope in ("global", "local", "group"), "SAM", f"scope={self.scope!r}", "be global, local or group")
-            check(isinstance(self.group_size, int) and self.group_size >= 1, "SAM", f"group_size={self.group_size!r}",
-                  "be an integer >= 1")
+            check_whole("SAM", "group_size", self.group_size, 1)
 
     def on_attach(self) -> None:
         """Refuse a scope the host cannot do."""

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from everbatch.errors import UnsupportedHost, check
+from everbatch.errors import UnsupportedHost, check, check_whole
 from everbatch.optim.shards import Vector, inner
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def combine_(target: Vector, other: Vector, keep: float, add: float) -> None:
 
 def check_interval(who: str, interval: int) -> None:
     """Refuse an interval that is not an integer >= 1."""
-    check(isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1, who, f"interval={interval!r}",
-          "be an integer >= 1", "1 perturbs at every step")
+    check_whole(who, "interval", interval, 1, cure="1 perturbs at every step")
 
 
 def check_scope(opt: OptimizerMixin, who: str, scope: Scope, group_size: int) -> Any:

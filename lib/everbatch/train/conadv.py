@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.compose import parts_of
 from everbatch.data import Batch, Task
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.nn import branch_parameters, convert_split_bn, split_branch
 from everbatch.train.adversary import Attack, Fifo, Pipeline, current_role
 from everbatch.train.adversary.attack import BRANCH
@@ -124,8 +124,7 @@ class ConAdv(TrainerMixin):
             who = "ConAdv"
             for name, least in (("tau", 0), ("steps", 1), ("adversaries", 1), ("adversary_threads", 1)):
                 value = getattr(self, name)
-                check(isinstance(value, int) and not isinstance(value, bool) and value >= least, who, f"{name}={value!r}",
-                      f"be an integer >= {least}")
+                check_whole(who, name, value, least)
             for name in ("radius", "weight_clean", "weight_adversarial"):
                 check_real(who, name, getattr(self, name), 0.0)
             check_real(who, "random_start", self.random_start, 0.0, 1.0)
@@ -138,10 +137,12 @@ class ConAdv(TrainerMixin):
                 check_real(who, "std", value, 0.0, open_low=True)
             check(len(self.mean) == len(self.std) or 1 in (len(self.mean), len(self.std)), who,
                   f"mean={self.mean!r} and std={self.std!r}", "have as many channels")
+            check_real(who, "raw_low", self.raw_low)
+            check_real(who, "raw_high", self.raw_high)
             check(self.raw_low < self.raw_high, who, f"raw_low={self.raw_low!r}, raw_high={self.raw_high!r}", "ascend")
             check(self.weight_clean + self.weight_adversarial > 0, who, "weight_clean=0, weight_adversarial=0", "not both be 0")
-            check(self.classes is None or (isinstance(self.classes, int) and self.classes >= 2), who, f"classes={self.classes!r}",
-                  "be an integer >= 2")
+            if self.classes is not None:
+                check_whole(who, "classes", self.classes, 2)
             check(self.first != "random" or self.embedding is None, who, "first='random' with embedding",
                   "be clamp or clean")
             for name, allowed in (("first", ("clamp", "clean", "random")), ("on_failure", ("clean", "inline", "stop")),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from everbatch.data import Batch, Stream, Task
-from everbatch.errors import check
+from everbatch.errors import check, check_whole
 from everbatch.optim import EWC, DynamicSparsity, Refresh
 from everbatch.train.memory import MEMORY, is_active, remember
 from everbatch.train.mixin import TrainerMixin
@@ -60,8 +60,7 @@ class Consolidate(TrainerMixin):
         def __post_init__(self) -> None:
             for name, least in (("samples", 0), ("rows", 1)):
                 value = getattr(self, name)
-                check(isinstance(value, int) and not isinstance(value, bool) and value >= least, "Consolidate",
-                      f"{name}={value!r}", f"be an integer >= {least}")
+                check_whole("Consolidate", name, value, least)
 
     optimizer: Any
     """The trainer's, composed with at least one of the parts above."""

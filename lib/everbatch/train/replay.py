@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import StepRecord
 
@@ -89,10 +89,8 @@ class Replay(TrainerMixin):
                                   ("key", ("stream", "sample")), ("reduction", ("element_mean", "sample_sum"))):
                 value = getattr(self, name)
                 check(value in allowed, "Replay", f"{name}={value!r}", f"be {', '.join(allowed[:-1])} or {allowed[-1]}")
-            check(isinstance(self.capacity, int) and self.capacity >= 0, "Replay", f"capacity={self.capacity!r}",
-                  "be an integer >= 0")
-            check(isinstance(self.replay_batch, int) and self.replay_batch >= 1, "Replay",
-                  f"replay_batch={self.replay_batch!r}", "be an integer >= 1")
+            check_whole("Replay", "capacity", self.capacity)
+            check_whole("Replay", "replay_batch", self.replay_batch, 1)
             check_real("Replay", "alpha", self.alpha, 0.0)
             check_real("Replay", "beta", self.beta, 0.0)
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.rules import lr_at
 
 __all__ = ["Schedule"]
@@ -58,12 +58,13 @@ class Schedule:
         check(self.kind in ("constant", "cosine", "polynomial", "steps"), "Schedule", f"kind={self.kind!r}",
               "be constant, cosine, polynomial or steps")
         check_real("Schedule", "warmup_epochs", self.warmup_epochs, 0.0)
-        check(isinstance(self.warmup_samples, int) and self.warmup_samples >= 0, "Schedule",
-              f"warmup_samples={self.warmup_samples!r}", "be an integer >= 0")
+        check_whole("Schedule", "warmup_samples", self.warmup_samples, high=2**53)
         check(not (self.warmup_samples and self.warmup_epochs), "Schedule",
               f"warmup_samples={self.warmup_samples} and warmup_epochs={self.warmup_epochs}", "be one of them")
         check_real("Schedule", "power", self.power, 0.0, open_low=True)
         check_real("Schedule", "factor", self.factor, 0.0, 1.0, open_low=True)
+        for value in self.milestones:
+            check_real("Schedule", "milestones", value, 0.0)
         rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         check(rising, "Schedule", f"milestones={self.milestones}", "ascend")
         check(self.first in ("peak_share", "zero"), "Schedule", f"first={self.first!r}", "be peak_share or zero")

@@ -24,7 +24,7 @@ from everbatch.data import Batch, Loader, Stream, Task
 from everbatch.data.loader import check_workers
 from everbatch.data.notes import notes_of, tell
 from everbatch.distributed import init
-from everbatch.errors import check
+from everbatch.errors import check, check_whole
 from everbatch.logging import Recorder
 from everbatch.runs import claimed
 from everbatch.train import persist
@@ -115,7 +115,7 @@ class Trainer:
             for name, least in (("batch_size", 1), ("epochs", 1), ("accumulation", 1), ("eval_batch", 1), ("keep_last", 1),
                                 ("checkpoint_every", 0), ("max_bad_steps", 1), ("workers", 0)):
                 value = getattr(self, name)
-                check(isinstance(value, int) and value >= least, "Trainer", f"{name}={value!r}", f"be an integer >= {least}")
+                check_whole("Trainer", name, value, least)
             check_workers("Trainer", self.workers)
             check(self.precision in ("fp32", "bf16"), "Trainer", f"precision={self.precision!r}", "be fp32 or bf16")
             check(0 <= self.label_smoothing < 1, "Trainer", f"label_smoothing={self.label_smoothing!r}", "be in [0, 1)")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everbatch.data import Task
-from everbatch.errors import check
+from everbatch.errors import check, check_whole
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import StepRecord
 
@@ -43,8 +43,7 @@ class WarmStart(TrainerMixin):
         """Applied steps between further calls; >= 0, 0 for none."""
 
         def __post_init__(self) -> None:
-            check(isinstance(self.every_steps, int) and not isinstance(self.every_steps, bool) and self.every_steps >= 0,
-                  "WarmStart", f"every_steps={self.every_steps!r}", "be an integer >= 0")
+            check_whole("WarmStart", "every_steps", self.every_steps)
 
     optimizer: Any
     """The trainer's, composed with ShrinkPerturb."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from everbatch.errors import check, check_real
+from everbatch.errors import check, check_real, check_whole
 
 __all__ = ["Schedule", "drop_fraction", "scaled_interval"]
 
@@ -57,17 +57,15 @@ class Schedule:
     """Gradients of the last so many steps before an update are averaged for growth."""
 
     def __post_init__(self) -> None:
-        check(isinstance(self.interval, int) and self.interval >= 1, "DynamicSparsity", f"update_every={self.interval!r}",
-              "be an integer >= 1")
+        check_whole("DynamicSparsity", "update_every", self.interval, 1)
         check_real("DynamicSparsity", "drop_fraction", self.start, 0.0, 1.0, cure="pass 0 for a mask that stays")
         check_real("DynamicSparsity", "drop_floor", self.floor, 0.0, 1.0)
         check_real("DynamicSparsity", "stop_fraction", self.stop, 0.0, 1.0)
-        check(isinstance(self.begin, int) and self.begin >= 0, "DynamicSparsity", f"begin_step={self.begin!r}",
-              "be an integer >= 0")
+        check_whole("DynamicSparsity", "begin_step", self.begin)
         check(self.anneal in ("cosine", "linear", "constant"), "DynamicSparsity", f"anneal={self.anneal!r}",
               "be 'auto', 'cosine', 'linear' or 'constant'")
-        good = self.total is None or (isinstance(self.total, int) and not isinstance(self.total, bool) and self.total >= 1)
-        check(good, "DynamicSparsity", f"total_steps={self.total!r}", "be an integer >= 1, or None")
+        if self.total is not None:
+            check_whole("DynamicSparsity", "total_steps", self.total, 1, cure="or None")
         check(self.total is not None or self.anneal == "constant", "DynamicSparsity", f"anneal={self.anneal!r} without "
               "total_steps", "know the steps of the task", "pass total_steps=, or anneal='constant'")
         n = self.score_steps
