@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from everbatch.data import Batch, Loader, Stream, TensorSource, class_incremental, evaluation_batches
+from everbatch.data import Batch, Loader, Stream, TensorSource, class_incremental, evaluation_batches, iid
 from everbatch.distributed import World
 
 
@@ -124,3 +126,27 @@ def test_data_that_cannot_be_sent_to_a_worker_are_named() -> None:
             iter(Loader(data, data.tasks[0], 4, 1, 0, World(), workers=1))
     finally:
         torch.multiprocessing.set_start_method(method, force=True)
+
+
+def test_what_a_worker_cannot_read_is_one_line() -> None:
+    samples = Broken()
+    data = iid(samples, Broken())
+    samples.broken = True
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^Broken: cannot read sample 2 .OSError: no such cable., must [^\n]*$"):
+            list(Loader(data, data.tasks[0], 4, 1, 0, World(), workers=workers))
+
+
+class Broken(torch.utils.data.Dataset[Any]):
+    """One of its samples cannot be read."""
+
+    targets = [0, 1, 0, 1]
+    broken = False
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 2 and self.broken:
+            raise OSError("no such cable")
+        return torch.zeros(1), index % 2

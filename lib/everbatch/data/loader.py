@@ -37,14 +37,24 @@ def check_workers(who: str, workers: int) -> None:
           f"they are processes of every rank, and this machine has {cpus} processors")
 
 
-class _Steps(Dataset[Batch]):
-    """The loader as a map-style data set of steps, for worker processes."""
+class _Steps(Dataset["Batch | ValueError"]):
+    """The loader as a map-style data set of steps, for worker processes. What our own errors say comes back as it is:
+    raised in a worker, torch would wrap it in the worker's traceback."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getitem__(self, step: int) -> Batch:
-        return self.loader.batch(step)
+    def __getitem__(self, step: int) -> Batch | ValueError:
+        try:
+            return self.loader.batch(step)
+        except ValueError as error:
+            return ValueError(str(error))
+
+
+def _arrived(batch: Batch | ValueError) -> Batch:
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch
 
 
 class Loader:
@@ -134,14 +144,14 @@ class Loader:
         if self.workers == 0 or not steps:
             return map(self.batch, steps)
         # Its own generator, because DataLoader otherwise draws the workers' base seed from torch's global one.
-        ahead: DataLoader[Batch] = DataLoader(
+        ahead: DataLoader[Batch | ValueError] = DataLoader(
             _Steps(self), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=_same,
             generator=generator(self.seed, "workers", self.task.id), worker_init_fn=follow_trainer,
         )
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Got pickle error")  # the error says it
-                return iter(ahead)
+                return map(_arrived, iter(ahead))
         except (AttributeError, TypeError, pickle.PicklingError) as error:  # as pickle says it, by type and version
             raise ValueError(f"Loader: workers={self.workers} with {self.stream.train.name!r} that cannot be sent to another "
                              f"process ({error}), must be a data set that pickle takes; define its parts in a module and "
