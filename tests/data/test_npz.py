@@ -152,3 +152,17 @@ def test_arrays_in_a_file_stay_there(tmp_path: Path) -> None:
     assert source.inputs.data_ptr() == mapped.ctypes.data
     assert source.fetch(torch.tensor([3])).tolist() == [[6.0, 7.0]]
     assert TensorSource(mapped[::-1], Y).fetch(torch.tensor([0])).tolist() == [[46.0, 47.0]]
+
+
+def test_tensors_of_every_kind() -> None:
+    y = torch.from_numpy(Y)
+    learned = TensorSource(torch.zeros(24, 2, requires_grad=True), y)
+    assert not learned.fetch(torch.tensor([0])).requires_grad and len(learned.fingerprint()) == 16
+    half = TensorSource(torch.ones(24, 2, dtype=torch.bfloat16), y)
+    assert half.fetch(torch.tensor([0])).dtype == torch.bfloat16 and len(half.fingerprint()) == 16
+    listed = TensorSource([torch.zeros(3)] * 24, [torch.tensor(int(label)) for label in Y])
+    assert listed.inputs.shape == (24, 3) and torch.equal(listed.targets, y)
+    for bad, text in (([[1], [2, 3]], "inputs are no array"), ([torch.zeros(1), torch.zeros(2)], r"of shapes \[\(1,\), \(2,\)\]"),
+                      (torch.eye(24).to_sparse(), "must be dense"), ([None] * 24, "type object, must be numbers")):
+        with pytest.raises(ValueError, match=text):
+            TensorSource(bad, y)

@@ -28,7 +28,15 @@ def as_tensor(who: str, what: str, values: Array) -> Tensor:
     Raises:
         ValueError: what holds no numbers (texts, objects, complex numbers), or whole numbers beyond int64.
     """
-    tensor = values if isinstance(values, Tensor) else _from_numpy(who, what, np.asarray(values))
+    if isinstance(values, Tensor):
+        tensor = values.detach()
+    elif isinstance(values, list | tuple) and values and all(isinstance(value, Tensor) for value in values):
+        shapes = sorted({tuple(value.shape) for value in values})
+        check(len(shapes) == 1, who, f"{what} of shapes {shapes[:3]}", "be of one shape")
+        tensor = torch.stack(list(values)).detach()
+    else:
+        tensor = _from_numpy(who, what, values)
+    check(tensor.layout == torch.strided, who, f"{what} of layout {tensor.layout}", "be dense")
     check(not tensor.is_complex(), who, f"{what} of {tensor.dtype}", "be real numbers")
     if tensor.dtype == torch.uint64:
         signed = tensor.to(torch.int64)
@@ -37,7 +45,11 @@ def as_tensor(who: str, what: str, values: Array) -> Tensor:
     return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
 
 
-def _from_numpy(who: str, what: str, array: np.ndarray[Any, Any]) -> Tensor:
+def _from_numpy(who: str, what: str, values: Any) -> Tensor:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"{who}: {what} are no array ({str(error).splitlines()[0]}), must be numbers of one shape") from error
     names = array.dtype.kind in "US"
     check(array.dtype.kind in "biuf", who, f"{what} of type {array.dtype}", "be numbers",
           "number them: names, numbers = numpy.unique(values, return_inverse=True)" if names else "convert them")
@@ -79,7 +91,7 @@ def as_labels(who: str, what: str, values: Array) -> Tensor:
     check(labels.ndim == 1, who, f"{what} of shape {tuple(labels.shape)}", "be (N,) class indices")
     check(not labels.is_floating_point(), who, f"{what} of {labels.dtype}", "be integers",
           "convert them: .long() of a tensor, .astype('int64') of an array")
-    labels = labels.to(torch.int64)
+    labels = labels.to("cpu", torch.int64)
     negative = torch.nonzero(labels < 0).flatten()
     if len(negative):
         first = int(negative[0])

@@ -150,7 +150,7 @@ class DatasetSource:
             rows = self.fetch(spread) if not self._dtype.is_floating_point else torch.empty(0)
         finally:
             _key.reset(token)
-        pixels = rows.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        pixels = rows.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
         shape = f"{tuple(self._shape)} {self._dtype}"
         return digest(self.name, shape, *self.classes, target_bytes(self.targets), *files, pixels)
 

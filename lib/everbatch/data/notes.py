@@ -15,18 +15,22 @@ from everbatch.distributed import World
 if TYPE_CHECKING:
     from everbatch.data.streams import Stream
 
-__all__ = ["notes_of", "tell"]
+__all__ = ["notes_of", "speaks", "tell"]
 
 SHOWN = 5
 """Class names in a note."""
 
 
+def speaks() -> bool:
+    """Whether this process is rank 0, or will be."""
+    world = World.current()
+    return (world.rank if world.size > 1 else int(os.environ.get("RANK") or 0)) == 0
+
+
 @functools.lru_cache(maxsize=1024)
 def tell(text: str) -> None:
     """Print one line to stderr, unless this process has said it already or is not rank 0."""
-    world = World.current()
-    rank = world.rank if world.size > 1 else int(os.environ.get("RANK") or 0)
-    if rank == 0:
+    if speaks():
         print(text, file=sys.stderr, flush=True)
 
 

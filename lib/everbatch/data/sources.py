@@ -101,7 +101,7 @@ class TensorSource:
     def fingerprint(self) -> str:
         """See `Source.fingerprint`; looks at 64 evenly spread samples."""
         spread = torch.linspace(0, len(self) - 1, min(len(self), 64)).round().long()
-        rows = self.inputs[spread].contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        rows = self.inputs[spread].contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
         shape = f"{tuple(self.inputs.shape)} {self.inputs.dtype}"
         return digest(self.name, shape, *self.classes, target_bytes(self.targets), rows)
 

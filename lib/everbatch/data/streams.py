@@ -22,7 +22,7 @@ from everbatch.data.arrays import check_labels
 from everbatch.data.datasets import Samples, as_source
 from everbatch.data.label_space import Pair, as_pair, in_one_label_space
 from everbatch.data.memory import check_memory
-from everbatch.data.notes import notes_of
+from everbatch.data.notes import notes_of, speaks
 from everbatch.data.sources import ConcatSource, Source, digest, stratified_split, target_bytes
 from everbatch.errors import check
 from everbatch.seeds import generator
@@ -124,13 +124,13 @@ def _check_pair(who: str, train: Source, test: Source) -> None:
 
 
 def finished(who: str, stream: Stream) -> Stream:
-    """Refuse empty tasks, warn of classes that a task promises and never shows."""
+    """Refuse empty tasks, warn on rank 0 of classes that a task promises and never shows."""
     for task in stream.tasks:
         for part, ids in (("training", task.train_ids), ("test", task.test_ids)):
             check(len(ids) > 0, who, f"task {task.id} ({task.name}) has no {part} samples", "have some")
         absent = sorted(set(task.classes) - set(torch.unique(stream.targets(task.train_ids)).tolist()))
         # An early round of growing data may well miss a class that arrives later.
-        if absent and (stream.kind != "growing" or task is stream.tasks[-1]):
+        if absent and speaks() and (stream.kind != "growing" or task is stream.tasks[-1]):
             warnings.warn(f"{who}: task {task.id} has no training samples of classes "
                           f"{[stream.classes[label] for label in absent[:5]]}", stacklevel=3)
     return stream
