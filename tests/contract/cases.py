@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hosts
@@ -57,6 +57,8 @@ class Case:
     """A method that is called between steps, at CALLS, as a task start would."""
     bases: tuple[str, ...] = ("sgd", "adamw")
     """Bases the mixins stand on; the first stands for all where one is enough."""
+    fork: str = ""
+    """"branch" or "heads": on a net of which each step reaches a part only (`hosts.Forked`)."""
     amplifies: float = 1.0
     """Factor on the bf16 tolerance, for a method that divides by something small."""
 
@@ -120,6 +122,20 @@ CASES = [
          {"projections": MAPS, "space": "update", "strength": 0.5, "rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
          {"projections": MAPS, "space": "update", "strength": 0.0, "rho": 0.0, "max_norm": float("inf")}),
 ]
+
+
+def _forked(case: Case, fork: str) -> Case:
+    """A case on a net of which each step reaches a part only."""
+    def moved(options: dict[str, Any]) -> dict[str, Any]:
+        return {n: functools.partial(hosts.build, fork=fork) if v is FACTORY else v for n, v in options.items()}
+
+    return replace(case, name=f"{case.name} on {fork}", options=moved(case.options), zero=moved(case.zero), fork=fork)
+
+
+FORKED = [_forked(Case("bare", (), {}, {}), "branch"), _forked(Case("bare", (), {}, {}), "heads"),
+          *(_forked(c, fork) for c, fork in zip([c for c in CASES if SubspaceProjection not in c.mixins],
+                                                itertools.cycle(("heads", "branch")), strict=False))]
+"""Every method on such a net: what no pass reaches stays where it is."""
 CORE = [c.name for c in CASES[:8]]
 """Cases that run on every host by default; the others run on FEW there, and on every host with --wide."""
 FEW = ("ddp", "fsdp2", "zero2", "zero3")
@@ -157,9 +173,11 @@ BASES = {"sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_
          "adamw": functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)}
 PAIRS = {(a.name, b.name): _pair(a, b) for a, b in itertools.combinations([c for c in CASES if _single(c)], 2)}
 """Every two mixins: a case, or the reason why they cannot be composed."""
-BY_CASE = {c.name: c for c in [*CASES, *(p for p in PAIRS.values() if isinstance(p, Case))]}
+BY_CASE = {c.name: c for c in [*CASES, *FORKED, *(p for p in PAIRS.values() if isinstance(p, Case))]}
 MIX = "ClipGradNorm+EMA+SAM"
 """The case that stands for all where a check is about the host."""
+UNREACHED = (("bare on branch", "sgd"), (f"{MIX} on heads", "adamw"))
+"""Cases and bases that stand for all nets of which each step reaches a part only."""
 
 STEPS, SAVE_AFTER, SKIP_AT, CALLS = 5, 2, 4, (1, 3)
 """Good steps of a life; steps before the save; the step that first meets a NaN; steps before which `call` is called."""
@@ -170,7 +188,7 @@ DEEPSPEED = [h.name for h in hosts.HOSTS if h.kind == "zero"]
 
 LIFE = ("absent", "parity", "resume", "skipped")
 HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers",
-               "tiny")
+               "tiny", "forks")
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 6e-3}
 """Largest difference of any master from the single-process fp32 run after STEPS steps.
@@ -203,7 +221,8 @@ class Plan:
             yield f"moved from {source}/{host}/{case}-{base}"
         for host in self.hosts:
             for check in HOST_CHECKS:
-                yield f"{check}/{host}/{MIX}-sgd"
+                if check != "forks" or hosts.BY_NAME[host].stage < 3:
+                    yield f"{check}/{host}/{MIX}-sgd"
             if host in DEEPSPEED:
                 yield f"self_check/{host}/SAM-sgd"
 
@@ -223,8 +242,9 @@ def plan(world: int, *, wide: bool) -> Plan:
     lives = [(h, c.name, c.bases[0]) for h in FP32 for c in CASES if wide or c.name in CORE or h in FEW]
     second = [c for c in CASES if "adamw" in c.bases[1:] and (wide or c.name in (MIX, "EMA+ShrinkPerturb+SAM"))]
     lives += [(h, c.name, "adamw") for h in FP32 for c in second]
+    lives += [(h, c.name, b) for h in FP32 for c in FORKED for b in c.bases if wide or (c.name, b) in UNREACHED]
     half = BF16 if wide else ["zero0-bf16", "zero2-bf16-offload", "zero3-bf16-fp32acc"]
-    lives += [(h, c, BY_CASE[c].bases[0]) for h in half for c in ([c.name for c in CASES] if wide else [MIX])]
+    lives += [(h, c, BY_CASE[c].bases[0]) for h in half for c in ([c.name for c in CASES + FORKED] if wide else [MIX])]
     ring = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]  # four apart: another engine and, mostly, another stage
     moves = [(s, h, c.name, c.bases[0]) for s, h in ring for c in CASES if wide or ("+" in c.name and c.name in CORE)]
     moves += [(s, h, c.name, c.bases[0]) for s, h in (("zero3", "fsdp2"), ("ddp", "zero2")) for c in CASES
@@ -233,4 +253,5 @@ def plan(world: int, *, wide: bool) -> Plan:
         hosts_in_turn = itertools.cycle(FP32[1:])
         lives += [(next(hosts_in_turn), p.name, p.bases[0]) for p in PAIRS.values() if isinstance(p, Case) for _ in range(2)]
     moves += [(s, h, "EMA+ShrinkPerturb+SAM", "adamw") for s, h in ring]
+    moves += [(s, h, c, b) for s, h in ring for c, b in UNREACHED if wide or b == "adamw"]
     return Plan(2, lives, moves, FP32 + half)

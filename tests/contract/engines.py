@@ -48,9 +48,13 @@ def extra(host: str) -> Counter[str]:
 
 
 def examine(record: Record, host: str) -> None:
-    """Every host check."""
-    for check in (restore, residue, interrupted, collectives, accumulation, dropout, statistics, skipped_buffers, tiny):
-        tolerance = lives.rounding(host) if check is dropout else lives.tolerance(host) if check in (accumulation, tiny) else 0.0
+    """Every host check. At stage 3 DeepSpeed itself finds that ranks take different ways, on one rank: the other waits."""
+    for check in (restore, residue, interrupted, collectives, accumulation, dropout, statistics, skipped_buffers, tiny,
+                  forks):
+        if check is forks and BY_NAME[host].stage == 3:
+            continue
+        rounds = check in (accumulation, tiny, forks)
+        tolerance = lives.rounding(host) if check is dropout else lives.tolerance(host) if rounds else 0.0
         with record.check(f"{check.__name__}/{host}/{MIX}-sgd", tolerance) as found:
             check(found, host)
     if BY_NAME[host].kind == "zero":
@@ -235,6 +239,47 @@ def tiny(found: Outcome, host: str) -> None:
         found.require(run.opt.skipped_count == 1, f"skipped_count is {run.opt.skipped_count}")
         ends.append(run.weights())
     found.measure(hosts.difference(*ends))
+
+
+def forks(found: Outcome, host: str) -> None:
+    """Ranks that take different ways through a net in one pass: the gradient is the mean over them, a way not taken counting as
+    zero. Where ranks share one sharded copy of the weights that cannot be, and every rank says so."""
+    spec, cls = BY_NAME[host], lives.composed(MIX, "sgd")
+    world = 1 if spec.kind == "plain" else World.current().size
+    start = functools.partial(hosts.start, cls=cls, options=lives.BY_CASE[MIX].options, base=BASES["sgd"])
+    # Where it is refused, ways of one size: else gloo ends the process, as it does without this library.
+    shared = spec.kind == "fsdp2"
+    run, alone = (start(s, model=Ways(even=shared)) for s in (spec, BY_NAME["plain"]))
+    for i, (x, y) in enumerate(BATCHES[:3]):
+        run.bare.way = (run.rank + i) % 2
+        try:
+            run.step(x, y)
+        except RuntimeError as error:
+            found.require(shared and "only some ranks reached" in str(error), f"unclear message: {error}")
+            return
+
+        def closure(x: Tensor = x, y: Tensor = y, i: int = i) -> Tensor:
+            total = torch.zeros(())
+            for rank, (rows, labels) in enumerate(zip(x.chunk(world), y.chunk(world), strict=True)):
+                alone.bare.way = (rank + i) % 2
+                loss = nn.functional.cross_entropy(alone.forward(rows), labels) / world
+                total += loss.detach()
+                loss.backward()
+            return total
+
+        alone.opt.step(closure)
+    found.require(world == 1 or not shared or spec.replicate, "ranks that must take one way took two")
+    found.measure(hosts.difference(run.weights(), alone.weights()))
+
+
+class Ways(hosts.Forked):
+    """A forked net, or one whose ways have different sizes."""
+
+    def __init__(self, *, even: bool) -> None:
+        torch.manual_seed(0)
+        super().__init__("branch")
+        if not even:
+            self.ways[1] = nn.Sequential(nn.Linear(31, 40), nn.Tanh(), nn.Linear(40, 17))
 
 
 def self_check(found: Outcome, host: str) -> None:

@@ -21,19 +21,44 @@ from everbatch.compose import parts_of
 WIDTH, CLASSES, BATCH = 20, 5, 24
 
 
-def build(dropout: float = 0.0, norm: bool = False) -> nn.Module:
+def build(dropout: float = 0.0, norm: bool = False, fork: str = "") -> nn.Module:
     """A smooth net (no kinks that amplify rounding) with odd sizes, so that every sharding pads, and one tensor of 1
-    element; drawn from the global stream."""
+    element; drawn from the global stream. With `fork`: `Forked` instead."""
+    if fork:
+        return Forked(fork)
     layers: list[nn.Module] = [nn.Linear(WIDTH, 31), nn.Tanh(), Scale()]
     layers += [nn.BatchNorm1d(31)] if norm else []
     layers += [nn.Dropout(dropout)] if dropout else []
     return nn.Sequential(*layers, nn.Linear(31, 17), nn.Tanh(), nn.Linear(17, CLASSES))
 
 
-def net(seed: int = 0, *, dropout: float = 0.0, norm: bool = False) -> nn.Module:
+def net(seed: int = 0, *, dropout: float = 0.0, norm: bool = False, fork: str = "") -> nn.Module:
     """`build` with the global stream seeded."""
     torch.manual_seed(seed)
-    return build(dropout, norm)
+    return build(dropout, norm, fork)
+
+
+class Forked(nn.Module):
+    """A net of which each pass takes one of two ways; the weights of the other get no gradient.
+
+    branch: the ways are a layer in the middle. heads: they are the last layer, one for each task.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.kind, self.way = nn.Linear(WIDTH, 31), kind, 0
+        sizes = (31, 17) if kind == "branch" else (17, CLASSES)
+        self.ways = nn.ModuleList(nn.Linear(*sizes) for _ in range(2))
+        self.shared = nn.Linear(17, CLASSES) if kind == "branch" else nn.Linear(31, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = (self.ways[self.way], self.shared) if self.kind == "branch" else (self.shared, self.ways[self.way])
+        x = self.stem(x).tanh()
+        return last[1](last[0](x).tanh())  # type: ignore[no-any-return]
+
+
+WAYS = {"branch": (0, 0, 1, 1, 0, 1), "heads": (0, 0, 0, 1, 1, 1)}
+"""Which way a forked net takes at each step of the common data."""
 
 
 class Scale(nn.Module):
@@ -113,6 +138,11 @@ class Run:
     world: int
     losses: list[Tensor] = field(default_factory=list)
 
+    @property
+    def bare(self) -> Any:
+        """The net inside DDP."""
+        return getattr(self.model, "module", self.model)
+
     def local(self, x: Tensor) -> Tensor:
         """This rank's rows of a global batch."""
         return x.chunk(self.world)[self.rank]
@@ -187,12 +217,12 @@ def start(spec: HostSpec, cls: type, options: dict[str, Any], *, model: nn.Modul
     if spec.kind == "plain":
         return Run(cls(model, **base.keywords, **options), model, model, spec, rank, world)
     if spec.kind == "ddp":
-        wrapped = DistributedDataParallel(model)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=isinstance(model, Forked))
         return Run(cls(wrapped, **base.keywords, **options), wrapped, model, spec, rank, world)
     if spec.kind == "fsdp2":
         names = ("replicas", "shards")
         mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=names) if spec.replicate else None
-        for part in model.children():
+        for part in model.modules():
             if isinstance(part, nn.Linear):
                 fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -10,7 +10,7 @@ from typing import Any
 
 import hosts
 import torch
-from cases import BASES, BY_CASE, CALLS, SAVE_AFTER, SKIP_AT, STEPS, TOLERANCE
+from cases import BASES, BY_CASE, CALLS, FORKED, SAVE_AFTER, SKIP_AT, STEPS, TOLERANCE
 from hosts import BY_NAME, Run
 from record import Record, Tensors
 
@@ -31,6 +31,7 @@ def composed(case: str, base: str) -> type:
 def fresh(host: str, case: str, base: str, *, zero: bool = False, seed: int = 0, **net: Any) -> Run:
     """A new run of a case on a host."""
     options = {} if not case else BY_CASE[case].zero if zero else BY_CASE[case].options
+    net.setdefault("fork", BY_CASE[case].fork if case else "")
     return hosts.start(BY_NAME[host], composed(case, base), options, model=hosts.net(seed, **net), base=BASES[base])
 
 
@@ -38,8 +39,11 @@ def advance(run: Run, case: str, begin: int, end: int) -> None:
     """Steps `begin` to `end` of the common data, with the case's calls between them."""
     for i in range(begin, end):
         if case and BY_CASE[case].call and i in CALLS:
+            run.bare.way = 0  # as a replica that a factory builds has it
             getattr(run.opt, BY_CASE[case].call)()
         torch.manual_seed(1000 + i)
+        if case and BY_CASE[case].fork:
+            run.bare.way = hosts.WAYS[BY_CASE[case].fork][i]
         run.step(*BATCHES[i])
 
 
@@ -58,10 +62,11 @@ def reference(case: str, base: str) -> Tensors:
 
 
 @functools.cache
-def bare(host: str, base: str) -> Tensors:
+def bare(host: str, base: str, fork: str) -> Tensors:
     """Weights after STEPS steps of the base alone."""
-    run = fresh(host, "", base)
-    advance(run, "", 0, STEPS)
+    case = next(c.name for c in FORKED if c.fork == fork and not c.mixins) if fork else ""
+    run = fresh(host, case, base)
+    advance(run, case, 0, STEPS)
     return run.weights()
 
 
@@ -118,7 +123,7 @@ def live(record: Record, host: str, case: str, base: str, store: Path) -> None:
         with record.check(f"absent/{tail}") as found:
             quiet = fresh(host, case, base, zero=True)
             advance(quiet, case, 0, STEPS)
-            found.same_bits(quiet.weights(), bare(host, base), "against the bare base")
+            found.same_bits(quiet.weights(), bare(host, base, BY_CASE[case].fork if case else ""), "against the bare base")
 
 
 def move(record: Record, source: str, host: str, case: str, base: str, store: Path) -> None:

@@ -239,15 +239,25 @@ def test_a_skipped_step_changes_nothing(name: str) -> None:
     assert all(torch.equal(after[n], t) for n, t in tensors.items())
 
 
-def test_what_has_no_gradient_is_not_pulled() -> None:
+def test_what_no_pass_reaches_is_pulled_as_by_a_penalty_in_the_loss() -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
     opt = EwcSGD(model, lr=0.1, strength=1.0, estimator="given")
     opt.consolidate_ewc(importance={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    anchor = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():
         model["spare"].weight.add_(1.0)
-    before = model["spare"].weight.detach().clone()
-    opt.step(closure_of(opt, lambda: model["used"](torch.ones(1, 2)).square().sum()))
-    assert torch.equal(model["spare"].weight, before)
+    twin = copy.deepcopy(model)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+
+    def loss(m: nn.Module) -> Tensor:
+        return m["used"](torch.ones(1, 2)).square().sum()  # type: ignore[index]
+
+    (loss(twin) + sum((p - anchor[n]).square().sum() for n, p in twin.named_parameters())).backward()
+    plain.step()
+    opt.step(closure_of(opt, lambda: loss(model)))
+    for (name, got), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, msg=name)
+    assert not torch.equal(model["spare"].weight, anchor["spare.weight"] + 1.0)
 
 
 @pytest.mark.parametrize("how", ["unfrozen", "added"])

@@ -34,7 +34,7 @@ def describe(opt: OptimizerMixin) -> str:
             lines.append(f"  {part.__name__:<18} {config!r}".replace(f"{part.__name__}.Config", "").rstrip())
     extra = opt.extra_passes()
     state, transient = sum(c.state_bytes for c in costs.values()), sum(c.transient_bytes for c in costs.values())
-    scalars = (1 + sum(c.scalar_reductions for c in costs.values())) if opt.host.sharded else 0
+    scalars = (1 + sum(c.scalar_reductions for c in costs.values())) if opt.host.sharded else int(opt.host.agrees)
     lines.append(f"  passes per step    {1 + extra:g}")
     lines.append(f"  bytes per element  {state:g} kept, {transient:g} inside the step (of the masters this rank owns)")
     lines.append(f"  collectives        {scalars:g} all-reduces of scalars; each of the {extra:g} extra passes: "

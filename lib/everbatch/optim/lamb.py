@@ -241,13 +241,13 @@ def _moments(host: Host, shard: Shard) -> dict[str, Tensor]:
     if shard.owner.dim():
         return shard.moments
     # A shard cannot tell the moments of a 0-dim parameter from a step count; here their names are known.
-    kept = host.state().get(shard.owner, {})
+    kept = host.kept(shard)
     return {name: kept[name] for name in MOMENTS if name in kept}
 
 
 def _next_step(host: Host, shard: Shard) -> Number:
     """Number of the base's coming step of a tensor; read without a sync where it lives on the CPU, as torch does."""
-    step = host.state().get(shard.owner, {}).get("step", 0.0)
+    step = host.kept(shard).get("step", 0.0)
     return step + 1.0 if isinstance(step, Tensor) and step.device.type != "cpu" else float(step) + 1.0
 
 

@@ -95,7 +95,13 @@ class LookSAM(OptimizerMixin):
         v = Vector(self.host, [s for s, _ in steered], [kept[s.name] for s, _ in steered])
         into = Vector(self.host, v.shards, [g for _, g in steered])
         if self.configs[LookSAM].norms == "model":
-            gg, vv = inner(self.host, (gradient, gradient), (v, v)).unbind()
+            reached = self.host.reached()
+            if reached is None:
+                gg, vv = inner(self.host, (gradient, gradient), (v, v)).unbind()
+            else:  # zeros stand for what no pass reached: its kept direction has no part in the norm
+                of_g, of_v = _by_tensor(self, (gradient, gradient), (v, v))
+                gg = torch.stack(list(of_g.values())).sum()
+                vv = (torch.stack(list(of_v.values())) * (reached > 0)).sum()
             into.add_(Vector(v.host, v.shards, [t.to(g.dtype) for t, g in zip(v.tensors, into.tensors, strict=True)]),
                       alpha * gg.sqrt() / (vv.sqrt() + 1e-12))
             return

@@ -194,6 +194,7 @@ class OptimizerMixin(Contract):
         self._require(auxiliary)
         self._accumulation.enter(closure is not None)
         self.metrics, self._on_apply, self._on_skip, self._replaced = {}, [], [], ""
+        self.host.begin_step()
         closures = {**auxiliary, **({"loss": closure} if closure is not None else {})}
         closures = {name: f if name == "per_sample" else self._accumulation.watched(name, f) for name, f in closures.items()}
         self._objective = objective = Objective(self.host, closures, self.add_penalty, several=self.extra_passes() > 0,

@@ -47,9 +47,12 @@ def path_importance(importance: Tensor, contribution: Tensor, weights: Tensor, a
 
 def _pull(host: Host, strength: float, importance: ByName, anchor: ByName) -> None:
     """grad += 2 * strength * importance * (theta - anchor), on this rank's slices; no collective."""
+    if not strength:
+        return
+    # Also of parameters that the pass did not reach: the term depends on them all.
     held = [(s.data, g, importance[s.name], anchor[s.name]) for s in host.shards
-            if s.name in importance and (g := s.grad) is not None]
-    if not held or not strength:
+            if s.name in importance and (g := host.claim(s)) is not None]
+    if not held:
         return
     data, grads, factors, anchors = (list(part) for part in zip(*held, strict=True))
     away = torch._foreach_sub(data, anchors)
@@ -262,7 +265,8 @@ class SI(OptimizerMixin):
         if config.rule == "path_integral":
             gradient, before = self._si_gradient or {}, _weights(self.host)
             super().update()
-            added = {s.name: gradient[s.name] * (before[s.name] - s.data) for s in self.host.shards if s.name in gradient}
+            added = {s.name: gradient[s.name] * (before[s.name] - s.data) for s in self.host.shards
+                     if s.name in gradient and s.name not in self.host.unreached}
             self._si_gradient = None
         else:
             added = {s.name: g.to(s.data.device, wide(s.data)).square() * s.group["lr"] for s in self.host.shards

@@ -180,7 +180,8 @@ class Refresh(OptimizerMixin):
                     self._put_back(kept)
                     self.on_apply(self._count_refused)
                     break
-                self.host.weights().add_(self.displacement(self._unlearning(config, iteration)))
+                move = self.displacement(self._unlearning(config, iteration))
+                Vector(self.host, move.shards, [s.data for s in move.shards]).add_(move)
                 self.host.touch()
         except BaseException:
             self._put_back(kept)
@@ -199,11 +200,13 @@ class Refresh(OptimizerMixin):
 
     def _unlearning(self, config: Refresh.Config, iteration: int) -> Vector:
         """The move along the present gradient, in the masters' dtype."""
-        shards, state = self.host.shards, self.states[Refresh]
+        state = self.states[Refresh]
+        # Parameters that the pass did not reach stay where they are, noise included, unlike in the released code: a step that
+        # has no use for the head of an old task does not wear it away.
+        pairs = [(s, g) for s in self.host.shards if (g := s.grad) is not None]
+        shards = [s for s, _ in pairs]
         fisher = [state.fisher.get(s.name) for s in shards]
-        # Parameters to which the pass gave no gradient take part in the noise, as in the released code.
-        pairs = [(s, s.grad) for s in shards]
-        gradient = [torch.zeros_like(s.data) if g is None else g.to(s.data) for s, g in pairs]
+        gradient = [g.to(s.data) for s, g in pairs]
         scale = config.noise_scale if config.form == "sde" else config.noise_coef
         noise = [self.refresh_noise(s, iteration).to(s.data).view(s.data.shape) if scale else None for s in shards]
         if config.form == "sde":
@@ -211,7 +214,7 @@ class Refresh(OptimizerMixin):
             inverse = [1.0 / (f + config.damping) if state.tasks else torch.ones_like(f) for f in known]
             return Vector(self.host, shards, [sde_move(g, p, config.gamma, None if n is None else n * scale).to(g)
                                               for g, p, n in zip(gradient, inverse, noise, strict=True)])
-        weight_norms, norms = _norms(self.host, [s.data for s in shards], gradient)
+        weight_norms, norms = _norms(self.host, shards, [s.data for s in shards], gradient)
         return Vector(self.host, shards, [
             normalized_move(g, weight_norms[s.name], norms[s.name], f, n, delta=config.delta, fisher_coef=config.fisher_coef,
                             noise_coef=scale).to(g)
@@ -261,13 +264,13 @@ class Refresh(OptimizerMixin):
                          "host sync for each")
 
 
-def _norms(host: Host, *vectors: list[Tensor]) -> list[dict[str, Tensor]]:
-    """Norms of whole parameters for several vectors over all shards: name to 0-dim float64. One collective for all."""
+def _norms(host: Host, shards: list[Shard], *vectors: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Norms of whole parameters for several vectors over these shards: name to 0-dim float64. One collective for all."""
     names = host.names
     place = {name: i for i, name in enumerate(names)}
     squares = torch.zeros(len(vectors), len(names), dtype=torch.float64, device=host.device)
-    if host.shards:
-        index = torch.tensor([place[s.name] for s in host.shards], device=host.device)
+    if shards:
+        index = torch.tensor([place[s.name] for s in shards], device=host.device)
         for row, tensors in zip(squares, vectors, strict=True):
             wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
             norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=wide))).to(host.device, torch.float64)

@@ -58,6 +58,10 @@ class Shard:
         """The live parameter group: `group["lr"]`, `group["weight_decay"]`, ..."""
         return self._group()
 
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """This slice of a tensor that is laid out as `owner`: a view."""
+        return self._view(tensor)
+
     @property
     def moments(self) -> dict[str, Tensor]:
         """Views of the base optimizer's per-element state (`exp_avg`, `momentum_buffer`, ...); empty before the first step."""

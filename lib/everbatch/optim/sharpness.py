@@ -100,6 +100,8 @@ def combine_(target: Vector, other: Vector, keep: float, add: float) -> None:
     """target <- keep * target + add * other, by parameter, where target is the host's gradient: edited in place, and parameters
     that only `other` has get their share of it as gradient (none if add is 0: they take no part then)."""
     more = {s.name: (s, t) for s, t in other}
+    if add:
+        target.host.mix_passes()
     for shard, t in target:
         t.mul_(keep)
         if shard.name in more:

@@ -174,15 +174,17 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
             else:
                 group[name] = tuple(value) if isinstance(group.get(name), tuple) else value
     moments = sorted(k for k in kinds if k.startswith("moment."))
-    state = host.state()
+    state, clocks = host.state(), dict[str, tuple[dict[str, Any], bool]]()
     for shard in shards:
         master = read("master", shard)
         if master is not None:  # frozen: kept with the model
             shard.data.copy_(master.view_as(shard.data))
         kept = state[shard.owner] if shard.owner in state else state.setdefault(shard.owner, {})
+        found = False
         for kind in moments:
             value = read(kind, shard)
             if value is not None:
+                found = True
                 key = kind.split(".", 1)[1]
                 if key not in kept:
                     kept[key] = torch.zeros_like(shard.owner, dtype=value.dtype)
@@ -190,8 +192,11 @@ def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[st
         for key, (kind, value) in meta["scalars"].get(shard.name, {}).items():
             device = shard.owner.device if shard.group.get("capturable") or shard.group.get("fused") else "cpu"
             kept[key] = value if kind == "value" else torch.tensor(value, dtype=getattr(torch, kind), device=device)
+        scalars = {key: kept[key] for key in meta["scalars"].get(shard.name, {})}
+        clocks[shard.name] = scalars, found or bool(scalars)
         if not kept:
             state.pop(shard.owner, None)
+    host.restore_clocks(clocks)
     opt.seed, opt.step_count, opt.skipped_count = meta["seed"], meta["steps"], meta["skipped"]
     for part, fields in opt.states.items():
         for name, value in _fields(fields).items():
@@ -251,7 +256,7 @@ def _scalars(opt: OptimizerMixin, shard: Shard) -> dict[str, Any]:
     """Per-parameter state that is not per element, such as a step count: name to (dtype or "value", number)."""
     result: dict[str, Any] = {}
     moments = shard.moments
-    for key, value in opt.host.state().get(shard.owner, {}).items():
+    for key, value in opt.host.kept(shard).items():
         if torch.is_tensor(value):
             if key in moments:
                 continue

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.shards import Shard, Vector
 
-__all__ = ["Alone", "Host", "plain_name", "refuse_complex", "unwrap"]
+__all__ = ["Alone", "Host", "plain_name", "refuse_complex", "refuse_partly", "unwrap"]
 
 SMALL = 16_384
 """Elements up to which copying a tensor on a CPU takes less than one call."""
@@ -30,6 +30,15 @@ def refuse_complex(who: str, trained: Iterable[tuple[str, Tensor]]) -> None:
     """Norms, signs and penalties here are of real numbers."""
     names = [n for n, p in trained if p.is_complex()]
     check(not names, who, f"complex parameters {names[:3]}", "be real", "store torch.view_as_real of them")
+
+
+def refuse_partly(title: str, names: Sequence[str]) -> None:
+    """Raise `RuntimeError` when only some ranks reached these parameters, on an engine whose ranks share one sharded copy."""
+    if names:
+        raise RuntimeError(
+            f"{title}: only some ranks reached the parameters {list(names[:5])} in this step; ranks that share one sharded "
+            "copy of the weights gather and reduce them together, so all must take the same branch; decide from what is the "
+            "same on every rank, or use ZeRO stage 0 to 2, or DDP with find_unused_parameters=True")
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -56,6 +65,8 @@ class Host(abc.ABC):
     """The bare module, where the host knows it."""
     sharded: bool
     """Whether a rank holds only a part of the masters."""
+    agrees: bool = False
+    """Whether ranks that hold whole masters agree in each step, by one all-reduce, on what was reached."""
     rank: int = 0
     world: int = 1
     pass_cost: str = "one forward and backward"
@@ -70,6 +81,9 @@ class Host(abc.ABC):
         self.local = False
         """Whether the pass under way shall leave each rank's own gradient."""
         self._shards: list[Shard] | None = None
+        self.unreached: frozenset[str] = frozenset()
+        """Trained parameters to which no pass on any rank gave a gradient, where the engine holds something else than None for
+        them: known from `finite()` on, until gradients are discarded. Their `Shard.grad` is None then."""
 
     @property
     def shards(self) -> list[Shard]:
@@ -116,6 +130,32 @@ class Host(abc.ABC):
         cannot tell. No collective; a host sync only where gradients lie about."""
         return ""
 
+    def begin_step(self) -> None:  # noqa: B027
+        """Before the first pass of a step. Gradients may be there already."""
+
+    def claim(self, shard: Shard) -> Tensor | None:
+        """The gradient of a shard for writing to, as zeros where it had none: its parameter counts as reached from then on. None
+        where no gradients are held at all."""
+        if shard.grad is None:
+            shard.owner.grad = torch.zeros_like(shard.owner)
+        return shard.grad
+
+    def mix_passes(self) -> None:  # noqa: B027
+        """Say that the gradient is made of all passes of this step so far: what any of them reached has one."""
+
+    def reached(self) -> Tensor | None:
+        """For each of `names`, > 0 where a rank's last pass gave the parameter a gradient: (n,) float64, the same on every rank;
+        None where `gradient()` leaves the others out. At most one all-reduce of n numbers, no host sync."""
+        return None
+
+    def kept(self, shard: Shard) -> Mapping[str, Any]:
+        """What the base optimizer keeps for this parameter, live, its step count among it; empty before its first update."""
+        kept: dict[str, Any] = self.state().get(shard.owner, {})
+        return kept
+
+    def restore_clocks(self, saved: Mapping[str, tuple[dict[str, Any], bool]]) -> None:  # noqa: B027
+        """After moments were read back: step counts by name, and whether there was any state, where parameters share a tensor."""
+
     def end_pass(self) -> None:  # noqa: B027
         """After the last backward of a pass (gradient unscaling)."""
 
@@ -145,11 +185,11 @@ class Host(abc.ABC):
 
     def set_gradient(self, gradient: Vector) -> None:
         """Make this vector the gradient of its parameters."""
+        self.mix_passes()
         for shard, value in gradient:
-            if shard.grad is None:
-                shard.owner.grad = torch.zeros_like(shard.owner)
-            assert shard.grad is not None
-            shard.grad.copy_(value)
+            held = self.claim(shard)
+            assert held is not None
+            held.copy_(value)
 
     def working_shards(self) -> list[Shard]:
         """The working weights of every trained parameter, whole, the same list on every rank: what a rank may move apart."""
@@ -188,6 +228,10 @@ class Host(abc.ABC):
 
     def finite(self) -> Tensor:
         """0-dim bool: whether every gradient element on every rank is finite. At most one all-reduce, no host sync."""
+        return self.total(self._bad()) == 0
+
+    def _bad(self) -> Tensor:
+        """0-dim float64: this rank's tensors with an element that is not finite, or pieces of them."""
         grads = [g for s in self.shards if (g := s.grad) is not None and g.numel()]
         bad = torch.zeros((), dtype=torch.float64, device=self.device)
         if grads:  # a rank may own nothing of a small model
@@ -199,7 +243,7 @@ class Host(abc.ABC):
             else:
                 peaks = list(torch._foreach_norm(grads, float("inf")))
             bad += (~torch.isfinite(torch.stack([p.float() for p in peaks]))).sum().to(bad)
-        return self.total(bad) == 0
+        return bad
 
     def gradient(self) -> Vector:
         """The present gradient as views; in the engine's accumulation dtype."""

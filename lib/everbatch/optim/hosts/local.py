@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, unwrap
+from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, refuse_partly, unwrap
 from everbatch.optim.hosts.unreduced import forget_unreduced, unreduced
 from everbatch.optim.shards import Shard, Vector
 
@@ -201,6 +201,36 @@ class LocalHost(Host):
             return super().local_gradient()
         mine = self.gradient()
         return Vector(Alone(self), mine.shards, mine.tensors)  # type: ignore[arg-type]
+
+    def finite(self) -> Tensor:
+        """Whether every gradient element is finite. On FSDP2 the same all-reduce tells whether ranks reached the same parameters.
+
+        Raises:
+            RuntimeError: gradients that were not reduced as they should have been: on FSDP2, when only some ranks reached a
+                parameter; on DDP without `find_unused_parameters`, when a pass left one out.
+        """
+        if self._group is None:
+            self._check_reduced()
+            return super().finite()
+        flags = torch.tensor([float(p.grad is not None) for _, p in self._counted], dtype=torch.float64)
+        table = torch.cat([self._bad().view(1), flags.to(self.device)])
+        dist.all_reduce(table)  # replicas too: their gradients are averaged parameter by parameter
+        bad, *ranks = table.tolist()
+        refuse_partly(self.title, [n for n, count in zip(self.names, ranks, strict=True) if 0 < count < self.world])
+        return torch.tensor(bad == 0)
+
+    def _check_reduced(self) -> None:
+        """DDP that was not told of unused parameters waits for them: what shares a bucket with one is left unreduced."""
+        for module in self._met:
+            if not isinstance(module, DistributedDataParallel) or module.find_unused_parameters or module.static_graph:
+                continue
+            names = [n for n, p in module.module.named_parameters() if p.requires_grad and p.grad is None
+                     and n not in module.parameters_to_ignore]
+            if names and self.world > 1:
+                raise RuntimeError(
+                    f"DDP: no pass of this step reached {names[:5]}, so gradients were not averaged over the ranks; pass "
+                    "find_unused_parameters=True to DistributedDataParallel, or freeze what is not used "
+                    "(requires_grad=False)")
 
     def update(self) -> None:
         self._optimizer.base_step()

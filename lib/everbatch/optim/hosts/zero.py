@@ -8,6 +8,7 @@ behind.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex
+from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, refuse_partly
+from everbatch.optim.hosts.clocks import Clocks
+from everbatch.optim.hosts.in_order import InOrder
+from everbatch.optim.hosts.reach import Reach
 from everbatch.optim.hosts.taken import passage
 from everbatch.optim.objective import Objective
 from everbatch.optim.shards import Shard, Vector
@@ -24,19 +28,22 @@ from everbatch.optim.shards import Shard, Vector
 __all__ = ["ZeroHost"]
 
 TESTED = "0.19.8"
+PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+"""Stage 3: this rank's part of each gradient, which a pass that does not reach the parameter leaves as an earlier one left it."""
 NEEDED = {
     "engine": ("optimizer", "basic_optimizer", "module", "backward", "step", "zero_grad", "zero_optimization_stage",
                "set_gradient_accumulation_boundary", "gradient_accumulation_steps",
                "gradient_clipping", "bfloat16_enabled", "fp16_enabled"),
     "DeepSpeedZeroOptimizer": ("averaged_gradients", "all_grad_tensors", "micro_step_id", "update_lp_params", "zero_grad",
                                "single_partition_of_fp32_groups", "bit16_groups", "clear_backward_seen_flag", "cpu_offload",
-                               "reset_cpu_buffers"),
+                               "reset_cpu_buffers", "process_gradients", "reduce_gradients", "get_gradient_for_reduction",
+                               "overlapping_partition_gradients_reduce_epilogue"),
     "BF16_Optimizer": ("fp32_groups_flat_partition", "update_lp_params", "clear_lp_grads", "clear_hp_grads", "bf16_groups"),
     "FP16_UnfusedOptimizer": ("fp16_groups", "fp32_groups", "zero_grad"),
     "DeepSpeedZeroOptimizer_Stage3": ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id",
                                       "averaged_gradients", "sub_group_to_group_id", "persistent_parameters",
                                       "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters",
-                                      "clear_backward_seen_flag"),
+                                      "clear_backward_seen_flag", PARTITIONS),
 }
 PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo",
               "adamp", "sgdp", "fromage"}
@@ -74,6 +81,7 @@ class ZeroHost(Host):
         world = World.current()
         self.rank, self.world, self.sharded = world.rank, world.size, self.stage > 0 and world.size > 1
         self.replicas = 1 if self.stage else self.world
+        self.agrees = self.world > 1
         self._named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         refuse_complex("DeepSpeed", self._named)
         self.bf16 = bool(engine.bfloat16_enabled())
@@ -83,6 +91,11 @@ class ZeroHost(Host):
         self._verified = False
         self._backwards, self._open = 0, True
         self._own: dict[str, Tensor] = {}
+        self._reach = Reach(self._named)
+        self._clocks = Clocks(self.inner, lambda: self.shards)
+        self._in_order = None
+        if self.kind == "DeepSpeedZeroOptimizer":
+            self._in_order = InOrder(self.zero, engine.module.parameters())
         if self.kind == "FP16_UnfusedOptimizer" and not engine.global_steps:
             # The wrapper takes a step with zero gradients to allocate state: decay has moved the masters, moments count a step.
             self.inner.state.clear()
@@ -128,8 +141,11 @@ class ZeroHost(Host):
         return [s for s in shards if s is not None and s.numel]
 
     def _shard(self, name: str, p: Any, start: int, owner: Tensor, view: Any, grad: Any, index: int) -> Shard:
-        return Shard(name, getattr(p, "ds_shape", p.shape), start, owner, view=view, grad=grad,
-                     group=lambda: self.groups()[index], state=self.state)
+        def reached() -> Tensor | None:
+            return None if name in self.unreached else grad()
+
+        return Shard(name, getattr(p, "ds_shape", p.shape), start, owner, view=view, grad=reached,
+                     group=lambda: self.groups()[index], state=lambda: self._clocks.state_of(name))
 
     def _whole_shard(self, name: str, p: Any, index: int) -> Shard | None:
         owner = p if self.kind == "torch" else self._master_of[id(p)]
@@ -216,6 +232,64 @@ class ZeroHost(Host):
             self.zero.clear_backward_seen_flag()
         self._backwards, self._open = 0, True
         self._own.clear()
+        self._reach.forget()
+        self.unreached = frozenset()
+
+    def begin_step(self) -> None:
+        self._reach.begin_step()
+
+    def claim(self, shard: Shard) -> Tensor | None:
+        self._reach.claim(shard.name)
+        return shard.grad
+
+    def set_gradient(self, gradient: Vector) -> None:
+        """As on other hosts, but nothing counts as reached for it: the zeros of what no pass reached are in these vectors."""
+        self.mix_passes()
+        for shard, value in gradient:
+            assert shard.grad is not None
+            shard.grad.copy_(value)
+
+    def mix_passes(self) -> None:
+        self._reach.mix()
+
+    def reached(self) -> Tensor | None:
+        flags = self._reach.flags(self.device).clone()
+        if self.world > 1:
+            dist.all_reduce(flags)
+        return flags
+
+    def finite(self) -> Tensor:
+        """Whether every gradient element is finite, and at the same time which parameters no rank has reached. One all-reduce of
+        one number per parameter, and the host sync that whoever asks would make.
+
+        Raises:
+            RuntimeError: at stage 3, on every rank, when only some ranks reached a parameter: they gathered and reduced different
+                parameters together.
+        """
+        table = torch.cat([self._bad().view(1), self._reach.flags(self.device)])
+        if self.world > 1:
+            dist.all_reduce(table)
+        bad, *ranks = table.tolist()
+        self.unreached = frozenset(n for n, count in zip(self._reach.names, ranks, strict=True) if not count)
+        if self.stage == 3:
+            partly = {n for n, count in zip(self._reach.names, ranks, strict=True) if 0 < count < self.world}
+            refuse_partly(self.title, [n for n, p in self._named if n in partly and not _in_leaf(p)])
+        return torch.tensor(bad == 0)
+
+    def _clear_stale(self, *, boundary: bool) -> None:
+        """At stage 3: zero what an earlier pass left in the gradients of parameters that this one has not reached."""
+        if self.stage < 3:
+            return
+        # In DeepSpeed's leaf modules ranks may differ: the engine fills in zeros there, and other ranks' part is no leftover.
+        late = {n: p for n, p in self._named if n not in self._reach.last and not _in_leaf(p)}
+        for p in late.values():
+            getattr(self.zero, PARTITIONS)[p.ds_id].zero_()
+        if late and boundary and self.zero.offload_optimizer:
+            for p in late.values():  # a norm that was not finite would have the engine skip this step
+                self.zero.norm_for_param_grads.pop(self.zero.get_param_id(p), None)
+            for shard in self.shards:
+                if shard.name in late and shard.grad is not None:
+                    shard.grad.zero_()
 
     def _forget_buckets(self) -> None:
         """Empty what a backward past the engine, or one that raised, has put aside for a reduction that never came."""
@@ -239,9 +313,12 @@ class ZeroHost(Host):
         if self._open:
             raise RuntimeError("DeepSpeed: no opt.backward(loss) followed the last forward, so there is no gradient to use; call "
                                "it in place of loss.backward() and engine.backward(loss), once per micro-batch")
+        self._clear_stale(boundary=True)
 
     def set_sync(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
+        if self._backwards:  # a parameter that a later micro-batch reaches first is added to what is there
+            self._clear_stale(boundary=False)
         if self.stage and self.kind != "BF16_Optimizer":
             # The engine does this in its own forward, which a closure that calls engine.module does not enter.
             self.zero.clear_backward_seen_flag()
@@ -264,6 +341,8 @@ class ZeroHost(Host):
             self._add_local(loss)
             return
         self._backwards += 1
+        if self._in_order is not None:
+            self._in_order.begin()
         with passage(self.engine):
             self.engine.backward(loss, scale_wrt_gas=False)
 
@@ -298,15 +377,25 @@ class ZeroHost(Host):
 
     def update(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)
-        with passage(self.engine):
+        if self.kind == "torch":  # parameters one by one, as torch has them
+            for name, p in self._named:
+                p.grad = None if name in self.unreached else p.grad
+        with passage(self.engine), self._clocks.stepping(self.unreached if self.kind != "torch" else frozenset()):
             self.engine.step()
         self._backwards = 0
         if not self.engine.was_step_applied():
             raise RuntimeError("DeepSpeed skipped an update whose gradient was finite on every rank; the engine's own overflow "
                                "check disagrees, and the step would be lost on it alone")
 
+    def kept(self, shard: Shard) -> Mapping[str, Any]:
+        return self._clocks.kept(shard)
+
+    def restore_clocks(self, saved: Mapping[str, tuple[dict[str, Any], bool]]) -> None:
+        self._clocks.restore(saved)
+
     def reset_moments(self) -> None:
         super().reset_moments()
+        self._clocks.behind.clear()
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
 
@@ -330,6 +419,10 @@ class ZeroHost(Host):
 
     def recipe(self) -> tuple[Any, ...]:
         raise TypeError("an optimizer on a DeepSpeed engine cannot be copied or pickled; use state_dict()")
+
+
+def _in_leaf(p: Any) -> bool:
+    return getattr(p, "ds_z3_leaf_module", None) is not None
 
 
 def _refuse(engine: Any) -> None:

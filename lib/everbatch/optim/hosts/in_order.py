@@ -1,0 +1,69 @@
+"""Gradients of every parameter, in one order on every rank, to ZeRO stages 1 and 2.
+
+DeepSpeed reduces gradients in the order in which autograd gives them, and leaves out parameters that a rank's pass does not
+reach. Where ranks take different branches of a network, gradients of different parameters are added up, or the ranks wait for
+each other for ever.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["InOrder"]
+
+
+class InOrder:
+    """Hands gradients to a ZeRO optimizer in the reverse order of the model's parameters, and zeros for those without one.
+
+    A gradient waits until all before it in that order have come; at the end of a backward, what has not come is zero. This is
+    how DDP with `find_unused_parameters` does it, but no graph is walked.
+
+    Cost: a few dictionary operations per parameter and backward. Memory: gradients that come early wait; for a model whose
+    parameters are registered in the order of their use, none do.
+    """
+
+    def __init__(self, zero: Any, parameters: Iterable[Tensor]) -> None:
+        self._zero = zero
+        group_of = {id(p): i for i, group in enumerate(zero.bit16_groups) for p in group}
+        self._order = [(p, group_of[id(p)]) for p in reversed(list(parameters)) if id(p) in group_of]
+        self._ready: set[int] = set()
+        self._next = 0
+        self._deliver: Callable[[Tensor, int], None] = zero.process_gradients
+        zero.process_gradients = self._take
+        for name in ("reduce_gradients", "overlapping_partition_gradients_reduce_epilogue"):
+            setattr(zero, name, functools.partial(self._after, self._rest, getattr(zero, name)))
+
+    def begin(self) -> None:
+        """Before a backward; an earlier one may have ended in an error."""
+        self._ready.clear()
+        self._next = 0
+
+    def _take(self, p: Tensor, group: int) -> None:
+        """In the place of `process_gradients`: a parameter's gradient has come."""
+        reduces = self._zero.partition_gradients or self._zero.is_gradient_accumulation_boundary()
+        again = id(p) in self._ready
+        if not reduces or again:  # stage 1 gathers micro-batches first; one that comes twice is DeepSpeed's to judge
+            self._deliver(p, group)
+            return
+        self._ready.add(id(p))
+        while self._next < len(self._order) and id(self._order[self._next][0]) in self._ready:
+            self._next += 1
+            self._deliver(*self._order[self._next - 1])
+
+    def _rest(self) -> None:
+        """Before gradients still in buckets are reduced: deliver what waits, and zeros for what never came."""
+        for p, group in self._order[self._next :]:
+            if self._zero.get_gradient_for_reduction(p) is None and p.grad is None:
+                p.grad = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+            self._deliver(p, group)
+        self._next = len(self._order)
+
+    @staticmethod
+    def _after(first: Callable[[], None], then: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        first()
+        return then(*args, **options)
