@@ -60,7 +60,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_together(self)
-        check_whole("class_incremental", "tasks", self.tasks, 1)
+        check_whole("class_incremental", "tasks", self.tasks)
         check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
               "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
 

@@ -48,7 +48,7 @@ class Recipe:
         "batch_size": "set global_batch", "accumulation": "set micro_batch", "eval_future": "there is one task"}})
     """batch_size and accumulation follow from global_batch and micro_batch, and are left out here."""
     conadv: ConAdv.Config | None = field(default=None, metadata={"idle": {
-        "mean": "it is data.mean", "std": "it is data.std", "classes": "the data have them"}})
+        **dict.fromkeys(("mean", "std"), "they follow data.mean and data.std"), "classes": "the data have them"}})
     """Concurrent adversarial learning; null for none. Its mean and std are those of data."""
     global_batch: int = 512
     """Samples of one update, over all ranks and micro-batches; a multiple of ranks * micro_batch."""
@@ -73,6 +73,7 @@ class Recipe:
     def __post_init__(self) -> None:
         check_together(self)
         for name, least in (("global_batch", 1), ("micro_batch", 1), ("base_batch", 1), ("eval_every", 0)):
+            check(getattr(self, name) >= least, "large_batch", f"{name}={getattr(self, name)}", f"be >= {least}")
             check_whole("large_batch", name, getattr(self, name), least)
         check(self.trainer.batch_size in (DEFAULT_BATCH, self.global_batch), "large_batch",
               f"trainer.batch_size={self.trainer.batch_size}", "be left out", "set global_batch")

@@ -205,8 +205,8 @@ class Picky:
 
 
 @pytest.mark.parametrize(("words", "text"), [
-    (["trainer.batch_size=7"], "trainer.batch_size has no use here, must be left out; set size"),
-    (["trainer.batch-size=7"], "trainer.batch_size has no use here"),
+    (["trainer.batch_size=7"], "trainer.batch_size, must be left out; set size"),
+    (["trainer.batch-size=7"], "trainer.batch_size, must be left out"),
     (["trainer.schedule.power=2"], "trainer.schedule.power has no effect here, must be left out; it is of trainer.schedule.kind"),
     (["trainer.schedule.factor=0.1", "trainer.schedule.kind=cosine"], "trainer.schedule.factor has no effect here"),
     (["replay.method=er", "replay.alpha=0.1"], "replay.alpha has no effect here, must be left out; replay.method=er stores no"),

@@ -230,12 +230,13 @@ def _find(root: Group, key: str) -> Leaf | Group:
     return node
 
 
-def _unknown(root: Group, key: str) -> ConfigError:
+def _unknown(root: Group, key: str, value: Any = ABSENT) -> ConfigError:
     above: Leaf | Group | None = root
     for part in key.split("."):
         cure = above.idle.get(part) if isinstance(above, Group) else None
         if cure is not None:
-            raise ConfigError(f"{key} has no use here, must be left out; {cure}")
+            shown = "" if value is ABSENT else f"={value!r}"
+            raise ConfigError(f"{key}{shown}, must be left out; {cure}")
         above = above.children.get(part) if isinstance(above, Group) else None
     meant = suggestion(key, root.paths())
     hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(root.children)}; --help lists all"
@@ -280,7 +281,7 @@ def _merge(
         path = f"{group.path}.{name}" if group.path else name
         node = group.children.get(name)
         if node is None:
-            raise _unknown(root, f"{path}.{rest}" if rest else path)
+            raise _unknown(root, f"{path}.{rest}" if rest else path, value)
         if isinstance(node, Leaf):
             if node.free:
                 value = _opened(value)

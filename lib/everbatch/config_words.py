@@ -101,15 +101,14 @@ def close_word(value: Any, choices: Collection[Any]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-_WORDS = re.compile(r"([-+]?)\.?(inf|infinity|nan)", re.IGNORECASE)
+_INFINITY = re.compile(r"([-+]?)\.?inf(inity)?", re.IGNORECASE)
 
 
 def plain_numbers(value: Any) -> Any:
-    """The value with "inf" and "nan", as Python and torch write them, read as numbers (YAML writes .inf), in lists too."""
+    """The value with "inf", as Python and torch write it, read as a number (YAML writes .inf), in lists too."""
     if isinstance(value, list):
         return [plain_numbers(item) for item in value]
-    found = _WORDS.fullmatch(value) if isinstance(value, str) else None
+    found = _INFINITY.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         return value
-    size = math.nan if found[2].lower() == "nan" else math.inf
-    return -size if found[1] == "-" else size
+    return -math.inf if found[1] == "-" else math.inf

@@ -74,7 +74,8 @@ class Data:
         for name, values in (("mean", self.means), ("std", self.stds)):
             check(bool(values), "data", f"{name}={values}", "be a number, or one for each channel")
             for value in values:
-                check_real("data", name, value, 0.0 if name == "std" else -math.inf, open_low=name == "std")
+                check(math.isfinite(value) and (name == "mean" or value > 0), "data", f"{name}={value}",
+                      "be finite" if name == "mean" else "be > 0, and finite")
         if self.image_size is not None:
             check_whole("data", "image_size", self.image_size, 1, MOST_PIXELS)
         check(not self.download or self.source.startswith("torchvision:"), "data", f"download=true with source={self.source!r}",
@@ -173,8 +174,8 @@ class _Base:
     """>= 0."""
 
     def __post_init__(self) -> None:
-        check_real("optimizer", "lr", self.lr, 0.0, open_low=True)
-        check_real("optimizer", "weight_decay", self.weight_decay, 0.0)
+        check(0 < self.lr < math.inf, "optimizer", f"lr={self.lr}", "be > 0, and finite")
+        check(0 <= self.weight_decay < math.inf, "optimizer", f"weight_decay={self.weight_decay}", "be >= 0, and finite")
         if self.momentum is not None:
             check_real("optimizer", "momentum", self.momentum, 0.0, 1.0, open_high=True)
             check(self.base == "sgd", "optimizer", f"momentum={self.momentum} with base={self.base}", "be null",
@@ -230,10 +231,6 @@ class Engine:
     def __post_init__(self) -> None:
         if self.stage is not None:
             check_whole("engine", "stage", self.stage, 0, 3)
-        if self.kind != "deepspeed":
-            given = [f"{n}={v!r}" for n, v in vars(self).items() if n in ("stage", "precision", "deepspeed") and v is not None]
-            check(not given, "engine", f"{', '.join(given)} with kind={self.kind}", "be left out, they are DeepSpeed's, or null",
-                  "for bf16 set trainer.precision=bf16")
 
     def written(self) -> Engine:
         """The same engine with every default of DeepSpeed that changes numbers or memory written out, but for the batch sizes,
@@ -247,6 +244,9 @@ class Engine:
     def build(self, batch_size: int, accumulation: int, world_size: int) -> str | Mapping[str, Any]:
         """The engine argument of `Trainer`."""
         if self.kind != "deepspeed":
+            given = [f"{n}={v!r}" for n, v in vars(self).items() if n in ("stage", "precision", "deepspeed") and v is not None]
+            check(not given, "engine", f"{', '.join(given)} with kind={self.kind}", "be left out, they are DeepSpeed's, or null",
+                  "for bf16 set trainer.precision=bf16")
             return self.kind
         micro, rest = divmod(batch_size, world_size * accumulation)
         check(rest == 0 and micro > 0, "engine", f"batch_size={batch_size}",
