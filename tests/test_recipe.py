@@ -137,6 +137,11 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(finished: tuple[Path, Job
     again = zygote.run(RECIPE, *SHORT, f"output={tmp_path}", "resume=true", limit=200)
     assert again.codes == [0, 0], again.err
     same_end(tmp_path, finished[0])
+    assert result(tmp_path)["seconds"] > last.meta["seconds"] > 0  # of both together
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
+    once_more = zygote.run(RECIPE, *SHORT, f"output={tmp_path}", "resume=true", limit=200)
+    assert once_more.codes == [0, 0] and once_more.out.count("this run has ended already: nothing was done") == 1, once_more
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
 
 
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(finished: tuple[Path, Job], zygote: Zygote, tmp_path: Path) -> None:

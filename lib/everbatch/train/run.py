@@ -65,6 +65,8 @@ class Run:
         """The bare model as this run begins with it: with the weights of `init`, where a new run names one. Collective."""
         if self.options.init is not None and not self.goes_on:
             begin_from(model, self.options.init, self.world)
+            if self.recorder is not None:
+                self.recorder.say(f"begins with the weights of {self.options.init}")
         return model
 
     @property
@@ -109,8 +111,7 @@ class Run:
             self.close(trainer)
             raise SystemExit(128 + (signal.SIGINT if trainer.stop_sign == signal.SIGINT else signal.SIGTERM))
         if kept.unchanged:
-            self.recorder.say(f"this run has ended already, after step {trainer.step}, and nothing was prolonged: nothing was "
-                              f"done or written; see {self.folder / 'result.json'}")
+            self.recorder.say(f"this run has ended already: nothing was done or written; see {self.folder / 'result.json'}")
             self.close(trainer)
             return None
         return matrix
