@@ -124,7 +124,8 @@ def train(options: Recipe, job: Run) -> None:
     recorder.result({
         "accuracy_matrix": matrix, **figures, "test_samples": counts, "classes": stream.classes, "seconds": seconds,
         "steps": trainer.step, "skipped_steps": trainer.optimizer.skipped_count, "seed": options.trainer.seed,
-        "world_size": world.size, "describe": trainer.describe(), "stream": stream.fingerprint(), "versions": versions(),
+        "world_size": world.size, "changes": trainer.changes,
+        "describe": trainer.describe(), "stream": stream.fingerprint(), "versions": versions(),
         "configuration": config.resolved(options)})
     lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}"
              for name, value in figures.items()]

@@ -257,7 +257,8 @@ def train(options: Recipe, spare: int, job: Run) -> None:
         "accuracy": accuracy, "accuracy_averaged": averaged, "accuracy_by_epoch": curve, "throughput": trainer.throughput,
         "test_samples": len(stream.tasks[0].test_ids), "seconds": seconds, "steps": trainer.step,
         "skipped_steps": trainer.optimizer.skipped_count, "peak_lr": options.peak_lr, "seed": options.trainer.seed,
-        "world_size": world.size, "accumulation": accumulation, "describe": trainer.describe(), "stream": stream.fingerprint(),
+        "world_size": world.size, "accumulation": accumulation, "changes": trainer.changes,
+        "describe": trainer.describe(), "stream": stream.fingerprint(),
         "versions": versions(), "configuration": config.resolved(options)})
     recorder.say(report(accuracy, averaged, trainer.throughput, trainer.step, seconds, folder))
     job.close(trainer)

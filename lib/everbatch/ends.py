@@ -66,12 +66,13 @@ def end_children() -> None:
             os.kill(pid, signal.SIGCONT if pid == tracker else signal.SIGKILL)
 
 
-def end_with_parent(sign: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process `sign` when the thread that started it ends, however that comes about; Linux only."""
+def end_with_parent(sign: int | None = None) -> None:
+    """Have the kernel send this process `sign` (SIGKILL) when the thread that started it ends, however that comes about; on
+    Linux only."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, sign)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if sign is None else sign)
 
 
 def follow_trainer(_worker: int = 0) -> None:
