@@ -34,6 +34,7 @@ from everbatch.data import (
     load,
     permuted,
 )
+from everbatch.data.notes import tell
 from everbatch.distributed import World
 
 Image = pytest.importorskip("PIL.Image")
@@ -284,3 +285,19 @@ def test_a_stream_of_ones_own_must_be_whole() -> None:
         as_stream(half)
     with pytest.raises(ValueError, match="kind='class' beside a stream of kind 'iid'"):
         as_stream(stream, kind="class")
+
+
+def test_lists_of_samples_are_data_too() -> None:
+    for label in (int, torch.tensor, np.int32):
+        samples = [(torch.full((2,), float(i)), label(i % 2)) for i in range(6)]
+        stream = as_stream((samples, samples[:2]))
+        assert stream.kind == "iid" and stream.tasks[0].test_ids.tolist() == [6, 7]
+        assert as_stream([(samples, samples)] * 2).kind == "domain"
+
+
+def test_reading_many_samples_for_their_labels_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    tell.cache_clear()
+    assert len(as_source(Own(plain, 10_000, targets=[i % 3 for i in range(10_000)]))) == 10_000
+    assert capsys.readouterr().err == ""
+    as_source(Own(plain, 10_000))
+    assert capsys.readouterr().err == "Own: reads all 10000 samples once for their labels; an attribute `targets` spares that\n"

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from everbatch import seeds
 from everbatch.data.arrays import Array, as_labels, as_tensor, check_labels, numbered
+from everbatch.data.notes import tell
 from everbatch.data.sources import Source, TensorSource, digest, target_bytes
 from everbatch.errors import check
 
@@ -31,6 +32,8 @@ Samples: TypeAlias = "Source | Dataset[Any] | tuple[Tensor | np.ndarray[Any, Any
 
 PROBES = 8
 """Samples whose label is compared, at the start, with the list that the data set keeps."""
+MANY = 10_000
+"""Samples that take a while to be read for their labels."""
 _PAIR = "give (input, label): an array, a tensor or a PIL image, and a class index"
 _key: ContextVar[tuple[int | str, ...]] = ContextVar("everbatch_draws", default=("fetch",))
 
@@ -113,6 +116,8 @@ class DatasetSource:
             kept = kept_labels(dataset, self.name)
             spread = torch.linspace(0, count - 1, min(count, PROBES)).round().long().tolist()
             if kept is None or any(self._sample(index)[1] != int(kept[index]) for index in spread):
+                if count >= MANY:
+                    tell(f"{self.name}: reads all {count} samples once for their labels; an attribute `targets` spares that")
                 kept = torch.tensor([self._sample(index)[1] for index in range(count)])
         self.targets = kept
         names = classes if classes is not None else class_names(dataset)

@@ -96,5 +96,8 @@ def is_data(value: Any) -> bool:
         return len(value) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in value)
     if isinstance(value, list):
         first = value[0] if value else None
-        return isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], int | np.integer)
+        if not isinstance(first, tuple | list) or len(first) != 2:
+            return False
+        label = first[1]
+        return isinstance(label, int | np.integer) or (isinstance(label, Tensor | np.ndarray) and label.ndim == 0)
     return not isinstance(value, str | dict | Tensor | np.ndarray)
