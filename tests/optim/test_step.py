@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from quadratics import Quadratic, batch, closure_of, same, small_net, train, weights
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from everbatch.compose import compose
 from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin
-from everbatch.optim.hosts.base import SMALL
 from everbatch.optim.shards import Vector
 
 
@@ -196,7 +195,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(value: float) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["few", "many", "narrow", "turned"])
 def test_one_odd_element_of_any_gradient_is_found(name: str, value: float) -> None:
-    sizes = {"few": torch.zeros(3), "many": torch.zeros(SMALL + 1), "narrow": torch.zeros(5, dtype=torch.bfloat16),
+    sizes = {"few": torch.zeros(3), "many": torch.zeros(16_385), "narrow": torch.zeros(5, dtype=torch.bfloat16),
              "turned": torch.zeros(4, 6).t()}
     model = nn.ParameterDict({n: nn.Parameter(t) for n, t in sizes.items()})
     opt = Plain(model, lr=0.1)
@@ -428,3 +427,22 @@ def test_a_base_may_take_no_closure(signature: str) -> None:
         train(model, compose(SAM, base=base)(model, lr=0.1), 0, 3)
         ends.append(weights(model))
     assert same(*ends)
+
+
+def test_a_weight_that_overflowed_is_found_at_the_next_check_also_where_no_pass_reaches_it() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
+    opt = compose(base=torch.optim.SGD)(model, lr=10.0)
+
+    def step(names: str, scale: float) -> None:
+        def closure() -> Tensor:
+            loss = torch.stack([model[n](torch.ones(1, 2)).sum() for n in names.split()]).sum() * scale
+            opt.backward(loss)
+            return loss
+
+        opt.step(closure)
+
+    step("spare", 1e38)
+    assert opt.last_applied and not torch.isfinite(model["spare"].weight).any()
+    before = model["used"].weight.detach().clone()
+    step("used", 1.0)
+    assert not opt.last_applied and opt.skipped_count == 1 and torch.equal(model["used"].weight, before)
