@@ -50,7 +50,7 @@ class Recipe:
     scenario: Literal["class", "task"] = "class"
     """class: no task id at test; task: the task id is given at test."""
     output: str = "runs/class_incremental"
-    """Folder of this run: result.json, config.yaml, figures, TensorBoard, checkpoints."""
+    """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
     init: str | None = None
     """Begin a new run with the weights of another: its folder, one of its checkpoints, or a .safetensors file."""
     resume: bool = False
@@ -121,6 +121,11 @@ def train(options: Recipe, job: Run) -> None:
     counts = [len(task.test_ids) for task in stream.tasks]
     figures = summary(matrix, counts=counts, random_init=untrained)
     recorder.figure("accuracy_matrix", accuracy_heatmap(matrix, title=f"{samples.name}: {trainer.title}"), trainer.step)
+    about = options.data.described(sample, options.model)
+    trainer.export(folder / "model.safetensors", about)
+    for task in stream.tasks if options.consolidate.isolate else ():  # each predicts with a mask and weights of its own
+        with trainer.optimizer.task(task.id + 1):
+            trainer.export(folder / f"model-task-{task.id + 1}.safetensors", {**about, "task": task.name})
     recorder.result({
         "accuracy_matrix": matrix, **figures, "test_samples": counts, "classes": stream.classes, "seconds": seconds,
         "steps": trainer.step, "skipped_steps": trainer.optimizer.skipped_count, "seed": options.trainer.seed,
@@ -130,6 +135,7 @@ def train(options: Recipe, job: Run) -> None:
     lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}"
              for name, value in figures.items()]
     recorder.say("\n".join([*lines, f"{trainer.step} steps in {seconds:.0f} s; see {folder}/result.json, "
+                            f"{folder}/model.safetensors, "
                             f"{folder}/figures/accuracy_matrix.png, and tensorboard --logdir {folder}"]))
     job.close(trainer)
 

@@ -70,7 +70,7 @@ class Recipe:
     width: int = 32
     """Channels of small_conv's first convolution; >= 1."""
     output: str = "runs/growing_data"
-    """Folder of this run: result.json, config.yaml, the figure."""
+    """Folder of this run: result.json, config.yaml, the figure, model.safetensors (of the last arm and the first seed)."""
     init: str | None = None
     """Begin with the weights of another run: its folder, one of its checkpoints, or a .safetensors file. Not the arm fresh."""
     dry_run: bool = False
@@ -159,7 +159,8 @@ def compare(options: Recipe, job: Run) -> None:
     for seed in range(options.trainer.seed, options.trainer.seed + options.seeds):
         stream = growing(train, test, sizes=sizes, seed=seed)
         for arm in options.arms:
-            row, price = one_run(options, stream, arm, seed, world)
+            home = folder / "model.safetensors" if (seed, arm) == (options.trainer.seed, options.arms[-1]) else None
+            row, price = one_run(options, stream, arm, seed, world, home)
             accuracy[arm].append(row)
             epochs[arm].append(price)
             shown = " ".join(f"{100 * a:6.2f}" for a in row)
@@ -177,12 +178,14 @@ def compare(options: Recipe, job: Run) -> None:
                      "test_samples": len(test), "world_size": world.size, "versions": versions(),
                      "configuration": config.resolved(options)})
     recorder.say("\n".join([*report(accuracy, epochs), *(verdict(name, g, options.seeds) for name, g in gaps.items()),
-                            f"{seconds:.0f} s; see {folder}/result.json and {folder}/figures/accuracy_by_round.png"]))
+                            f"{seconds:.0f} s; see {folder}/result.json and {folder}/figures/accuracy_by_round.png",
+                            f"weights of {ARMS[options.arms[-1]]}, seed {options.trainer.seed}: {folder}/model.safetensors"]))
     recorder.close()
 
 
-def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World) -> tuple[list[float], list[int]]:
-    """Test accuracy after each round, and epochs to fit it, of one arm under one seed."""
+def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World, home: Path | None,
+            ) -> tuple[list[float], list[int]]:
+    """Test accuracy after each round, and epochs to fit it, of one arm under one seed; its last weights go to `home`."""
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
 
     def model(number: int) -> nn.Module:
@@ -213,6 +216,8 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World) 
     trainer = learner(first, optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
                       augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
     matrix = trainer.fit(stream)
+    if home is not None:
+        trainer.export(home, options.data.described(sample, options.model))
     return [matrix[k][k] for k in range(len(stream))], list(trainer.states[Fitted].epochs)
 
 

@@ -62,7 +62,7 @@ class Recipe:
     eval_every: int = 0
     """Epochs between evaluations beside the one at the end; 0 for none."""
     output: str = "runs/large_batch"
-    """Folder of this run: result.json, config.yaml, figures, TensorBoard, checkpoints."""
+    """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
     init: str | None = None
     """Begin a new run with the weights of another: its folder, one of its checkpoints, or a .safetensors file."""
     resume: bool = False
@@ -253,6 +253,8 @@ def train(options: Recipe, spare: int, job: Run) -> None:
         points = ([e for e, _ in curve], [a for _, a in curve])
         recorder.figure("accuracy_by_epoch", compare_curves({"test": points}, x="epoch", y="test accuracy", title=trainer.title),
                         trainer.step)
+    sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+    trainer.export(folder / "model.safetensors", options.data.described(sample, options.model))
     recorder.result({
         "accuracy": accuracy, "accuracy_averaged": averaged, "accuracy_by_epoch": curve, "throughput": trainer.throughput,
         "test_samples": len(stream.tasks[0].test_ids), "seconds": seconds, "steps": trainer.step,
@@ -273,7 +275,8 @@ def report(accuracy: float, averaged: float | None, throughput: dict[str, float 
     if throughput["samples_per_s"] is not None:
         lines.append(f"throughput                      {throughput['samples_per_s']:6.0f} samples/s, "
                      f"{throughput['samples_per_s_per_device']:.0f} on each of {throughput['devices']} devices")
-    return "\n".join([*lines, f"{steps} steps in {seconds:.0f} s; see {folder}/result.json, and tensorboard --logdir {folder}"])
+    return "\n".join([*lines, f"{steps} steps in {seconds:.0f} s; see {folder}/result.json, {folder}/model.safetensors, and "
+                     f"tensorboard --logdir {folder}"])
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from everbatch.checkpoint import export_weights
 from everbatch.data import Batch, Loader, Stream, Task, class_incremental, load
 from everbatch.distributed import World
 from everbatch.nn import SmallConv
 from everbatch.train import Replay, StepRecord
+from everbatch.train.weights import built_as, metadata_texts
 
 
 class MyTrainer:
@@ -92,6 +94,11 @@ def main() -> None:
         trainer = cls(SmallConv(1, stream.num_classes, 8), stream, lr=0.05, batch_size=32, epochs=6, **options)
         for row in trainer.run():
             print(f"{cls.__name__:<10} accuracy by task, %: {' '.join(f'{100 * a:5.1f}' for a in row)}", flush=True)
+    # The replaying one's weights, to take home: everbatch.train.load_model(path) rebuilds the model.
+    about = {"classes": stream.classes, "input_size": (1, 8, 8), "mean": 0.0, "std": 1.0, "scale": 16.0}
+    path = export_weights("runs/own_trainer/model.safetensors", trainer.model.state_dict(),
+                          metadata_texts({**built_as(trainer.model), **about}))
+    print(f"weights: {path}")
 
 
 if __name__ == "__main__":

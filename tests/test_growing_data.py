@@ -17,6 +17,7 @@ import torch
 from everbatch.data import TensorSource, growing
 from everbatch.distributed import World
 from everbatch.recipe import Engine
+from everbatch.train import load_model, model_info
 from processes import ENVIRONMENT, ROOT, torchrun
 
 RECIPE = ROOT / "recipes" / "growing_data.py"
@@ -40,6 +41,8 @@ def test_a_short_run_alone(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["sizes"] == [674, 337, 336] and (tmp_path / "figures" / "accuracy_by_round.png").exists()
+    info = model_info(tmp_path / "model.safetensors")
+    assert info["model"] == "small_conv" and len(info["classes"]) == 10 and load_model(tmp_path / "model.safetensors")
     rows = result["accuracy"]
     assert {arm: [len(r) for r in found] for arm, found in rows.items()} == dict.fromkeys(
         ("fresh", "warm", "shrink_perturb"), [3, 3])

@@ -24,7 +24,7 @@ from everbatch.logging import read_scalars
 from everbatch.optim.rules import conadv_peak
 from everbatch.recipe import Data
 from everbatch.strict_yaml import load_file
-from everbatch.train import Trainer
+from everbatch.train import Trainer, load_model, model_info
 from processes import ROOT, Job, Zygote, torchrun
 from test_recipe import pictures
 
@@ -73,6 +73,8 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, Job]) -> None:
     assert all(row["throughput/samples_per_s"] == 2 * row["throughput/samples_per_s_per_device"] > 0 for row in rows[1:])
     assert {"loss/cross_entropy", "loss/adversarial_cross_entropy", "lr"} <= rows[0].keys() and rows[0]["lr"] == 0.0
     assert (folder / "figures" / "accuracy_by_epoch.png").exists()
+    assert model_info(folder / "model.safetensors")["classes"] == [str(k) for k in range(10)]
+    load_model(folder / "model.safetensors")
 
 
 @pytest.mark.distributed

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from everbatch import checkpoint
+from everbatch.data import class_incremental, load
 from everbatch.distributed import World
 from everbatch.logging import read_scalars
+from everbatch.train import load_model, model_info
 from processes import ROOT, Job, Zygote, torchrun
 
 RECIPE = ROOT / "recipes" / "class_incremental.py"
@@ -73,6 +75,19 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, Job]) -> None:
         terms = [v for k, v in row.items() if k.startswith("loss/") and k != "loss/total"]
         assert row["loss/total"] == pytest.approx(sum(terms), rel=1e-5)
     assert rows[-1]["accuracy/task_0"] == matrix[2][0]
+
+
+def test_the_weights_it_ends_with_are_those_it_reports_on(finished: tuple[Path, Job]) -> None:
+    path, kept = finished[0] / "model.safetensors", result(finished[0])
+    model, info = load_model(path), model_info(path)
+    assert info["classes"] == kept["classes"] and info["input_size"] == [1, 8, 8] and info["model"] == "small_conv"
+    stream, found = class_incremental(load("digits", train=True), load("digits", train=False), tasks=3), []
+    for task in stream.tasks:
+        inputs = (stream.fetch(task.test_ids).float() / info["scale"] - info["mean"][0]) / info["std"][0]
+        with torch.no_grad():
+            guesses = model(inputs).argmax(1)
+        found.append((guesses == stream.targets(task.test_ids)).double().mean().item())
+    assert found == pytest.approx(kept["accuracy_matrix"][-1], abs=1e-12)
 
 
 def test_figure_and_tensorboard(finished: tuple[Path, Job]) -> None:

@@ -40,7 +40,7 @@ from everbatch.optim import (
     ShrinkPerturb,
     StaleSAM,
 )
-from everbatch.recipe_model import Factory
+from everbatch.recipe_model import Factory, Model
 from everbatch.zero_config import deepspeed_config
 
 __all__ = ["MEMORY", "MIXINS", "Data", "Engine", "Factory", "Optimizer", "check_together", "unused_together"]
@@ -107,12 +107,20 @@ class Data:
         options: dict[str, Any] = {"image_size": self.image_size, "download": self.download}
         return load(self.source, train=True, **options), load(self.source, train=False, **options)
 
+    def scale(self, inputs: Tensor) -> float:
+        """What such pixels are divided by before `mean` and `std`."""
+        return 16.0 if self.source == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
+
+    def described(self, sample: Tensor, model: Model) -> dict[str, Any]:
+        """What a weights file says of the input, and of the model, of a run on samples like `sample` (C, H, W)."""
+        return {"model": model.name, "options": model.options or {}, "input_size": list(sample.shape), "mean": list(self.means),
+                "std": list(self.stds), "scale": self.scale(sample)}
+
     def prepare(self, inputs: Tensor) -> Tensor:
         """Samples to model inputs: scaled to [0, 1] if they are bytes, then normalised."""
-        top = 16.0 if self.source == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
         mean, std = (v if isinstance(v, float | int) else torch.tensor(v, device=inputs.device).view(-1, 1, 1)
                      for v in (self.mean, self.std))
-        return (inputs.float() / top - mean) / std
+        return (inputs.float() / self.scale(inputs) - mean) / std
 
     def augmentation(self, image_size: int) -> Callable[[Tensor], Tensor] | None:
         """The training augmentation of one image, or None."""

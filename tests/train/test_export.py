@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import learning
-from everbatch.train import Trainer
+from everbatch import __version__
+from everbatch.data import Stream
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch
+from everbatch.nn import SmallConv, convert_split_bn
+from everbatch.train import Trainer, begin_from, load_model, model_info
 from learning import stream
 
 
@@ -67,3 +74,85 @@ def test_tied_weights_and_passing_buffers(tmp_path: Path) -> None:
     twin = Tied()
     twin.load_state_dict(saved)
     assert all(torch.equal(v, twin.state_dict()[n]) for n, v in trainer.module.state_dict().items())
+
+
+def accuracy(model: nn.Module, stream: Stream, task: int, prepare: Any) -> float:
+    """Share of a task's test samples recognised among all classes, as a user of the file computes it."""
+    ids = stream.tasks[task].test_ids
+    with torch.no_grad():
+        return (model(prepare(stream.fetch(ids))).argmax(1) == stream.targets(ids)).double().mean().item()
+
+
+def enlarge(x: Tensor) -> Tensor:
+    return nn.functional.interpolate(x.float() / 16, 32)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_timm_model_is_rebuilt_and_predicts_as_the_run_did(tmp_path: Path, name: str) -> None:
+    timm = pytest.importorskip("timm")
+    size = {"img_size": 32} if name == "test_vit" else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, in_chans=1, num_classes=6, **size)
+    trainer = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=model, prepare=enlarge, epochs=1,
+                               batch_size=16)
+    matrix = trainer.fit(stream())
+    path = trainer.export(tmp_path / "model.safetensors", {"mean": [0.5], "std": 0.25, "note": "ours"})
+    info = model_info(path)
+    assert info["classes"] == list(stream().classes) and info["input_size"] == [1, 32, 32] and info["model"] == name
+    assert (info["mean"], info["std"], info["note"], info["everbatch_version"]) == ([0.5], 0.25, "ours", __version__)
+    again = load_model(path)
+    assert [accuracy(again, stream(), k, enlarge) for k in range(3)] == matrix[-1] and not again.training
+    fresh = timm.create_model(name, in_chans=1, num_classes=6, **size)
+    fresh.load_state_dict(load_file(path))
+    assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in trainer.module.state_dict().items())
+
+
+def test_what_split_norms_add_stays_at_home(tmp_path: Path) -> None:
+    model = learning.net()
+    convert_split_bn(model)
+    trainer = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=model)
+    trainer.fit(stream())
+    path = trainer.export(tmp_path / "model.safetensors")
+    learning.net().load_state_dict(load_file(path))
+    with pytest.raises(CheckpointMismatch, match="does not say what model it is of; pass build="):
+        load_model(path)
+    assert accuracy(load_model(path, build=lambda info: learning.net()), stream(), 2, learning.scale) == trainer.matrix[-1][2]
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    path, small = tmp_path / "model.safetensors", SmallConv(1, 4, 9, 3)
+    path.write_text("no")
+    with pytest.raises(CheckpointMismatch, match="model.safetensors: is not a weights file that can be read"):
+        model_info(path)
+    options = '{"in_chans": 1, "num_classes": 5, "image_size": 9, "width": 3}'
+    save_file(small.state_dict(), path, {"model": "small_conv", "options": options})
+    with pytest.raises(CheckpointMismatch, match=r"its weights do not fit small_conv with options .*head.weight"):
+        load_model(path)
+    save_file(small.state_dict(), path, {"model": "small_conv", "options": '{"in_chanz": 1}'})
+    with pytest.raises(CheckpointMismatch, match=r"do not fit small_conv with options .*in_chanz"):
+        load_model(path)
+
+
+def test_small_conv_is_rebuilt(tmp_path: Path) -> None:
+    for size, width in ((8, 4), (9, 5)):
+        model = SmallConv(1, 6, size, width)
+        trainer = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=model,
+                                   prepare=lambda x, size=size: nn.functional.interpolate(x.float(), size), augment=None)
+        trainer.stream = stream()
+        again = load_model(trainer.export(tmp_path / "model.safetensors"))
+        assert all(torch.equal(v, again.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+def test_a_start_from_another_run_with_a_head_of_its_own(tmp_path: Path) -> None:
+    source = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, folder=tmp_path)
+    source.fit(stream())
+    wider = learning.net(9)
+    wider[5] = nn.Linear(15, 8)
+    before = {n: v.clone() for n, v in wider.state_dict().items()}
+    with pytest.raises(ValueError, match=r"init: '5.bias' has shape \(6,\) in .* and \(8,\) in this model"):
+        begin_from(wider, tmp_path, World())
+    assert all(torch.equal(v, before[n]) for n, v in wider.state_dict().items())
+    begin_from(wider, tmp_path, World(), skip=["5.*"])
+    assert torch.equal(wider[1].weight, source.module[1].weight) and torch.equal(wider[5].weight, before["5.weight"])
+    with pytest.raises(ValueError, match=r"init: skip=\['head.\*'\], must fit a name of the model"):
+        begin_from(wider, tmp_path, World(), skip=["head.*"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,15 +20,17 @@ from everbatch.train.adversary.attack import BRANCH
 __all__ = ["begin_from", "weights_of"]
 
 
-def begin_from(model: nn.Module, run: str | Path, world: World) -> None:
+def begin_from(model: nn.Module, run: str | Path, world: World, *, skip: Sequence[str] = ()) -> None:
     """Give a bare model the weights and persistent buffers of another run; its optimizer and memory begin anew. Collective.
 
     Args:
         model: on the CPU, before an engine takes it.
         run: see `weights_of`.
+        skip: patterns of names that stay as they are here, such as "head.*" for a head of other classes.
 
     Raises:
-        ValueError: on every rank: no weights there, or those of another model, naming what differs first; nothing is changed.
+        ValueError: on every rank: a pattern that fits no name, no weights there, or those of another model, naming what
+            differs first; nothing is changed.
         CheckpointMismatch: all checkpoints there are damaged.
 
     Cost: the run's weights once in memory on every rank.
@@ -34,6 +38,10 @@ def begin_from(model: nn.Module, run: str | Path, world: World) -> None:
     given, ours = weights_of(run, world), model.state_dict()
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     needed = {name for name, _ in model.named_parameters()} | (set(ours) - aliases)
+    idle = [pattern for pattern in skip if not fnmatch.filter(ours, pattern)]
+    check(not idle, "init", f"skip={idle}", f"fit a name of the model, such as {list(ours)[-1]}")
+    left = {name for pattern in skip for name in fnmatch.filter({*ours, *given}, pattern)}
+    needed, given = needed - left, {name: value for name, value in given.items() if name not in left}
     cure = "start from a run with the same model.name, model.options and number of classes"
     for name in sorted(needed):
         check(name in given, "init", f"{str(run)!r} has no {name!r}", "hold every weight of this model", cure)

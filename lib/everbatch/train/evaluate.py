@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,13 @@ def evaluating(module: nn.Module, world: World) -> Iterator[None]:
 
 @contextmanager
 def mean_buffers(module: nn.Module, world: World) -> Iterator[None]:
-    """Floating buffers replaced by their mean over ranks inside the block. One all-reduce each; none on one rank."""
-    own = [(b, b.clone()) for b in module.buffers() if b.is_floating_point()] if world.size > 1 else []
+    """Floating buffers replaced by their mean over ranks inside the block; those whose shapes differ by rank, tables that grew
+    with what a rank has seen, stay. One small gather, one all-reduce each; none on one rank."""
+    own = []
+    if world.size > 1:
+        floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        everywhere: list[Any] = world.gather({name: tuple(b.shape) for name, b in floating.items()})
+        own = [(b, b.clone()) for name, b in floating.items() if all(theirs.get(name) == tuple(b.shape) for theirs in everywhere)]
     for buffer, _ in own:
         mean = world.sum(buffer.float().clone()).div_(world.size)
         buffer.copy_(mean)

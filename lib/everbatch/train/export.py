@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from everbatch import checkpoint
+from everbatch import __version__, checkpoint
+from everbatch.nn.split_bn import SplitBatchNorm
 from everbatch.optim.hosts.base import plain_name
 from everbatch.train.evaluate import mean_buffers
 from everbatch.train.frozen import frozen_of
+from everbatch.train.weights import built_as, metadata_texts
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
@@ -22,7 +25,8 @@ __all__ = ["export", "whole_state"]
 @torch.no_grad()
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """The bare model's state dict on every rank: masters of trained parameters (fp32 also where the model computes in bf16),
-    frozen parameters and persistent buffers (floating ones: their mean over ranks); what is tied under each of its names.
+    frozen parameters and persistent buffers (floating ones: their mean over ranks); what is tied under each of its names. Of
+    layers that `convert_split_bn` split, the main branch, which is what predicts.
     Collective: one all-reduce per sharded tensor."""
     host, module = trainer.optimizer.host, trainer.module
     state = dict(host.gather(list(host.weights()), host.names)) | frozen_of(module)
@@ -34,15 +38,41 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
                for name in part._non_persistent_buffers_set}
     with mean_buffers(module, trainer.world):
         state |= {plain_name(name): b.clone() for name, b in module.named_buffers(remove_duplicate=False) if name not in passing}
-    return {name: value.detach().cpu() for name, value in state.items()}
+    split = tuple(f"{plain_name(path)}.branches." if path else "branches." for path, part in module.named_modules()
+                  if isinstance(part, SplitBatchNorm))
+    return {name: value.detach().cpu() for name, value in state.items() if not name.startswith(split)}
 
 
-def export(trainer: Trainer, path: str | Path) -> Path:
+def export(trainer: Trainer, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write `whole_state` to one safetensors file, atomically, from rank 0. The names are those of the bare model, so timm and
-    `load_state_dict` take it. To write averaged weights: `with opt.averaged(): ...`. Collective."""
+    `load_state_dict` take it as it is, and `everbatch.train.load_model` rebuilds the model from it. To write averaged weights:
+    `with opt.averaged(): ...`.
+
+    Args:
+        metadata: what the file says of itself, over what the trainer knows: class names in the order of the outputs, input size,
+            step, version, and name and options of a timm model. Texts as they are, all else as JSON. "mean", "std" and "scale"
+            are `prepare`'s own, and only the caller knows them.
+
+    Raises:
+        RuntimeError: the disk refused; an older file is untouched.
+
+    Collective. Cost: `whole_state` and the file.
+    """
     state = whole_state(trainer)
     if trainer.world.rank == 0:
-        checkpoint.export_weights(path, state, {"step": str(trainer.step), "format": "pt"})
+        known, given = _known(trainer), dict(metadata or {})
+        given["options"] = {**known.get("options", {}), **given.get("options", {})}
+        checkpoint.export_weights(path, state, metadata_texts({**known, **given}))
     trainer.world.barrier()
     return Path(path)
 
+
+def _known(trainer: Trainer) -> dict[str, Any]:
+    """What the trainer can say of its model by itself."""
+    known: dict[str, Any] = {"format": "pt", "everbatch_version": __version__, "step": trainer.step, **built_as(trainer.module)}
+    if trainer.stream is not None:
+        sample = trainer.inputs_of(trainer.stream.fetch(trainer.stream.tasks[0].test_ids[:1]))
+        if "options" in known:
+            known["options"].setdefault("in_chans", sample.shape[1])
+        known |= {"classes": list(trainer.stream.classes), "input_size": list(sample.shape[1:])}
+    return known

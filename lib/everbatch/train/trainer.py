@@ -529,9 +529,10 @@ class Trainer:
             self.stop_sign = signal.SIGINT if ctrl_c else self.stop_sign
         return self.stopped
 
-    def export(self, path: str | Path) -> Path:
-        """Write the bare model's weights and buffers to one safetensors file; see `everbatch.train.export`. Collective."""
-        return export(self, path)
+    def export(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+        """Write the bare model's weights and buffers, and what `metadata` and the trainer know of them, to one safetensors file
+        that timm and `everbatch.train.load_model` take; see `everbatch.train.export`. Collective."""
+        return export(self, path, metadata)
 
     _signals = _slow = False
     _asked_at = (0, 0.0)

@@ -1,0 +1,101 @@
+"""Weights taken home: what a model.safetensors says of itself, and the model rebuilt from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from everbatch.errors import CheckpointMismatch
+from everbatch.nn import SmallConv
+
+__all__ = ["built_as", "load_model", "metadata_texts", "model_info"]
+
+JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step")
+
+
+def metadata_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as a safetensors file holds it: texts as they are, everything else as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def built_as(model: nn.Module) -> dict[str, Any]:
+    """Name and options that build a model like this one: of timm, or `SmallConv`; empty for any other."""
+    if isinstance(model, SmallConv):
+        first: Any = model.features[0]
+        sides = model.features[6].in_features // first.out_channels // 2
+        return {"model": "small_conv", "options": {
+            "in_chans": first.in_channels, "num_classes": model.head.out_features, "image_size": 2 * round(sides**0.5),
+            "width": first.out_channels}}
+    config: Any = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    if not name:
+        return {}
+    options = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    options["img_size"] = list(size) if isinstance(size, tuple) else size
+    return {"model": name, "options": {key: value for key, value in options.items() if value is not None}}
+
+
+def model_info(path: str | Path) -> dict[str, Any]:
+    """The metadata of a weights file that `Trainer.export` or a recipe wrote, as far as it says them: classes in the order of the
+    outputs, model, options, input_size (C, H, W), mean, std, scale (what raw pixels are divided by first), everbatch_version.
+
+    Raises:
+        CheckpointMismatch: not a safetensors file, or entries that are not JSON.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = dict(file.metadata() or {})
+        return {key: json.loads(text) if key in JSON_KEYS else text for key, text in texts.items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointMismatch(f"{path}: is not a weights file that can be read: {error}") from error
+
+
+def load_model(path: str | Path, *, build: Callable[[dict[str, Any]], nn.Module] | None = None) -> nn.Module:
+    """The model in a weights file, rebuilt with its head and every weight and buffer, in evaluation mode, on the CPU.
+
+    Args:
+        path: model.safetensors of a recipe, or what `Trainer.export` wrote.
+        build: makes the bare model from `model_info(path)`; by default timm does, or `SmallConv`, from name and options.
+
+    Raises:
+        CheckpointMismatch: a file that says no model, or whose weights do not fit it.
+        ImportError: the model is timm's and timm is not installed.
+    """
+    info = model_info(path)
+    try:
+        model = _build(path, info) if build is None else build(info)
+        model.load_state_dict(load_file(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        what = f"{info.get('model')} with options {info.get('options')}"
+        raise CheckpointMismatch(f"{path}: its weights do not fit {what}: {' '.join(str(error).split())}") from error
+    return model.eval()
+
+
+def _build(path: str | Path, info: dict[str, Any]) -> nn.Module:
+    name, options = info.get("model"), info.get("options", {})
+    if name is None:
+        raise CheckpointMismatch(f"{path}: does not say what model it is of; pass build=, or export with "
+                                 "metadata={'model': name, 'options': {...}}")
+    if name == "small_conv":
+        return SmallConv(**options)
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{path}: timm, whose {name} it is, is not installed; pip install everbatch[vision]") from error
+    if not timm.is_model(name):
+        raise CheckpointMismatch(f"{path}: says it is of {name!r}, which this timm does not know; pass build=")
+    fixed = getattr(timm.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False)
+    size = {"img_size": info["input_size"][-1]} if fixed and "img_size" not in options and "input_size" in info else {}
+    try:
+        return timm.create_model(name, pretrained=False, **options, **size)
+    except TypeError as error:  # a size that it has and does not take
+        if not size or "'img_size'" not in str(error):
+            raise
+    return timm.create_model(name, pretrained=False, **options)
