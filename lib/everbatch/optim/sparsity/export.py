@@ -15,7 +15,7 @@ __all__ = ["SparseLinear", "fits_two_four", "sparsify", "violations"]
 
 
 class SparseLinear(nn.Module):
-    """A linear layer whose weight is stored in CSR: for inference.
+    """A linear layer whose weight is stored in CSR, with int32 indices: for inference. For files see `save_sparse`.
 
     y = x W^T + b, computed as (W x^T)^T with torch's sparse-dense product. No gradient.
     """
@@ -27,7 +27,11 @@ class SparseLinear(nn.Module):
         """Args: weight: dense (out, in), zeros are dropped. bias: (out,) or None."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight.detach().to_sparse_csr())
+        csr = weight.detach().to_sparse_csr()
+        if weight.numel() < 2**31:  # indices of 4 bytes in place of 8
+            csr = torch.sparse_csr_tensor(csr.crow_indices().int(), csr.col_indices().int(), csr.values(), csr.shape,
+                                          check_invariants=True)
+        self.register_buffer("weight", csr)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
