@@ -1,6 +1,11 @@
 # Shared by the scripts of this folder; sourced, not run. Sets ROOT and PYTHON, and defines the steps below.
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# show_help "$@": for --help or -h as the first argument print the comment at the head of the script, do nothing else, and stop.
+show_help() {
+    case "${1:-}" in -h | --help) sed -n '2,/^set /{/^#!/d;/^#SBATCH/d;s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
+}
+
 die() { echo "everbatch: $*" >&2; exit 1; }
 
 # Use the active virtual environment, else make one in ROOT/.venv. PYTHON3 names the interpreter to make it with.

@@ -27,6 +27,9 @@ def met(name: str, extras: list[str], seen: set[str]) -> bool:
 
 
 def main() -> int:
+    if len(sys.argv) != 3:
+        print(__doc__.strip(), file=sys.stdout if sys.argv[1:] in (["-h"], ["--help"]) else sys.stderr)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     root, extras = Path(sys.argv[1]), sys.argv[2].split(",")
     try:
         url = json.loads(metadata.distribution("everbatch").read_text("direct_url.json") or "{}").get("url", "")

@@ -3,6 +3,7 @@
 # Arguments go to the recipe: bash launch/quickstart.sh replay=null   (plain fine-tuning on the same stream)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+show_help "$@"
 use_environment
 need vision,plot,deepspeed # not .[all]: the main job needs neither Ray nor the test tools
 use_devices

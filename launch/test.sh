@@ -2,6 +2,7 @@
 # Installs everything tests need and runs them. --slow: the slow ones too. Other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+show_help "$@"
 use_environment
 need all
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

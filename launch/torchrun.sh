@@ -5,6 +5,7 @@
 # RESTARTS: how often torchrun starts all ranks anew after one died (default 0; recipes resume from their checkpoint).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+show_help "$@"
 use_environment
 [ $# -gt 0 ] || die "usage: bash launch/torchrun.sh RECIPE [key=value ...]"
 "$PYTHON" -c 'import everbatch' || die "everbatch is not installed here; pip install -e '$ROOT[vision,plot,deepspeed]'"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from typing import Any
 
 if __name__ == "__main__":
     import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
@@ -20,20 +21,54 @@ import torch
 from torch.nn import functional
 
 from everbatch import compose, optim
+from everbatch.config_words import plain_numbers
 from everbatch.data import load
+from everbatch.errors import check, nearest
 from everbatch.nn import SmallConv
+from everbatch.recipe import guard
 
 DEFAULTS = {torch.optim.SGD: {"lr": 0.1, "momentum": 0.9}}
 
 
+BASES = {name: cls for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+         and cls not in (torch.optim.Optimizer, torch.optim.LBFGS)}
+MIXINS = {name: cls for name, cls in vars(optim).items()
+          if isinstance(cls, type) and issubclass(cls, optim.OptimizerMixin) and cls is not optim.OptimizerMixin}
+
+
+def value(text: str) -> Any:
+    """A number, true, false or null as Python writes them, else the text."""
+    try:
+        return plain_numbers(ast.literal_eval(text))
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return plain_numbers(text)
+
+
+def named(word: str, known: dict[str, type], what: str) -> type:
+    """The class of a name, whatever its case."""
+    found = [cls for name, cls in known.items() if name.lower() == word.lower()]
+    check(bool(found), what, repr(word), "be one of everbatch.optim" if what == "mixin" else "be one of torch.optim",
+          f"{nearest(word, known)}; options are key=value, and --help lists all")
+    return found[0]
+
+
+def usage() -> str:
+    """What --help prints."""
+    return f"{(__doc__ or '').strip()}\n\nmixins: {', '.join(sorted(MIXINS))}\nbase: {', '.join(sorted(BASES))}"
+
+
 def main(*words: str) -> float:
     """Train four epochs; returns the test accuracy."""
-    given = dict(w.split("=") for w in words if "=" in w)
-    options = {k: ast.literal_eval(v) if v[:1] in "0123456789-'\"TFN" else v for k, v in given.items()}
-    base = getattr(torch.optim, options.pop("base", "SGD"))
+    options = {key: value(text) for key, _, text in (word.partition("=") for word in words if "=" in word)}
+    base = named(str(options.pop("base", "SGD")), BASES, "base optimizer")
+    mixins = [named(word, MIXINS, "mixin") for word in words if "=" not in word]
     torch.manual_seed(0)
     digits, test, model = load("digits", train=True), load("digits", train=False), SmallConv(1, 10, 8)
-    opt = compose(*(getattr(optim, w) for w in words if "=" not in w), base=base)(model, **{**DEFAULTS.get(base, {}), **options})
+    cls = compose(*mixins, base=base)
+    try:
+        opt = cls(model, **{**DEFAULTS.get(base, {}), **options})
+    except TypeError as error:  # an option that nobody has, or that is of another type
+        raise ValueError(f"{error}; given: {', '.join(f'{k}={v!r}' for k, v in options.items())}") from None
     for rows in [r for _ in range(4) for r in torch.randperm(len(digits)).split(64)]:
         x, y = digits.fetch(rows).float() / 16, digits.targets[rows]
 
@@ -58,4 +93,8 @@ def main(*words: str) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with guard("one_method"):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(usage())
+        else:
+            main(*sys.argv[1:])

@@ -116,12 +116,29 @@ def guard(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         interrupted(prog)
     except Exception as error:
+        if os.environ.get("EVERBATCH_TRACEBACK") != "1" and _elsewhere(error):
+            # AssertionError, KeyError, AttributeError ...: what other libraries say of a value that they cannot use.
+            lines = str(error).strip().splitlines() or ["without a word"]
+            tell(prog, f"{type(error).__name__}: {lines[0]} (in {_place(error)}; EVERBATCH_TRACEBACK=1 shows how it came there)")
+            end(1)
         _told(f"{type(error).__name__}: {error}", lost=False)
         traceback.print_exc()
         end(1)
     finally:
         if before != signal.SIG_IGN:
             signal.signal(signal.SIGINT, before)
+
+
+def _place(error: BaseException) -> str:
+    """File and line where an error was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+def _elsewhere(error: BaseException) -> bool:
+    """Whether an error was raised by another library, not by this one or by the script that uses it."""
+    parts = Path(_place(error)).parts
+    return not Path(_place(error)).is_relative_to(Path(__file__).parent) and bool({"site-packages", "dist-packages"} & set(parts))
 
 
 def interrupted(prog: str) -> NoReturn:
