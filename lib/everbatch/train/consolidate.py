@@ -89,8 +89,12 @@ class Consolidate(TrainerMixin):
         if config.isolate:
             self.optimizer.end_task()
 
-    def predict(self, batch: Batch) -> Tensor:
+    def predict(self, batch: Batch | Tensor) -> Tensor:
         """With the mask and weights of the batch's task, where tasks are isolated and it has ended."""
+        if isinstance(batch, Tensor):
+            check(not self.configs[Consolidate].isolate, "Consolidate", "predict(tensor) with isolate=True", "be a Batch, "
+                  "whose task chooses the mask", "pass everbatch.data.Batch(..., task=k)")
+            return super().predict(batch)  # type: ignore[misc, no-any-return]
         if self.configs[Consolidate].isolate and batch.task < self.optimizer.states[DynamicSparsity].done:
             with self.optimizer.task(batch.task + 1):
                 return super().predict(batch)  # type: ignore[misc, no-any-return]

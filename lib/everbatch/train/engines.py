@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.compose import base_of, option_names, route
 from everbatch.distributed import World, init
 from everbatch.errors import UnsupportedHost, check, nearest
 from everbatch.optim.groups import groups
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.train.blocks import shard_blocks
+from everbatch.train.ddp import wrap
 
-__all__ = ["Engine", "launch", "shard_blocks"]
+__all__ = ["Engine", "check_optimizer", "launch", "shard_blocks"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Engine:
 
 def launch(
     model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any], *, world: World,
-    device: torch.device, decay_vectors: bool, seed: int,
+    device: torch.device, decay_vectors: bool, seed: int, ddp: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Build the optimizer over `model` on `engine`.
 
@@ -43,12 +44,11 @@ def launch(
         model: on any device; moved, and converted in place by FSDP2 and DeepSpeed.
         optimizer: `functools.partial(Cls, **options)`, options of the base and of the mixins together.
         engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration.
+        ddp: options of DDP; see `everbatch.train.ddp`.
         decay_vectors: False puts parameters of fewer than two dimensions into a group with weight_decay 0.
     """
     cls: Any = optimizer.func
     options = dict(optimizer.keywords)
-    check(isinstance(cls, type) and issubclass(cls, OptimizerMixin) and not optimizer.args, "Trainer",
-          f"optimizer={optimizer!r}", "be functools.partial(Cls, option=value, ...) of a composed optimizer class")
     if isinstance(engine, Mapping):
         return _deepspeed(model, cls, options, engine, device, decay_vectors, seed)
     check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}",
@@ -58,10 +58,7 @@ def launch(
     model.to(device)
     call: nn.Module = model
     if engine == "ddp":
-        call = DistributedDataParallel(model)
-        # Buffers stay each rank's own, as on ZeRO; evaluation and other world sizes use their mean. Set here, because torch
-        # renamed the argument.
-        call.broadcast_buffers = False
+        call = wrap(model, ddp)
     elif engine == "fsdp2":
         shard_blocks(model)
     target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
@@ -71,21 +68,42 @@ def launch(
     return Engine(made, model, call, model)
 
 
-def shard_blocks(model: nn.Module) -> nn.Module:
-    """`fully_shard` every block of the outermost ModuleLists and Sequentials that has parameters, then the root; in place."""
-    from torch.distributed.fsdp import fully_shard
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse, with the line that would work, what is no `functools.partial` of a composed optimizer class."""
+    cure = "functools.partial(compose(base=torch.optim.SGD), lr=0.1)"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        check(False, "Trainer", f"optimizer={kind}(...), built already", "be a class and its options: the trainer builds it over "
+              "the engine's parameters", f"pass {cure.replace('SGD', base_name(type(optimizer)))} with your mixins and options")
+    if isinstance(optimizer, type):
+        own = issubclass(optimizer, OptimizerMixin)
+        made = optimizer.__name__ if own else cure.split("(", 1)[1].rsplit(",", 1)[0].replace("SGD", optimizer.__name__)
+        check(False, "Trainer", f"optimizer={optimizer.__name__}, a class", "come with its options",
+              f"pass functools.partial({made}, lr=0.1)")
+    partial = isinstance(optimizer, functools.partial)
+    check(partial, "Trainer", f"optimizer={optimizer!r}", "be functools.partial(Cls, option=value, ...) of a composed optimizer "
+          "class", f"pass {cure}")
+    cls = optimizer.func
+    composed = isinstance(cls, type) and issubclass(cls, OptimizerMixin)
+    name = getattr(cls, "__name__", repr(cls))
+    check(composed, "Trainer", f"optimizer=functools.partial({name}, ...)", "be one of a composed optimizer class",
+          f"pass functools.partial(compose(base={_path(cls)}), ...)" if isinstance(cls, type) else f"pass {cure}")
+    check(not optimizer.args, "Trainer", f"optimizer=functools.partial({name}, {', '.join(map(_short, optimizer.args))})",
+          "hold options by keyword alone", "leave out the parameters: the trainer passes its engine's")
 
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(module, nn.Sequential | nn.ModuleList):
-                if any(True for _ in child.parameters()):
-                    fully_shard(child)
-            else:
-                visit(child)
 
-    visit(model)
-    fully_shard(model)
-    return model
+def base_name(cls: type) -> str:
+    """Name of the torch class below an optimizer's parts."""
+    base = base_of(cls) if issubclass(cls, OptimizerMixin) else cls
+    return (base or cls).__name__
+
+
+def _path(cls: type) -> str:
+    return f"torch.optim.{cls.__name__}" if cls.__module__.startswith("torch.optim") else cls.__name__
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str) else f"{type(value).__name__}(...)"
 
 
 def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, Any], config: Mapping[str, Any],

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from everbatch.data import Stream, Task, evaluation_batches
 from everbatch.distributed import World
+from everbatch.nn import frozen_statistics
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer
 
-__all__ = ["accuracies", "evaluating", "mean_buffers"]
+__all__ = ["accuracies", "evaluating", "mean_buffers", "predict_inputs"]
 
 
 @overload
@@ -67,6 +68,13 @@ def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
     if stream.kind == "class":
         return torch.tensor(stream.seen_classes(max(seen, task.id)))
     return torch.arange(stream.num_classes)
+
+
+@torch.no_grad()
+def predict_inputs(trainer: Trainer, inputs: Tensor) -> Tensor:
+    """Logits of model inputs, in evaluation mode; modes, buffers and random numbers are as before. Collective."""
+    with frozen_statistics(trainer.module), evaluating(trainer.module, trainer.world):
+        return trainer._logits(trainer.engine.call, inputs.to(trainer.device))
 
 
 @contextmanager

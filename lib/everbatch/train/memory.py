@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done
     def found() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return rows_of(trainer, task, samples, rows)
 
-    with mean_buffers(trainer.module, trainer.world):  # or importance would depend on which rank holds which sample
+    pick = getattr(trainer, "_pick", None)
+    picking = pick.on() if pick is not None else nullcontext()
+    with picking, mean_buffers(trainer.module, trainer.world):  # or importance would depend on which rank holds which sample
         if EWC in wanted:
             optimizer.consolidate_ewc(found())
         if MAS in wanted:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from everbatch import checkpoint, seeds
 from everbatch.compose import parts_of
-from everbatch.data import Batch, Loader, Stream, Task
+from everbatch.data import Batch, Loader, Stream, Task, as_stream
 from everbatch.data.loader import check_workers
 from everbatch.data.notes import notes_of, tell
 from everbatch.distributed import init
@@ -29,14 +29,16 @@ from everbatch.logging import Recorder
 from everbatch.runs import claimed
 from everbatch.train import persist
 from everbatch.train.consolidate import Consolidate
+from everbatch.train.ddp import check_ddp
 from everbatch.train.diagnosis import where_not_finite
-from everbatch.train.engines import launch
-from everbatch.train.evaluate import accuracies
+from everbatch.train.engines import check_optimizer, launch
+from everbatch.train.evaluate import accuracies, predict_inputs
 from everbatch.train.export import export
 from everbatch.train.memory import active_parts, remember, require_stable, taken
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.modes import evaluation_roots, warn_if_nothing_trains
 from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
+from everbatch.train.outputs import Pick, check_output, described, foreign_errors
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
 from everbatch.train.signals import Interrupted, StopOnSignal
@@ -61,6 +63,11 @@ class Trainer:
         num_tasks: tasks of the stream, for mixins that divide something among them; `fit` knows it itself.
         output_fn: maps the stream's logits (n, classes) and batch to a 0-dim tensor, a mean over the rows: the output whose
             gradient `Ignite` bounds. Only for optimizers that ask for it.
+        output: name or index of the logits in what the model returns, where that is a tuple, a dict or an object with
+            attributes: "logits" for models of Hugging Face, 0 for (logits, auxiliary). None: it returns the logits.
+        ddp: options of `DistributedDataParallel` by name, for engine="ddp": bucket_cap_mb, gradient_as_bucket_view and so on.
+            find_unused_parameters is True by default: a weight that no rank's pass reaches is left alone, for one walk over the
+            graph in each backward (torch prints once that it may be needless); False saves it, where every pass reaches all.
         identity: plain values by name that a resumed run must have too, such as those `augment` and `prepare` were made from.
 
     Raises:
@@ -125,8 +132,11 @@ class Trainer:
         config: Config | None = None, augment: Callable[[Tensor], Tensor] | None = None,
         prepare: Callable[[Tensor], Tensor] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
         device: str | None = None, num_tasks: int | None = None, output_fn: OutputFn | None = None,
-        identity: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | None = None, output: str | int | None = None, ddp: Mapping[str, Any] | None = None,
     ) -> None:
+        check_optimizer(optimizer)
+        check_output(output)
+        check_ddp(ddp, engine)
         self.config = config or self.Config()
         self.world, self.seed, self.num_tasks, self._tasks_told = init(device), self.config.seed, num_tasks, num_tasks
         self.identity = dict(identity or {})
@@ -139,12 +149,19 @@ class Trainer:
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.augment, self.prepare, self.recorder, self.output_fn = augment, prepare, recorder, output_fn
         self.folder = None if folder is None else Path(folder)
+        self._pick = Pick(output) if output is not None else None
+        given = model
+        hook = model.register_forward_hook(self._pick) if self._pick is not None else None
         model = self.configure_model(model)
+        if hook is not None and model is not given:
+            hook.remove()
+            model.register_forward_hook(self._pick)  # type: ignore[arg-type]
         persist.agree(self.world, {
             **{f"trainer.{k}": v for k, v in vars(self.config).items()}, "engine": engine, "recorder": recorder is not None,
-            "checkpoints": folder is not None, "model": persist.layout(model), **persist.parts(self, optimizer)})
+            "output": output, "ddp": ddp, "checkpoints": folder is not None, "model": persist.layout(model),
+            **persist.parts(self, optimizer)})
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
-                             decay_vectors=self.config.decay_vectors)
+                             decay_vectors=self.config.decay_vectors, ddp=ddp)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
         self.optimizer.complete_state = True
         self._base_lr = [float(g["lr"]) for g in self.optimizer.param_groups]
@@ -207,6 +224,8 @@ class Trainer:
         known = self.stream.num_classes if self.stream is not None else 0
         check(outputs.ndim == 2 and outputs.shape[1] >= known, "Trainer", f"logits of {tuple(outputs.shape)}, {known} classes",
               "be (n, classes)", "give the model a head as wide as the stream")
+        check(len(outputs) == len(batch.inputs), "Trainer", f"logits of {tuple(outputs.shape)} for {len(batch.inputs)} samples",
+              "be one row for each")
         return outputs
 
     def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
@@ -229,9 +248,16 @@ class Trainer:
     def on_task_end(self, task: Task) -> None:
         """After consolidation, before evaluation."""
 
-    def predict(self, batch: Batch) -> Tensor:
-        """Logits of a batch whose inputs are ready, in evaluation mode."""
-        return self.forward(batch)
+    def predict(self, batch: Batch | Tensor) -> Tensor:
+        """Logits of a batch whose inputs are ready, in evaluation mode.
+
+        Args:
+            batch: a batch, while the trainer evaluates; or model inputs (n, ...), at any time: then the model is put into
+                evaluation mode with the ranks' mean buffers, no gradient is kept, and modes and buffers are as before.
+
+        Collective for a tensor: call it on every rank; ranks may have different inputs.
+        """
+        return predict_inputs(self, batch) if isinstance(batch, Tensor) else self.forward(batch)
 
     # -------------------------------------------------------------------------------------------------------- the step
     def training_step(self, batch: Batch) -> StepRecord:
@@ -274,8 +300,12 @@ class Trainer:
         return self._logits(self.engine.bare, inputs)
 
     def _logits(self, call: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return call(inputs).float()  # type: ignore[no-any-return]
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        with autocast, foreign_errors(inputs), self._pick.on() if self._pick is not None else nullcontext():
+            logits = call(inputs)
+        check(isinstance(logits, Tensor), "Trainer", f"a network that returns {described(logits)}", "return logits",
+              "name them: Trainer(..., output='logits'), or their index")
+        return logits.float()  # type: ignore[no-any-return]
 
     def _ready(self, part: Batch, step: int | None = None) -> Batch:
         step = self.step if step is None else step
@@ -302,11 +332,11 @@ class Trainer:
         return torch.stack(rows)
 
     # --------------------------------------------------------------------------------------------------------- the run
-    def fit(self, stream: Stream, *, resume: bool = False) -> list[list[float]]:
+    def fit(self, stream: Stream | Any, *, resume: bool = False) -> list[list[float]]:
         """Train on all tasks; returns the accuracy matrix: row k, after task k, column j, on task j (NaN: not evaluated).
 
         Args:
-            stream: the tasks.
+            stream: the tasks; or what `everbatch.data.as_stream` makes one of: (train, test), or a list of such pairs.
             resume: go on from the newest good checkpoint in `folder`, if there is one. Learning rate, schedule, and the epochs of
                 an unfinished task or of a one-task run may be others than before; that is said and kept in `changes`. A run that
                 is finished and not prolonged is left as it is.
@@ -327,6 +357,7 @@ class Trainer:
             RuntimeError: too many consecutive steps without a finite gradient, naming ranks, samples and tensors; a folder that
                 cannot be written to; weights that are not finite when a checkpoint is due.
         """
+        stream = as_stream(stream)
         self.validate(stream)
         self.stream, self.num_tasks = stream, len(stream)
         for note in notes_of(stream):

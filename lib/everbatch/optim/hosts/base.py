@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from everbatch.errors import UnsupportedHost, check
 from everbatch.optim.shards import Shard, Vector
 
-__all__ = ["Alone", "Host", "plain_name", "refuse_complex", "refuse_partly", "unwrap"]
+__all__ = ["Alone", "Host", "plain_name", "refuse_complex", "refuse_partly", "refuse_sparse", "unwrap"]
 
 
 def plain_name(name: str, *, ddp: bool = False) -> str:
@@ -36,6 +36,16 @@ def refuse_partly(title: str, names: Sequence[str]) -> None:
             f"{title}: only some ranks reached the parameters {list(names[:5])} in this step; ranks that share one sharded "
             "copy of the weights gather and reduce them together, so all must take the same branch; decide from what is the "
             "same on every rank, or use ZeRO stage 0 to 2, or DDP with find_unused_parameters=True")
+
+
+SPARSE_CURE = "build the layer with sparse=False"
+
+
+def refuse_sparse(who: str, module: nn.Module) -> None:
+    """Norms, clips and penalties here are of dense gradients; reductions too."""
+    names = [n for n, m in module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+             and m.sparse and m.weight.requires_grad]
+    check(not names, who, f"sparse gradients of {names[:3]}", "be dense: a sparse gradient is not supported", SPARSE_CURE)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -17,8 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, refuse_partly, unwrap
+from everbatch.optim.hosts.base import (
+    SPARSE_CURE,
+    Alone,
+    Host,
+    plain_name,
+    refuse_complex,
+    refuse_partly,
+    refuse_sparse,
+    unwrap,
+)
 from everbatch.optim.hosts.unreduced import forget_unreduced, unreduced
+from everbatch.optim.hosts.wrappers import holds, is_wrapped
 from everbatch.optim.shards import Shard, Vector
 
 if TYPE_CHECKING:
@@ -55,6 +65,8 @@ class LocalHost(Host):
               "be unique", "pass the module, or named_parameters() with a prefix for each module")
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
         refuse_complex(type(optimizer).__name__, self._counted)
+        if module is not None:
+            refuse_sparse(type(optimizer).__name__, module)
         self.device = _device(self._named[0][1])
         self.sync = True
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -67,9 +79,13 @@ class LocalHost(Host):
         self.rank, self.world = world.rank, world.size
         self.replicas = self.world
         self._group = self._shard_group(sharded) if sharded else None
-        self.title = "FSDP2" if sharded else "DDP" if ddp else "plain"
-        self.pass_cost = ("parameter gathers of a forward and backward, one gradient reduce-scatter" if sharded else
-                          "one gradient all-reduce" if ddp else "no collective")
+        self._call_it("FSDP2" if sharded else "DDP" if ddp or is_wrapped([p for _, p in named]) else "plain")
+
+    def _call_it(self, title: str) -> None:
+        """Set the engine's name, and what a pass costs on it."""
+        self.title = title
+        self.pass_cost = {"FSDP2": "parameter gathers of a forward and backward, one gradient reduce-scatter",
+                          "DDP": "one gradient all-reduce", "plain": "no collective"}[title]
 
     def _shard_group(self, sharded: list[tuple[str, DTensor]]) -> Any:
         """The process group over which FSDP2 shards; refuses layouts whose elements we could not count once."""
@@ -173,12 +189,23 @@ class LocalHost(Host):
             if isinstance(part, FSDPModule | DistributedDataParallel) and part not in self._met:
                 self._met.add(part)
                 self._apply_sync(part)
+                # A wrapper that was made after the optimizer shows itself in its first pass.
+                wrapper = isinstance(part, DistributedDataParallel) and self.title == "plain"
+                if wrapper and holds(part, [p for _, p in self._named]):
+                    self._call_it("DDP")
 
     def backward(self, loss: Tensor) -> None:
+        for module in self._met if self.sync else ():
+            before: Any = getattr(module, "before_backward", None)
+            if before is not None:  # a DDP that looks for weights which this loss does not reach
+                before(loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def end_pass(self) -> None:
-        """Unscale by hand: `GradScaler.unscale_` allows one call per step, and a step may have several passes."""
+        """Refuse sparse gradients, which a host given parameters alone sees here first. Unscale by hand: `GradScaler.unscale_`
+        allows one call per step, and a step may have several passes."""
+        sparse = [n for n, p in self._named if p.grad is not None and p.grad.is_sparse]
+        check(not sparse, self._optimizer.__class__.__name__, f"a sparse gradient of {sparse[:3]}", "be dense", SPARSE_CURE)
         if self.scaler is not None:
             inverse = 1.0 / self.scaler.scale(torch.ones((), device=self.device))
             self.gradient().mul_(inverse)
@@ -223,6 +250,8 @@ class LocalHost(Host):
         """DDP that was not told of unused parameters waits for them: what shares a bucket with one is left unreduced."""
         for module in self._met:
             if not isinstance(module, DistributedDataParallel) or module.find_unused_parameters or module.static_graph:
+                continue
+            if hasattr(module, "before_backward"):  # it was told by the loss
                 continue
             names = [n for n, p in module.module.named_parameters() if p.requires_grad and p.grad is None
                      and n not in module.parameters_to_ignore]

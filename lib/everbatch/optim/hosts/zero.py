@@ -17,7 +17,7 @@ from torch import Tensor
 
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost, check
-from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, refuse_partly
+from everbatch.optim.hosts.base import Alone, Host, plain_name, refuse_complex, refuse_partly, refuse_sparse
 from everbatch.optim.hosts.clocks import Clocks
 from everbatch.optim.hosts.in_order import InOrder
 from everbatch.optim.hosts.reach import Reach
@@ -84,6 +84,7 @@ class ZeroHost(Host):
         self.agrees = self.world > 1
         self._named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         refuse_complex("DeepSpeed", self._named)
+        refuse_sparse("DeepSpeed", engine.module)
         self.bf16 = bool(engine.bfloat16_enabled())
         self.title = f"ZeRO stage {self.stage} ({'bf16' if self.bf16 else 'fp32'})"
         self.pass_cost = {0: "one gradient all-reduce", 3: "one gradient reduction, parameter gathers of a forward and backward, "

@@ -1,0 +1,115 @@
+"""Logits from what a network returns: a tensor, or the part of a tuple, dict or dataclass that an option names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from everbatch.errors import CompositionError, check
+
+__all__ = ["Pick", "check_output", "described", "foreign_errors", "picked"]
+
+
+class Pick:
+    """A forward hook that makes a network return its logits, inside `with pick.on():` alone; in copies of the network, always.
+
+    A hook, and the model's first: engines look for tensors in what a network returns, and do not find them in every class.
+    """
+
+    def __init__(self, output: str | int) -> None:
+        self.output, self.active = output, 0
+
+    def __call__(self, module: nn.Module, _inputs: Any, result: Any) -> Any:
+        return picked(result, self.output, training=module.training) if self.active else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"output": self.output, "active": 1}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Have the hook act."""
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+
+FOREIGN = (AssertionError, AttributeError, KeyError, IndexError, NotImplementedError, TypeError)
+"""What models raise of inputs that they were not made for."""
+
+
+@contextmanager
+def foreign_errors(inputs: Tensor) -> Iterator[None]:
+    """Say which inputs a model raised an error of, where its own words are those of a programmer."""
+    try:
+        yield
+    except CompositionError:
+        raise
+    except FOREIGN as error:
+        said = (str(error).splitlines() or ["nothing"])[0]
+        got = f"the model raised {type(error).__name__}: {said}, on inputs of shape {tuple(inputs.shape)} and {inputs.dtype}"
+        raise ValueError(f"Trainer: {got}; give it inputs as it takes them: see prepare=, and the model's own options") from error
+    except RuntimeError as error:
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise RuntimeError("Trainer: on fsdp2 the model reads a weight of a block without calling the block, so only a slice "
+                               "of it is there; call the block, or keep that weight outside of ModuleLists and Sequentials, or "
+                               f"use engine='ddp' or ZeRO: {str(error).splitlines()[0]}") from error
+        if "find_unused_parameters" not in str(error):
+            raise
+        raise RuntimeError("Trainer: the last step's passes did not reach every weight, and "
+                           "ddp={'find_unused_parameters': False} says that they do; leave it out of ddp=, or freeze such "
+                           "weights before the trainer is built: "
+                           f"{str(error).splitlines()[-1]}") from error
+
+
+def check_output(output: Any) -> None:
+    """Refuse what names no part of a result."""
+    good = output is None or (isinstance(output, int | str) and not isinstance(output, bool) and output != "")
+    check(good, "Trainer", f"output={output!r}", "be the name or the index of the logits in what the network returns, or None")
+
+
+def picked(result: Any, output: str | int, *, training: bool) -> Tensor:
+    """The part of `result` that `output` names. A network that returns a tensor in evaluation mode alone is taken as it is.
+
+    Raises:
+        ValueError: there is no such part, or it is no tensor; a tensor in training mode, of which nothing is to be named.
+    """
+    if isinstance(result, Tensor):
+        check(not training, "Trainer", f"output={output!r} and a network that returns {described(result)}", "be left out")
+        return result
+    try:
+        if isinstance(output, str):
+            part = result[output] if isinstance(result, Mapping) else getattr(result, output)
+        else:
+            part = list(result.values() if isinstance(result, Mapping) else result)[output]
+    except (KeyError, AttributeError, IndexError, TypeError):
+        part = None
+    check(isinstance(part, Tensor), "Trainer", f"output={output!r} and a network that returns {described(result)}",
+          "name the tensor of logits in it")
+    assert isinstance(part, Tensor)
+    return part
+
+
+def described(result: Any) -> str:
+    """What a network returned, in a few words."""
+    if isinstance(result, Tensor):
+        return f"a tensor of shape {tuple(result.shape)}"
+    kind = type(result).__name__
+    if isinstance(result, Mapping):
+        return f"{kind} with {', '.join(f'{k!r}: {_short(v)}' for k, v in result.items())}"
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        held = ", ".join(f"{f.name}: {_short(getattr(result, f.name))}" for f in dataclasses.fields(result))
+        return f"{kind} with {held}"
+    if isinstance(result, tuple | list):
+        names = getattr(result, "_fields", range(len(result)))
+        return f"{kind} of {', '.join(f'{n}: {_short(v)}' for n, v in zip(names, result, strict=True))}"
+    return kind
+
+
+def _short(value: Any) -> str:
+    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
