@@ -52,25 +52,25 @@ class Accumulation:
         """The closure that runs."""
         self._known: set[str] = set()
         """Closures that have been looked at."""
-        self._failed = False
-        """Whether the last step with a closure has not come to its end: what it left behind is forgotten, not reported."""
+        self.excused = False
+        """Whether gradients may lie about that nobody misses: of a step whose closure raised, of parameters just added."""
 
     def enter(self, closure: bool) -> None:
         """A step begins: with a closure, gradients that are there were made outside of it, and would be lost; without, they are
         used."""
-        name = self.host.left_over() if closure and not self._failed else ""
+        name = self.host.left_over() if closure and not self.excused else ""
         if name:
             raise RuntimeError(f"{self.who}: step(closure) found a gradient of a backward outside of the closure ({name}), which "
                                "every pass would forget; run all micro-batches inside the closure (opt.micro_batches), call "
                                "opt.step() without a closure to use the gradients that are there, or opt.zero_grad() before the "
                                "step to forget them")
-        self._failed = closure
+        self.excused = closure
         if not closure:
             self.complete()
 
     def leave(self) -> None:
         """A step has come to its end, and no gradient is left."""
-        self._failed, self._loop = False, None
+        self.excused, self._loop = False, None
 
     def over(self, batches: Iterable[Any], average: bool) -> Iterator[Any]:
         """See `OptimizerMixin.micro_batches`."""

@@ -19,6 +19,7 @@ from everbatch.optim.hosts.local import LocalHost
 from everbatch.optim.nonfinite import nonfinite_gradients
 from everbatch.optim.objective import Objective
 from everbatch.optim.realised import realised, report
+from everbatch.optim.savable import check_held, check_savable
 from everbatch.optim.shards import Vector
 
 __all__ = ["OptimizerMixin"]
@@ -71,7 +72,7 @@ class OptimizerMixin(Contract):
         allowed = set(inspect.signature(base_of(type(self)).__init__).parameters) - {"self", "params"}  # type: ignore[misc]
         reject_unknown(type(self), rest, allowed | {"seed", "scaler"})
         super().__init__(_named_groups(type(self).__name__, params), **rest)  # type: ignore[call-arg]
-        self._attach(LocalHost(self, module, scaler))
+        self._attach(LocalHost(self, module, scaler), rest)
 
     @classmethod
     def on(cls: type[Opt], engine: Any, *, seed: int = 0, **options: Any) -> Opt:
@@ -97,7 +98,7 @@ class OptimizerMixin(Contract):
         reject_unknown(cls, rest, {"seed"})
         host = ZeroHost(engine, base)
         torch.optim.Optimizer.__setstate__(self, {"defaults": dict(host.inner.defaults)})  # type: ignore[arg-type]
-        self._attach(host)
+        self._attach(host, host.inner.defaults)
         take(engine, cls.__name__)
         return self
 
@@ -118,8 +119,9 @@ class OptimizerMixin(Contract):
         """Of the last skipped step: the first weight whose gradient was not finite in this rank's slices."""
         return self._configure(options)
 
-    def _attach(self, host: Host) -> None:
+    def _attach(self, host: Host, options: Mapping[str, Any]) -> None:
         self.host = host
+        self._savable = check_savable(self, options)
         self._accumulation = Accumulation(type(self).__name__, host)
         self._check_direction(host.groups())
         for part in parts_of(type(self)):
@@ -147,6 +149,7 @@ class OptimizerMixin(Contract):
         if host is not None:
             self.host = LocalHost(self, *host.recipe())
             self._accumulation = Accumulation(type(self).__name__, self.host)
+            self._accumulation.excused = True  # earlier passes may have reached the new ones
 
     def _own(self, name: str) -> Any:
         if name not in self.__dict__:  # a wrapper that imitates this type, and forwards what it lacks
@@ -211,6 +214,9 @@ class OptimizerMixin(Contract):
                     with self._holding():
                         self.update()
                         self.host.dirty = False
+                if not self._savable:
+                    check_held(self)
+                    self._savable = True
                 self.step_count += 1
                 self.edit_parameters()
             else:

@@ -267,6 +267,9 @@ def _scalars(opt: OptimizerMixin, shard: Shard) -> dict[str, Any]:
                                          "neither per element nor a number; this base optimizer cannot be saved by name")
         elif _is_plain(value):
             result[key] = ("value", value)
+        else:
+            raise CheckpointMismatch(f"{type(opt).__name__}: state {key!r} of {shard.name} is a {type(value).__name__}, neither "
+                                     "per element nor a number; this base optimizer cannot be saved by name")
     return result
 
 
