@@ -30,28 +30,28 @@ PROVEN = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Muon", "NAd
 TORCHS = {"state", "param_groups", "defaults", "grad_scale", "found_inf", "_need_device_dtype_check_for_fused",
           "_warned_capturable_if_run_uncaptured"}
 """Attributes that torch's optimizers change and that are no state of the method."""
-LARGEST = 128
-"""Of each dimension: enough for bases that factor matrices from some size on."""
+LARGEST = 32
+"""Of each dimension: enough for bases that factor matrices from some size on, and little for those that multiply many."""
 
 
 def check_savable(opt: OptimizerMixin, options: Mapping[str, Any]) -> bool:
     """Refuse a base whose state could not be saved by name, at construction.
 
-    Two of its steps are taken on stand-ins for the parameters, of at most 128 elements each way; no random number of the run is
-    drawn, and torch's own optimizers that are known are not tried.
+    Two of its steps are taken on stand-ins for the parameters, of at most 32 elements each way; no random number of the run is
+    drawn. Cost: a few milliseconds; torch's own optimizers that are known are not tried.
 
     Args:
         options: what the base was built with.
 
     Returns:
-        Whether it is known. A base that cannot be tried out is looked at after its first step, by `check_held`.
+        Whether it is a known one. Others are looked at once more after their first step, by `check_held`: what they keep may
+        depend on sizes, and some cannot be tried out.
 
     Raises:
         ValueError: the base keeps something that is neither shaped like its parameter nor a number.
     """
     inner = getattr(opt.host, "inner", None)
-    base: type | None = type(inner) if inner is not None else base_of(type(opt))
-    assert base is not None
+    base = type(inner) if inner is not None else base_of(type(opt)) or type(opt)
     if getattr(torch.optim, base.__name__, None) is base and base.__name__ in PROVEN:
         return True
     if base.__module__.startswith("deepspeed."):  # builds kernels, and keeps what Adam keeps
@@ -61,7 +61,7 @@ def check_savable(opt: OptimizerMixin, options: Mapping[str, Any]) -> bool:
     except Exception:  # whatever stops a foreign optimizer on stand-ins says nothing about its state
         return False
     _refuse(opt, base, found)
-    return True
+    return False
 
 
 def check_held(opt: OptimizerMixin) -> None:
@@ -105,7 +105,7 @@ def _stand_ins(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _shape(p: Tensor) -> list[int]:
     bound, shape = LARGEST, list(p.shape)
-    while torch.Size(min(s, bound) for s in shape).numel() > 2**18 and bound > 1:
+    while torch.Size(min(s, bound) for s in shape).numel() > 2**14 and bound > 1:
         bound //= 2
     return [max(1, min(s, bound)) for s in shape]
 
