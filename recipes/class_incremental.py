@@ -103,7 +103,8 @@ def train(options: Recipe, job: Run) -> None:
         job.start(options.model.build(sample, stream.num_classes, options.trainer.seed)),
         options.optimizer.build(Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)),
         options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size),
-        config=options.trainer, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
+        config=options.trainer, ddp=options.engine.ddp,
+        augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
         folder=job.checkpoints, recorder=recorder, num_tasks=len(stream),
         identity=options.data.identity | job.identity,
         **{f"{part.__name__.lower()}_{k}": v for part, chosen in mixins.items() for k, v in vars(chosen).items()})

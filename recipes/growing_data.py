@@ -214,6 +214,7 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World, 
     if options.init is not None and arm != "fresh":
         begin_from(first, options.init, world)
     trainer = learner(first, optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
+                      ddp=None if engine == "plain" else options.engine.ddp,
                       augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
     matrix = trainer.fit(stream)
     if home is not None:

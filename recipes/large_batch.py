@@ -228,7 +228,8 @@ def train(options: Recipe, spare: int, job: Run) -> None:
     trainer = learner(
         job.start(model), replace(options.optimizer, lr=options.peak_lr).build(factory),
         options.engine.build(options.global_batch, accumulation, world.size),
-        config=replace(options.trainer, accumulation=accumulation), augment=options.data.augmentation(shape[-1]),
+        config=replace(options.trainer, accumulation=accumulation), ddp=options.engine.ddp,
+        augment=options.data.augmentation(shape[-1]),
         prepare=options.data.prepare, folder=job.checkpoints, recorder=recorder,
         identity=options.data.identity | job.identity,
         progress_eval_every=options.eval_every, progress_devices=world.size + spare,

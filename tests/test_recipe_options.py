@@ -230,3 +230,10 @@ def test_files_hold_options_without_effect_at_their_defaults_alone(tmp_path: Pat
     # What a recipe's own file says does not stand in the way of another choice.
     assert config.parse(Picky, ["replay.method=er"], default_yaml=tmp_path / "e.yaml" if (tmp_path / "e.yaml").write_text(
         "replay: {alpha: 0.3}") else None).replay == Replay.Config(method="er", alpha=0.3)
+
+
+def test_options_of_ddp_are_for_ddp() -> None:
+    assert Engine(kind="ddp", ddp={"bucket_cap_mb": 1}).build(8, 1, 2) == "ddp"
+    for kind in ("plain", "fsdp2", "deepspeed"):
+        with pytest.raises(ValueError, match=rf"engine: ddp={{'bucket_cap_mb': 1}} with kind={kind}, must be left out"):
+            Engine(kind=kind, ddp={"bucket_cap_mb": 1}).build(8, 1, 2)  # type: ignore[arg-type]

@@ -235,6 +235,8 @@ class Engine:
     """Working precision on DeepSpeed; fp32 by default."""
     deepspeed: dict[str, Any] | None = None
     """Raw DeepSpeed configuration: a tree here, or the path of a JSON file; merged under the options above."""
+    ddp: dict[str, Any] | None = None
+    """kind=ddp: options of torch's DistributedDataParallel by name: engine.ddp.bucket_cap_mb=100."""
 
     def __post_init__(self) -> None:
         if self.stage is not None:
@@ -251,6 +253,8 @@ class Engine:
 
     def build(self, batch_size: int, accumulation: int, world_size: int) -> str | Mapping[str, Any]:
         """The engine argument of `Trainer`."""
+        check(self.ddp is None or self.kind == "ddp", "engine", f"ddp={self.ddp} with kind={self.kind}", "be left out, or null",
+              "they are options of kind=ddp")
         if self.kind != "deepspeed":
             given = [f"{n}={v!r}" for n, v in vars(self).items() if n in ("stage", "precision", "deepspeed") and v is not None]
             check(not given, "engine", f"{', '.join(given)} with kind={self.kind}", "be left out, they are DeepSpeed's, or null",
@@ -270,6 +274,7 @@ def check_together(recipe: Any) -> None:
         ValueError: naming both, and the option to use instead.
     """
     engine, trainer = recipe.engine, recipe.trainer
+    check(0 <= trainer.seed < 2**32, "trainer", f"seed={trainer.seed}", "be in [0, 2^32)", "numpy's generators take no other")
     check(engine.kind != "deepspeed" or trainer.precision == "fp32", "trainer", f"precision={trainer.precision} on DeepSpeed",
           "be left out", "set engine.precision=bf16")
 
