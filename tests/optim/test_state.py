@@ -159,6 +159,7 @@ BROKEN: dict[str, tuple[Callable[[Any], object], str]] = {
     "rate": (lambda e: e["meta"]["groups"][0]["options"].update(lr="fast"), "group option lr is 'fast' .*, must be a number"),
     "steps": (lambda e: e["meta"].update(steps="3"), "steps is '3' in the state, must be a number"),
     "round": (lambda e: e["meta"]["mixins"]["ShrinkPerturb"].update(round=[1]), r"ShrinkPerturb.round is \[1\] .* a number"),
+    "mixin": (lambda e: e["meta"]["mixins"].update(EMA=[[1]]), r"the state of EMA is \[\[1\]\] in the state, must be a table"),
     "list": (lambda e: e["meta"]["mixins"]["ShrinkPerturb"].update(round={"list": 10**17}), "is a list of 100000000000000000 in"),
     "scalars": (lambda e: e["meta"].update(scalars={"0.weight": {"step": ["os.system", 1]}}), "of type 'os.system' in the state"),
     "moment": (lambda e: e["tensors"].update({"moment.momentum_buffer/2.weight": torch.ones(2)}), r"has shape \(2,\) in the"),

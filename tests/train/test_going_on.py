@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -205,21 +206,34 @@ def test_buffers_that_grew_shrank_or_came_later_are_resumed(tmp_path: Path) -> N
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one) and one["made"].tolist() == [24, 24]
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grown")
+    learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, folder=folder, model=Growing()).fit(stream())
+    return folder
+
+
 @pytest.mark.parametrize(("change", "text"), [
     (lambda m: m.register_buffer("more", torch.zeros(2)), r"holds no buffers \['more'\], which the model has"),
     (lambda m: (m._buffers.pop("table"), setattr(m, "table", 3)), r"holds buffers \['table'\], which the model lacks"),
     (lambda m: m.register_buffer("table", torch.zeros(1, 2)), r"buffer table is torch.float32 \(7,\), the model's is .*\(1, 2\)"),
     (lambda m: m.register_buffer("table", torch.zeros(1, dtype=torch.int64)), r"buffer table is torch.float32 \(7,\), .*int64"),
 ], ids=["more", "fewer", "dimensions", "kind"])
-def test_buffers_of_another_model_are_refused_untouched(tmp_path: Path, change: Any, text: str) -> None:
-    learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, folder=tmp_path, model=Growing()).fit(stream())
+def test_buffers_of_another_model_are_refused_untouched(grown: Path, change: Any, text: str) -> None:
     model = Growing()
     change(model)
-    again = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, folder=tmp_path, model=model)
+    again = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, folder=grown, model=model)
     before = {n: v.clone() for n, v in again.module.state_dict().items()}
     with pytest.raises(CheckpointMismatch, match=text):
         again.fit(stream(), resume=True)
     assert all(torch.equal(v, before[n]) for n, v in again.module.state_dict().items()) and again.step == 0
+
+
+@pytest.fixture(scope="module")
+def replaying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replaying")
+    learning.trainer("plain", folder=folder).fit(stream())
+    return folder
 
 
 META: dict[str, tuple[Any, str]] = {
@@ -235,8 +249,8 @@ META: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", META)
-def test_a_meta_of_wrong_types_is_a_mismatch_and_touches_nothing(tmp_path: Path, kind: str) -> None:
-    learning.trainer("plain", folder=tmp_path).fit(stream())
+def test_a_meta_of_wrong_types_is_a_mismatch_and_touches_nothing(replaying: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(replaying, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "step-00000024" / MANIFEST
     body = json.loads(path.read_bytes())
     body.pop("sha256")

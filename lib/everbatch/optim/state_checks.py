@@ -128,6 +128,7 @@ def _mixins(opt: OptimizerMixin, saved: Any, shapes: Shapes) -> None:
     who = type(opt).__name__
     for part, state in opt.states.items():
         theirs = saved[part.__name__]
+        like(who, f"the state of {part.__name__}", theirs, {})
         for field in dataclasses.fields(state):
             key, present = f"{part.__name__}.{field.name}", getattr(state, field.name)
             if field.name not in theirs or isinstance(present, ByName):
