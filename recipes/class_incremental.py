@@ -7,6 +7,7 @@ torchrun --nproc-per-node 8 recipes/class_incremental.py data.source=imagefolder
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ if __name__ == "__main__":
 
 from everbatch import config
 from everbatch.data import class_incremental, task_incremental
+from everbatch.data.memory import check_memory
 from everbatch.distributed import init
 from everbatch.errors import check, check_whole
 from everbatch.logging import versions
@@ -94,6 +96,9 @@ def train(options: Recipe, job: Run) -> None:
     stream = split(samples, test, tasks=options.tasks, seed=options.trainer.seed)
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
     mixins: dict[type, Any] = {Replay: options.replay} if options.replay else {}
+    if options.replay:  # never more rows than samples, divided among the machines
+        rows = min(options.replay.capacity, len(samples)) / max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_memory("replay", f"capacity={options.replay.capacity}", int(rows * sample.nbytes), "lower replay.capacity")
     if options.optimizer.remembers or options.consolidate.isolate:
         mixins[Consolidate] = options.consolidate
     if options.optimizer.shrink_perturb is not None:

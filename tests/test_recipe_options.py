@@ -16,7 +16,7 @@ from everbatch.compose import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
-from everbatch.recipe import MIXINS, Engine, Factory, Model, Optimizer, recorded, restarted, unused_together
+from everbatch.recipe import MIXINS, Data, Engine, Factory, Model, Optimizer, recorded, restarted, unused_together
 from everbatch.strict_yaml import load_text
 from everbatch.train import Replay, Trainer
 
@@ -237,3 +237,10 @@ def test_options_of_ddp_are_for_ddp() -> None:
     for kind in ("plain", "fsdp2", "deepspeed"):
         with pytest.raises(ValueError, match=rf"engine: ddp={{'bucket_cap_mb': 1}} with kind={kind}, must be left out"):
             Engine(kind=kind, ddp={"bucket_cap_mb": 1}).build(8, 1, 2)  # type: ignore[arg-type]
+
+
+def test_means_fit_the_channels() -> None:
+    batch = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    assert Data(mean=0.5).prepare(batch).shape == batch.shape
+    with pytest.raises(ValueError, match=r"data: mean=\(0.1, 0.2\) and std=0.5 for images of 1 channels, must be one number"):
+        Data(mean=(0.1, 0.2)).prepare(batch)

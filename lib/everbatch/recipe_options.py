@@ -118,6 +118,10 @@ class Data:
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Samples to model inputs: scaled to [0, 1] if they are bytes, then normalised."""
+        channels = max(len(self.means), len(self.stds))
+        check(channels in (1, inputs.shape[1]), "data",
+              f"mean={self.mean} and std={self.std} for images of {inputs.shape[1]} channels",
+              "be one number, or one for each channel")
         mean, std = (v if isinstance(v, float | int) else torch.tensor(v, device=inputs.device).view(-1, 1, 1)
                      for v in (self.mean, self.std))
         return (inputs.float() / self.scale(inputs) - mean) / std
