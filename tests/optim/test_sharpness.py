@@ -327,7 +327,7 @@ def test_a_zero_gradient_gives_a_plain_step(part: type) -> None:
     (GSAM, {"rho": 0.1, "rho_min": 0.2, "lr_max": 1.0}, "rho_min=0.2"),
     (GradientNorm, {"radius": 0.0}, "radius=0.0"), (GradientNorm, {"mix": -0.1}, "mix=-0.1"), (WSAM, {"gamma": 1.0}, "gamma=1.0"),
     (LookSAM, {"every": 0}, "every=0"), (LookSAM, {"every": 2.5}, "every=2.5"), (LookSAM, {"alpha": 2.0}, "alpha=2.0"),
-    (StaleSAM, {"tau": 0}, "interval=0"), (ESAM, {"gamma": 0.0}, "gamma=0.0"), (ESAM, {"beta": 0.0}, "beta=0.0"),
+    (StaleSAM, {"tau": 0}, "tau=0"), (ESAM, {"gamma": 0.0}, "gamma=0.0"), (ESAM, {"beta": 0.0}, "beta=0.0"),
     (Ignite, {"radius": 0.0}, "radius=0.0"), (Ignite, {"rho": -1.0}, "rho=-1.0")])
 def test_bad_options_name_themselves(part: type, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=f"{part.__name__}: {text}".replace("(", r"\(")):
