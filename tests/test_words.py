@@ -61,5 +61,8 @@ def test_an_error_of_another_library_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("demo: rank 0: AssertionError: x was (in ")
     assert "another.py:2; EVERBATCH_TRACEBACK=1" in done.stderr
+    (package / "another.py").write_text("def use(x):\n    raise ValueError('1 error for Config\\nsize\\n  no integer\\n')\n")
+    many = said(sys.executable, script, cwd=tmp_path, PYTHONPATH=f"{ROOT / 'lib'}:{package}")
+    assert many.returncode == 1 and many.stderr == "demo: rank 0: 1 error for Config; size; no integer\n"
     ours = said(sys.executable, script, "mine", cwd=tmp_path, PYTHONPATH=f"{ROOT / 'lib'}:{package}")
     assert ours.returncode == 1 and "Traceback" in ours.stderr and "KeyError: 'mine'" in ours.stderr

@@ -106,7 +106,7 @@ def guard(prog: str) -> Iterator[None]:
         text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
         if lost:
             text = "another rank ended without a word (killed, or out of memory?); resume=true goes on from the newest checkpoint"
-        tell(prog, text, lost=lost)
+        tell(prog, "; ".join(line.strip() for line in text.splitlines() if line.strip()), lost=lost)
         end(1)
     except SystemExit as stop:
         if not stop.code and not isinstance(stop, KeyboardInterrupt) and not _all_leave():
