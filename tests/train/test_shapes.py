@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from everbatch.compose import compose
 from everbatch.data import TensorSource
 from everbatch.optim import EWC, SAM
 from everbatch.train import Trainer
-from processes import Zygote
+from processes import ENVIRONMENT, Zygote
 
 WORKER = Path(__file__).parent / "shapes_worker.py"
 BLOCKS = {"Net": 3, "Tied": 1, "TiedToRoot": 2, "Twice": 1, "Read": 0, "Helped": 0, "Nested": 7, "Unused": 3, "Dressed": 3}
@@ -161,3 +164,19 @@ def test_sparse_gradients_are_refused_before_anything_moves(layer: nn.Module) ->
     with pytest.raises(ValueError, match=r"SAMSGD: a sparse gradient of \['0.weight'\], must be dense; build the layer"):
         opt.step(closure)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_every_engine_runs_as_one_rank_without_a_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text("""
+import sys
+sys.path.insert(0, sys.argv[1])
+from shapes_worker import Net, trained
+for engine in ("ddp", "fsdp2"):
+    trained(Net, engine)
+print("trained")
+""")
+    bare = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    done = subprocess.run([sys.executable, str(script), str(WORKER.parent)], capture_output=True, text=True, timeout=120,
+                          env=bare | ENVIRONMENT)
+    assert done.returncode == 0 and "trained" in done.stdout, done.stderr[-3000:]

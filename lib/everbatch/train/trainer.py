@@ -138,7 +138,9 @@ class Trainer:
         check_output(output)
         check_ddp(ddp, engine)
         self.config = config or self.Config()
-        self.world, self.seed, self.num_tasks, self._tasks_told = init(device), self.config.seed, num_tasks, num_tasks
+        # DDP and FSDP2 want a process group, also of one rank that torchrun did not start.
+        self.world, self.seed = init(device, lone=engine in ("ddp", "fsdp2")), self.config.seed
+        self.num_tasks = self._tasks_told = num_tasks
         self.identity = dict(identity or {})
         persist.check_plain(self.identity)
         share = self.world.size * self.config.accumulation
