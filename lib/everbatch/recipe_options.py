@@ -191,7 +191,7 @@ class _Base:
         if self.momentum is not None:
             check_real("optimizer", "momentum", self.momentum, 0.0, 1.0, open_high=True)
             check(self.base == "sgd", "optimizer", f"momentum={self.momentum} with base={self.base}", "be null",
-                  "it is SGD's; AdamW has betas of its own")
+                  "it is SGD's; AdamW has betas of its own: optimizer.momentum=null")
 
 
 _Options: Any = make_dataclass(
