@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from everbatch.data import load
 from everbatch.distributed import init
+from everbatch.ends import guard
 from everbatch.nn import SmallConv
 from everbatch.optim import SAM, ClipGradNorm
 
@@ -61,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with guard("own_deepspeed"):
+        main()

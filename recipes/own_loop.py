@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.data import Source, load
 from everbatch.distributed import World, init
+from everbatch.ends import guard
 from everbatch.nn import SmallConv
 from everbatch.optim import SAM, ClipGradNorm
 
@@ -70,4 +71,5 @@ def say(world: World, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with guard("own_loop"):
+        main()

@@ -19,6 +19,7 @@ from torch.nn import functional
 from everbatch.checkpoint import export_weights
 from everbatch.data import Batch, Loader, Stream, Task, class_incremental, load
 from everbatch.distributed import World
+from everbatch.ends import guard
 from everbatch.nn import SmallConv
 from everbatch.train import Replay, StepRecord
 from everbatch.train.weights import built_as, metadata_texts
@@ -102,4 +103,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with guard("own_trainer"):
+        main()
