@@ -183,7 +183,7 @@ def compare(options: Recipe, job: Run) -> None:
     recorder.close()
 
 
-def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World, home: Path | None,
+def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World, home: Path | None = None,
             ) -> tuple[list[float], list[int]]:
     """Test accuracy after each round, and epochs to fit it, of one arm under one seed; its last weights go to `home`."""
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
