@@ -318,7 +318,8 @@ def disagreement(record: Record, store: Path) -> None:
         "model is ": lambda: learning.trainer("ddp", model=learning.net(smooth=last)),
         "engine is ": lambda: learning.trainer("zero1" if last else "zero2"),
         "stream is ": lambda: learning.trainer("ddp").fit(other),
-        "optimizer.momentum is [0.9]": lambda: learning.trainer("ddp", optimizer=momentum(0.8 if last else 0.9)).fit(stream()),
+        "optimizer.momentum is 0.9 on rank 0 and 0.8": lambda: learning.trainer(
+            "ddp", optimizer=momentum(0.8 if last else 0.9)).fit(stream()),
         "mixins.Replay is ": lambda: learning.trainer("ddp", replay={"alpha": 0.5 if last else 0.3}).fit(stream()),
     }
     for text, attempt in cases.items():

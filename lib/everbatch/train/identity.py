@@ -59,16 +59,18 @@ def changes(trainer: Trainer, meta: Mapping[str, Any], path: Any) -> list[str]:
     differs = [k for k in {**ours, **theirs} if not _same(ours.get(k), theirs.get(k))]
     stream, done = trainer.stream, meta["trainer"]
     assert stream is not None
-    if "stream" in differs:
-        words = _stream_words(meta.get("stream"), stream)
+    words = _stream_words(meta.get("stream"), stream) if "stream" in differs else ""
+    refused = [k for k in differs if k not in CHANGEABLE and k != "stream"]
+    if words and not refused:
         raise CheckpointMismatch(f"checkpoint {path}: made with another stream: {words}; repeat the configuration, or use "
                                  "another folder")
-    refused = [k for k in differs if k not in CHANGEABLE]
     problem = ""
     if "trainer.epochs" in differs:
         problem = _epochs_problem(trainer, done, theirs.get("trainer.epochs"))
         refused = ["trainer.epochs", *refused] if problem else refused
     if refused:
+        # The seed decides the class order, and is what a person changed: the option comes first.
+        problem = f"also another stream: {words}" if words else problem
         k, more = refused[0], ", ".join(refused[1:6]) + ", ..." * (len(refused) > 6)
         raise CheckpointMismatch(f"checkpoint {path}: made with {k}={theirs.get(k)!r}, this run has {ours.get(k)!r}"
                                  + (f" (and {more} differ)" if more else "") + (f": {problem}" if problem else "")
