@@ -8,6 +8,28 @@ show_help() {
 
 die() { echo "everbatch: $*" >&2; exit 1; }
 
+trap 'exit 130' INT
+
+# find_environment: for scripts that only start runs, and must make nothing. PYTHON becomes that of the active environment; else
+# the first of ROOT/.venv, PYTHON3 and the python and python3 on PATH that has torch and everbatch.
+find_environment() {
+    local candidates=("$ROOT/.venv/bin/python" "${PYTHON3:-python}" python python3) candidate found
+    if [ -n "${VIRTUAL_ENV:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then candidates=(python); fi
+    PYTHON=
+    for candidate in "${candidates[@]}"; do
+        found="$(command -v "$candidate")" || continue
+        PYTHON="${PYTHON:-$found}"
+        if ask "$found" 'import torch, everbatch' >/dev/null 2>&1; then PYTHON="$found"; return; fi
+    done
+    [ -n "$PYTHON" ] || die "no python found; install Python 3.10 or newer, or set PYTHON3"
+    need_python "$PYTHON"
+    found="$(ask "$PYTHON" 'import torch, everbatch' 2>&1 | tail -n 1)" || true
+    die "$PYTHON cannot import torch and everbatch ($found); run $PYTHON -m pip install -e '$ROOT[vision,plot,deepspeed]'"
+}
+
+# ask PYTHON CODE: run a line; a Ctrl-C ends it without a traceback.
+ask() { "$1" -c "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); $2"; }
+
 # Use the active virtual environment, else make one in ROOT/.venv. PYTHON3 names the interpreter to make it with.
 use_environment() {
     # The base environment of conda is no place to install into.
@@ -41,7 +63,7 @@ need() {
 
 # Without a GPU: tell DeepSpeed so, and keep every rank to one thread, or the ranks fight over the cores.
 use_devices() {
-    if [ "$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())')" = False ]; then
+    if [ "$(ask "$PYTHON" 'import torch; print(torch.cuda.is_available())')" = False ]; then
         export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
 }

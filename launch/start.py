@@ -7,15 +7,21 @@ passed on to the ranks, which get `--shutdown-timeout` (30) seconds to write a c
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
 def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them; returns the exit code."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # raised inside an import, a KeyboardInterrupt may come out as any error, with a traceback
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
+    signal.signal(signal.SIGINT, before)
     try:
         run(get_args_parser().parse_args(arguments))
     except SignalException as error:
@@ -31,6 +37,6 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
-    except KeyboardInterrupt:  # during the imports
+    except KeyboardInterrupt:  # before there are ranks
         code = 130
     sys.exit(code)

@@ -6,11 +6,10 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 show_help "$@"
-use_environment
 [ $# -gt 0 ] || die "usage: bash launch/torchrun.sh RECIPE [key=value ...]"
-"$PYTHON" -c 'import everbatch' || die "everbatch is not installed here; pip install -e '$ROOT[vision,plot,deepspeed]'"
+find_environment
 use_devices
-ranks="${RANKS:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')}"
+ranks="${RANKS:-$(ask "$PYTHON" 'import torch; print(torch.cuda.device_count() or 2)')}"
 where=(--standalone)
 if [ "${NNODES:-1}" -gt 1 ]; then
     [ -n "${NODE_RANK:-}" ] && [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$NNODES needs NODE_RANK and MASTER_ADDR"

@@ -97,14 +97,16 @@ def test_ctrl_c_writes_a_checkpoint_and_ends_with_130(zygote: Zygote, tmp_path: 
     assert len(workers) >= 2 and gone(workers) == []
 
 
-def test_ctrl_c_during_the_imports(tmp_path: Path) -> None:
-    job = begin(RECIPE, *SHORT, f"output={tmp_path / 'run'}")
+@pytest.mark.parametrize("launcher", [[], [str(START)]], ids=["alone", "start.py"])
+def test_ctrl_c_during_the_imports(tmp_path: Path, launcher: list[str]) -> None:
+    job = begin(RECIPE, *SHORT, f"output={tmp_path / 'run'}", launcher=launcher)
     end = time.monotonic() + 60
     while "libtorch" not in Path(f"/proc/{job.pid}/maps").read_text():
         assert time.monotonic() < end
         time.sleep(0.01)
     job.send_signal(signal.SIGINT)
-    assert finish(job) == (130, "", "stopped by Ctrl-C before anything was begun\n") and not (tmp_path / "run").exists()
+    said = "" if launcher else "stopped by Ctrl-C before anything was begun\n"
+    assert finish(job) == (130, "", said) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

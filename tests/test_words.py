@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,45 @@ def test_help_of_a_launch_script_does_nothing_else(name: str, tmp_path: Path) ->
                 VIRTUAL_ENV=str(tmp_path))
     assert done.returncode == 0 and done.stderr == "" and not (tmp_path / "called").exists()
     assert len(done.stdout.splitlines()) <= 12 and done.stdout[0] != "#"
+
+
+STUB = """#!/bin/sh
+case "$*" in
+    *"import torch, everbatch"*) [ "{has}" ] || { echo Traceback >&2; echo "ModuleNotFoundError: torch" >&2; exit 1; } ;;
+    *device_count*) echo 2 ;;
+    *launch/start.py*) echo "started by $0" ;;
+esac
+"""
+
+
+def stub(path: Path, has: bool) -> None:
+    """A python that says whether it has what a run needs, and nothing else."""
+    path.parent.mkdir(parents=True)
+    path.write_text(STUB.replace("{has}", "yes" if has else ""))
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(("own", "on_path", "active"), [
+    (None, True, False), (False, True, False), (True, False, False), (None, False, False), (False, False, False),
+    (True, False, True)], ids=["path", "empty-venv", "venv", "none", "none-venv", "active-without"])
+def test_a_script_that_starts_runs_finds_python_and_makes_none(
+        tmp_path: Path, own: bool | None, on_path: bool, active: bool) -> None:
+    root, elsewhere = tmp_path / "checkout", tmp_path / "bin" / "python"
+    venv = root / ".venv" / "bin" / "python"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    stub(elsewhere, on_path)
+    (elsewhere.parent / "python3").symlink_to(elsewhere)
+    if own is not None:
+        stub(venv, own)
+    done = said("bash", root / "launch" / "torchrun.sh", "recipe.py", cwd=tmp_path, PATH=f"{elsewhere.parent}:/usr/bin:/bin",
+                VIRTUAL_ENV=str(tmp_path) if active else "", CONDA_DEFAULT_ENV="", PYTHON3="")
+    if on_path or (own and not active):
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"started by {elsewhere if on_path else venv}\n", "")
+    else:
+        named = elsewhere if own is None or active else venv
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "(ModuleNotFoundError: torch)" in done.stderr
+        assert f"run {named} -m pip install -e '{root}[vision,plot,deepspeed]'" in done.stderr
+    assert venv.exists() == (own is not None)
 
 
 @pytest.mark.parametrize(("words", "text"), [
