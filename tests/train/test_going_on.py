@@ -76,7 +76,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     again = alone(tmp_path, model=learning.net(9), optimizer=functools.partial(learning.PLAIN.func, lr=0.7, momentum=0.9))
     assert again.fit(one_task(), resume=True) == matrix and again.had_ended and again.changes == []
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
-    assert f"the run in {tmp_path} is finished, after step {again.step - 1}; nothing to train" in capsys.readouterr().out
+    assert f"the run in {tmp_path} is finished, after {again.step} steps; nothing to train" in capsys.readouterr().out
 
 
 def test_what_acted_at_the_end_of_a_task_bars_prolonging_it(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Run:
         assert self.recorder is not None
         if moved is not None:
             self.recorder.say(f"what an earlier run left in {self.folder} is in {moved} now")
-        elif self.resume and not self.goes_on:
+        if self.resume and not self.goes_on:
             self.recorder.say(f"nothing to resume in {self.folder}: this run begins anew")
 
     def fit(self, trainer: Trainer, stream: Stream) -> list[list[float]] | None:

@@ -384,13 +384,14 @@ class Trainer:
             persist.load(self, kept)
             self.had_ended = self.task_index >= len(stream) and len(self.matrix) >= len(stream)
         if self.had_ended:
-            persist.say(self, f"the run in {self.folder} is finished, after step {self.step - 1}; nothing to train (to prolong a "
+            persist.say(self, f"the run in {self.folder} is finished, after {self.step} steps; nothing to train (to prolong a "
                               "run of one task, raise epochs)")
             self._since = None
             return self.matrix
         if self.folder is not None:
             checkpoint.try_writing(self.folder, world=self.world)
         if kept is not None:
+            persist.say(self, f"goes on from step {self.step}, {kept.path}")
             if self.recorder is not None:
                 self.recorder.rewind(self.step - 1)
         try:
