@@ -311,3 +311,23 @@ def test_what_micro_batches_takes() -> None:
         next(opt.micro_batches([1], average=4))
     with pytest.raises(ValueError, match="must hold at least one micro-batch"):
         list(opt.micro_batches([]))
+
+
+def test_a_closure_that_gives_no_gradient_is_an_error() -> None:
+    model = nn.Linear(2, 2)
+    opt = compose(base=torch.optim.SGD)(model, lr=0.1)
+    with pytest.raises(RuntimeError, match=r"SGD: no parameter has a gradient after the closure; call opt.backward\(loss\)"):
+        opt.step(lambda: model(torch.ones(1, 2)).sum())
+
+
+def test_a_backward_past_the_optimizer_for_some_micro_batches_is_an_error() -> None:
+    model = nn.Linear(2, 2)
+    opt = compose(base=torch.optim.SGD)(model, lr=0.1)
+
+    def closure() -> None:
+        for i in opt.micro_batches(range(3)):
+            loss = model(torch.ones(1, 2)).sum()
+            opt.backward(loss) if i else loss.backward()
+
+    with pytest.raises(RuntimeError, match="losses of 2 micro-batches of 3 were given to opt.backward"):
+        opt.step(closure)

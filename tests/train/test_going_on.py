@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import learning
-from everbatch import checkpoint
+from everbatch import checkpoint, compose
 from everbatch.checkpoint.manifest import MANIFEST, dump
 from everbatch.data import Stream, Task, class_incremental, task_incremental
 from everbatch.data.sources import SubsetSource
@@ -281,3 +281,14 @@ def test_a_checkpoint_of_the_first_layout_resumes(tmp_path: Path) -> None:
     again = run(9)
     again.fit(stream(), resume=True)
     assert again.step == learning.STEPS and again.changes == []
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"config": {"batch_size": 3}}, "config={'batch_size': 3}, must be a Trainer.Config"),
+    ({"device": "gpu"}, "device='gpu', must be 'cuda' or 'cpu'"),
+    ({"engine": {"zero_optimization": {"stage": 2}}}, "a DeepSpeed configuration without train_batch_size"),
+    ({"model": torch.nn.Linear}, "model is the class Linear, must be a module")])
+def test_arguments_that_are_none(change: dict[str, Any], text: str) -> None:
+    optimizer = functools.partial(compose(base=torch.optim.SGD), lr=0.1)
+    with pytest.raises(ValueError, match=text):
+        Trainer(**{"model": torch.nn.Linear(2, 2), "optimizer": optimizer, "engine": "plain", **change})

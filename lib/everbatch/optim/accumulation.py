@@ -115,9 +115,11 @@ class Accumulation:
         if loop is not None and not loop.last:
             raise RuntimeError(f"{self.who}: the loop over micro_batches was left before its last one, which is the one that "
                                "reduces gradients; give it fewer, or loop to the end")
-        if loop is not None and loop.divides and not loop.given:
-            raise RuntimeError(f"{self.who}: no loss was given to opt.backward(loss) in the loop over micro_batches, so none was "
-                               "divided; call it in place of loss.backward(), or pass average=False and divide")
+        if loop is not None and loop.divides and loop.given < loop.count:
+            what = "no loss was" if not loop.given else f"losses of {loop.given} micro-batches of {loop.count} were"
+            raise RuntimeError(f"{self.who}: {what} given to opt.backward(loss) in the loop over micro_batches, so "
+                               f"{'others were not' if loop.given else 'none was'} divided; call it in place of "
+                               "loss.backward(), or pass average=False and divide")
 
     def watched(self, name: str, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with its loop over micro-batches looked after."""

@@ -68,6 +68,9 @@ class OptimizerMixin(Contract):
             options: options of the mixins, and of the base optimizer.
         """
         module = params if isinstance(params, nn.Module) else None
+        if callable(getattr(module, "zero_optimization_stage", None)):
+            raise TypeError(f"{type(self).__name__}: got a DeepSpeed engine, whose weights only the engine can update; call "
+                            f"{type(self).__name__}.on(engine, ...)")
         rest = self._start(options, seed)
         allowed = set(inspect.signature(base_of(type(self)).__init__).parameters) - {"self", "params"}  # type: ignore[misc]
         reject_unknown(type(self), rest, allowed | {"seed", "scaler"})
@@ -191,8 +194,9 @@ class OptimizerMixin(Contract):
             What the closure returned in the recorded pass, detached.
 
         Raises:
-            RuntimeError: before anything moves, if a backward outside of the closure has left a gradient, as a framework's
-                accumulation does; where a host can tell: plain torch, DDP, FSDP2 and DeepSpeed's own backward.
+            RuntimeError: a closure after which no parameter has a gradient. Before anything moves, if a backward outside of the
+                closure has left a gradient, as a framework's accumulation does; where a host can tell: plain torch, DDP, FSDP2
+                and DeepSpeed's own backward.
         """
         self._require(auxiliary)
         self._accumulation.enter(closure is not None)
@@ -205,6 +209,10 @@ class OptimizerMixin(Contract):
         try:
             self.move_parameters(objective)
             loss = self.estimate_gradient(objective)
+            if closure is not None and not self.host.any_gradient():
+                who = type(self).__name__
+                raise RuntimeError(f"{who}: no parameter has a gradient after the closure; call opt.backward(loss) in it, on a "
+                                   f"loss of this model (of a DeepSpeed engine: {who}.on(engine))")
             applied = bool(self.host.finite())
             if applied:
                 self.edit_gradient()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -59,6 +60,9 @@ class StopOnSignal:
         self.trainer = trainer
 
     def __enter__(self) -> None:
+        if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "everbatch.quiet" and self.trainer.folder is None \
+                and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports are over
         if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
             return
         self.trainer._signals = True
@@ -86,12 +90,21 @@ class StopOnSignal:
             since = time.monotonic() - first
             again = sign == signal.SIGINT or (sign in self.SIGNALS and ctrl_c)
             if again and since >= self.TWICE_S and not hasattr(sys, "ps1"):
+                self._say("stopped at once, without a checkpoint")
                 end(128 + signal.SIGINT)
+            if sign == signal.SIGINT and math.isinf(since):
+                self._say("stopping: a checkpoint comes within ten steps; a second Ctrl-C ends at once, without one")
             if sign in self.SIGNALS and since >= self.GRACE_S:
                 ctypes.pythonapi.PyOS_setsig(sign, None)  # SIG_DFL; signal.signal() is for the main thread
                 signal.raise_signal(sign)
             elif sign in (*self.SIGNALS, signal.SIGINT):
                 first, ctrl_c = min(first, time.monotonic()), ctrl_c or sign == signal.SIGINT
+
+    def _say(self, text: str) -> None:
+        """A line from rank 0, whatever the main thread is at; a reader that is gone misses it."""
+        if self.trainer.world.rank == 0:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{text}\n".encode())
 
     def __exit__(self, *error: object) -> None:
         if StopOnSignal.innermost is self:

@@ -28,6 +28,7 @@ from everbatch.errors import check, check_whole
 from everbatch.logging import Recorder
 from everbatch.runs import claimed
 from everbatch.train import persist
+from everbatch.train.arguments import check_arguments
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
 from everbatch.train.diagnosis import where_not_finite
@@ -137,6 +138,7 @@ class Trainer:
         check_optimizer(optimizer)
         check_output(output)
         check_ddp(ddp, engine)
+        check_arguments(model, config, engine, device)
         self.config = config or self.Config()
         # DDP and FSDP2 want a process group, also of one rank that torchrun did not start.
         self.world, self.seed = init(device, lone=engine in ("ddp", "fsdp2")), self.config.seed
@@ -259,6 +261,8 @@ class Trainer:
 
         Collective for a tensor: call it on every rank; ranks may have different inputs.
         """
+        check(isinstance(batch, Tensor | Batch), "Trainer", f"predict() of a {type(batch).__name__}", "get a tensor of inputs "
+              "(n, ...), or a Batch", "torch.as_tensor(...) makes one of arrays")
         return predict_inputs(self, batch) if isinstance(batch, Tensor) else self.forward(batch)
 
     # -------------------------------------------------------------------------------------------------------- the step
@@ -359,6 +363,8 @@ class Trainer:
             RuntimeError: too many consecutive steps without a finite gradient, naming ranks, samples and tensors; a folder that
                 cannot be written to; weights that are not finite when a checkpoint is due.
         """
+        check(not resume or self.folder is not None, "Trainer", "fit(resume=True) without a folder", "have one",
+              "pass Trainer(..., folder=...), where checkpoints go")
         stream = as_stream(stream)
         self.validate(stream)
         self.stream, self.num_tasks = stream, len(stream)

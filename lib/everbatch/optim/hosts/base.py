@@ -140,6 +140,10 @@ class Host(abc.ABC):
     def begin_step(self) -> None:  # noqa: B027
         """Before the first pass of a step. Gradients may be there already."""
 
+    def any_gradient(self) -> bool:
+        """Whether any trained parameter has a gradient; True where another check tells, or nothing is trained."""
+        return True
+
     def claim(self, shard: Shard) -> Tensor | None:
         """The gradient of a shard for writing to, as zeros where it had none: its parameter counts as reached from then on. None
         where no gradients are held at all."""

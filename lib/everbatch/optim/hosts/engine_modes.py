@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from everbatch.compose import Contract
 from everbatch.errors import UnsupportedHost
 
 __all__ = ["NEEDED", "PARTITIONS", "TESTED", "check_optimizer", "in_leaf", "refuse_modes"]
@@ -76,6 +77,9 @@ def refuse_modes(engine: Any) -> None:
 
 def check_optimizer(inner: Any, base: type, stage: int) -> None:
     """Refuse an engine whose optimizer is of another class, or looks at whole tensors where it is shown slices."""
+    if isinstance(inner, Contract):
+        raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, a composed class; initialise the "
+                              f"engine with a plain {base.__name__}, and give the mixins' options to on()")
     if not isinstance(inner, base):
         raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, the class is built on "
                               f"{base.__name__}; initialise the engine with a {base.__name__}")

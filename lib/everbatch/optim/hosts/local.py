@@ -246,6 +246,10 @@ class LocalHost(Host):
         refuse_partly(self.title, [n for n, count in zip(self.names, ranks, strict=True) if 0 < count < self.world])
         return torch.tensor(bad == 0)
 
+    def any_gradient(self) -> bool:
+        counted = self._counted
+        return not counted or any(p.grad is not None for _, p in counted)
+
     def _check_reduced(self) -> None:
         """DDP that was not told of unused parameters waits for them: what shares a bucket with one is left unreduced."""
         for module in self._met:
@@ -266,6 +270,11 @@ class LocalHost(Host):
 
     def group_index(self) -> dict[str, int]:
         place = {id(p): i for i, g in enumerate(self.groups()) for p in g["params"]}
+        lost = [n for n, p in self._counted if id(p) not in place]
+        if lost:
+            who = type(self._optimizer).__name__
+            raise UnsupportedHost(f"{who}: {lost[:3]} are in no parameter group any more; an engine that put other tensors there "
+                                  f"takes the plain base optimizer: initialise it with that, then {who}.on(engine)")
         return {n: place[id(p)] for n, p in self._counted}
 
     def recipe(self) -> tuple[Any, ...]:
