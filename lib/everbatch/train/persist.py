@@ -130,11 +130,13 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     trainer._seconds = float(kept.meta.get("seconds", 0.0))
     trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
     trainer._seconds = float(kept.meta.get("seconds", 0.0))
-    trainer.changes = [*saved.get("changes", []), *new]
     assert trainer.stream is not None
     if new and trainer.task_index == len(trainer.stream):  # a run of one task is prolonged: back into that task
         before = steps_per_epoch(trainer, trainer.stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
         trainer.task_index, trainer.task_step, trainer.matrix = 0, before, []
+    if len(trainer.matrix) < len(trainer.stream) and kept.world_size != trainer.world.size:
+        new.append(f"world_size {kept.world_size} -> {trainer.world.size} from step {trainer.step} on")
+    trainer.changes = [*saved.get("changes", []), *new]
     for text in new:
         say(trainer, f"resumed with another {text}")
 

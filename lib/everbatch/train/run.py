@@ -100,18 +100,22 @@ class Run:
         first = self.world.rank == 0
         with recorded(self.options, self.folder / "config.yaml", resume=self.goes_on, write=first) as kept:
             try:
+                trainer.tells_end = False  # told below, once it is known whether the results are there
                 matrix = trainer.fit(stream, resume=self.goes_on)
             except Interrupted:
                 matrix = trainer.matrix
             if trainer.had_ended and self._told(trainer):
                 kept.unchanged = True
+            elif trainer.had_ended:
+                self.recorder.say(f"the training is finished, after {trainer.step} steps; only its results are written")
         if trainer.stopped:
             who = "Ctrl-C" if trainer.stop_sign == signal.SIGINT else "a signal"
             self.recorder.say(f"stopped by {who} after step {trainer.step}; a checkpoint was written; go on with resume=true")
             self.close(trainer)
             raise SystemExit(128 + (signal.SIGINT if trainer.stop_sign == signal.SIGINT else signal.SIGTERM))
         if kept.unchanged:
-            self.recorder.say(f"this run has ended already: nothing was done or written; see {self.folder / 'result.json'}")
+            self.recorder.say(f"this run has ended already: nothing was done or written after its "
+                              f"{trainer.step} steps; see {self.folder / 'result.json'}")
             self.close(trainer)
             return None
         return matrix

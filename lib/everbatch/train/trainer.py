@@ -390,8 +390,9 @@ class Trainer:
             persist.load(self, kept)
             self.had_ended = self.task_index >= len(stream) and len(self.matrix) >= len(stream)
         if self.had_ended:
-            persist.say(self, f"the run in {self.folder} is finished, after {self.step} steps; nothing to train (to prolong a "
-                              "run of one task, raise epochs)")
+            if self.tells_end:
+                persist.say(self, f"the run in {self.folder} is finished, after {self.step} steps; nothing to train "
+                                  "(to prolong a run of one task, raise epochs)")
             self._since = None
             return self.matrix
         if self.folder is not None:
@@ -574,6 +575,8 @@ class Trainer:
         that timm and `everbatch.train.load_model` take; see `everbatch.train.export`. Collective."""
         return export(self, path, metadata)
 
+    tells_end = True
+    """Whether `fit` says that nothing was left to train; a recipe says it itself."""
     _signals = _slow = False
     _asked_at = (0, 0.0)
 
