@@ -102,7 +102,9 @@ def streams() -> dict[str, tuple[Stream, str]]:
         "sizes": (split(train, test, increments=[1, 2, 3]), r"task 0 has classes \[0, 1\] there, \[0\] here"),
         "samples": (split(fewer, test, tasks=3), r"has 32 training samples there, 29 here"),
         "kind": (task_incremental(train, test, tasks=3, seed=1, classes=range(6)), "its kind is 'class' there, 'task' here"),
-        "other samples": (split(turned, test, tasks=3), "the same tasks and class order, but other samples, or samples in")}
+        "other samples": (split(turned, test, tasks=3),
+                          "the same tasks and class order, but other samples, or samples in another order: "
+                          "the training samples have other labels or come in another order")}
 
 
 @pytest.mark.parametrize("kind", ["order", "tasks", "sizes", "samples", "kind", "other samples"])

@@ -27,8 +27,8 @@ THREADS = 4
 """Decoding releases the interpreter lock; more threads than this gain little beside loader workers."""
 CACHE_BYTES = 2**28
 """Decoded images are kept when the whole source takes no more than this (CIFAR-10 takes 150 MB)."""
-
-
+PROBES = 64
+"""Files whose sizes a fingerprint looks at."""
 LONGEST = 64
 """Times its shorter side; a longer image is cut before it is scaled."""
 
@@ -91,13 +91,15 @@ class ImageSource:
 
     def __init__(
         self, name: str, read: Callable[[int], Image], labels: Sequence[str], targets: Tensor, classes: Sequence[str],
-        look: Look, default_channels: int | None,
+        look: Look, default_channels: int | None, *, files: _Files | None = None, identity: str | None = None,
     ) -> None:
         self.name, self.targets, self.classes = name, targets, tuple(classes)
+        self._files, self._identity = files, name if identity is None else identity
         self._read, self._labels, self._look = read, labels, look
         check(len(targets) > 0, name, "no images", "hold at least one")
         check_labels(name, targets, len(self.classes))
         first = self._open(0)
+        self._sizes = [] if files is None else files.some_sizes()
         channels = look.channels or default_channels or (1 if first.mode in ("1", "L") else 3)
         self._shape: tuple[int, ...] = self._shaped(0, first, channels).shape
         self._cache: Tensor | None = None
@@ -117,12 +119,16 @@ class ImageSource:
         except Exception as error:  # what Pillow raises for damaged and for huge files differs by format
             raise self._unreadable(index, error) from error
         check(not image.mode.startswith(("I", "F")), self.name,
-              f"image {self._labels[index]!r} has mode {image.mode!r}", "have 8 bits per channel", "convert it")
+              f"image {self._where(index)!r} has mode {image.mode!r}", "have 8 bits per channel", "convert it")
         return image
 
     def _unreadable(self, index: int, error: Exception) -> ValueError:
-        return ValueError(f"{self.name}: cannot read image {self._labels[index]!r} ({type(error).__name__}: {error}), must be "
+        return ValueError(f"{self.name}: cannot read image {self._where(index)!r} ({type(error).__name__}: {error}), must be "
                           "a readable image; replace or remove the file")
+
+    def _where(self, index: int) -> str:
+        """The path that a person can open; where an image has none of its own, its place in the data set."""
+        return self._labels[index] if self._files is None else str(self._files.path(index))
 
     def _shaped(self, index: int, image: Image, channels: int) -> np.ndarray:
         try:
@@ -133,11 +139,12 @@ class ImageSource:
     def _decode(self, index: int) -> Tensor:
         image = self._open(index)
         grey = image.mode in ("1", "L", "LA") or self._look.channels is not None or self._shape[0] == 3
-        check(grey, self.name, f"image {self._labels[index]!r} has colours (mode {image.mode!r})", "be grey as the first",
+        check(grey, self.name, f"image {self._where(index)!r} has colours (mode {image.mode!r})", "be grey as the first",
               "pass channels=3, or channels=1 to drop the colours")
         pixels = self._shaped(index, image, self._shape[0])
-        check(pixels.shape == self._shape, self.name, f"image {self._labels[index]!r} is {pixels.shape[1:]}",
-              f"be {self._shape[1:]} (height, width) as the first", "pass image_size to resize them all")
+        check(pixels.shape == self._shape, self.name, f"image {self._where(index)!r} is {pixels.shape[1:]}",
+              f"be {self._shape[1:]} (height, width) as the first",
+              "pass image_size (data.image_size in a recipe) to resize them all")
         return torch.from_numpy(pixels.copy(order="C"))
 
     def _decode_all(self, indices: list[int]) -> Tensor:
@@ -162,8 +169,10 @@ class ImageSource:
         return self._cache[ids]
 
     def fingerprint(self) -> str:
-        """See `Source.fingerprint`: paths, labels and shape, not pixels."""
-        return digest(self.name, str(self._shape), *self.classes, target_bytes(self.targets), *self._labels)
+        """See `Source.fingerprint`: paths below the folder, labels, shape, and the sizes of a few files, not pixels. A folder
+        may be renamed or moved."""
+        return digest(self._identity, str(self._shape), *self.classes, target_bytes(self.targets), *self._labels,
+                      str(self._sizes))
 
 
 @dataclass(frozen=True)
@@ -173,18 +182,29 @@ class _Files:
     root: Path
     paths: tuple[str, ...]
 
+    def path(self, index: int) -> Path:
+        """Where image i is."""
+        return self.root / self.paths[index]
+
+    def some_sizes(self) -> list[int]:
+        """Bytes of evenly spread files: a look at each would take minutes on a network's disk."""
+        spread = torch.linspace(0, len(self.paths) - 1, min(len(self.paths), PROBES)).round().long()
+        return [self.path(index).stat().st_size for index in spread.tolist()]
+
     def __call__(self, index: int) -> Image:
         from PIL import Image
 
-        with Image.open(self.root / self.paths[index]) as image:
+        with Image.open(self.path(index)) as image:
             copy: Image.Image = image.copy()
             return copy
 
 
-def _folder(name: str, root: Path, classes: dict[str, list[str]], look: Look) -> ImageSource:
+def _folder(name: str, part: str, root: Path, classes: dict[str, list[str]], look: Look) -> ImageSource:
     paths = tuple(path for paths in classes.values() for path in paths)
     targets = torch.tensor([label for label, paths in enumerate(classes.values()) for _ in paths])
-    return ImageSource(name, _Files(root, paths), paths, targets, tuple(classes), look, default_channels=3)
+    files = _Files(root, paths)
+    return ImageSource(name, files, paths, targets, tuple(classes), look, default_channels=3, files=files,
+                       identity=f"imagefolder/{part}")
 
 
 def open_folder(
@@ -196,12 +216,12 @@ def open_folder(
     part = "train" if train else "test"
     name = f"imagefolder:{root.name}/{part}"
     if not (root / "train").is_dir():
-        source = _folder(name, root, class_files(root, leaf_classes), look)
+        source = _folder(name, part, root, class_files(root, leaf_classes), look)
         parts = stratified_split(source.targets, test_fraction, split_seed, names=source.classes)
         return SubsetSource(source, parts[0 if train else 1], name=name)
     classes = class_files(root / "train", leaf_classes)
     if train:
-        return _folder(name, root / "train", classes, look)
+        return _folder(name, part, root / "train", classes, look)
     held = next((root / other for other in ("test", "val") if (root / other).is_dir()), None)
     if held is None:
         raise ValueError(f"imagefolder: {str(root)!r} has 'train' and neither 'test' nor 'val', must have one of them; "
@@ -210,7 +230,7 @@ def open_folder(
     odd = sorted(set(tested) ^ set(classes))
     check(not odd, "imagefolder", f"classes {odd[:5]} are in only one of {str(root / 'train')!r} and {str(held)!r}",
           "be in both")
-    return _folder(name, held, tested, look)
+    return _folder(name, part, held, tested, look)
 
 
 def _require_pil(who: str) -> None:

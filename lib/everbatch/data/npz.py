@@ -47,7 +47,7 @@ def open_npz(path: Path, train: bool, image_size: int | None, test_fraction: flo
     check(image_size is None or tuple(inputs.shape[-2:]) == (image_size, image_size), "npz",
           f"inputs of shape {tuple(inputs.shape[1:])}", f"be {image_size} x {image_size}", "resize before saving")
     names = classes if classes is not None else numbered("npz", f"{keys[1]} of {str(path)!r}", *labels)
-    source = TensorSource(inputs, labels[0], name=name, classes=names)
+    source = TensorSource(inputs, labels[0], name=name, classes=names, identity=f"npz/{part}")
     if split:
         return source
     return SubsetSource(source, stratified_split(source.targets, test_fraction, split_seed, names=names)[0 if train else 1],

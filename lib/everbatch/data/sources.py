@@ -71,6 +71,7 @@ class TensorSource:
         inputs: (N, ...) tensor or array of numbers of any type, kept by reference where torch can work with the type.
         targets: (N,) integers of any width or bools, or a column (N, 1) of them, or exact one-hot rows (N, C).
         name: for messages and the fingerprint.
+        identity: stands for the name in the fingerprint, where that may change and the samples not.
         classes: name of each label; by default "0", "1", ... up to the largest label. Names left out may be widened,
             or taken from the other source, where sources of one stream are put together.
 
@@ -80,8 +81,9 @@ class TensorSource:
 
     def __init__(
         self, inputs: Array, targets: Array, *, name: str = "tensors", classes: Sequence[str] | None = None,
+        identity: str | None = None,
     ) -> None:
-        self.name = name
+        self.name, self._identity = name, name if identity is None else identity
         self.inputs = as_inputs(name, "inputs", inputs)
         self.targets = as_labels(name, "targets", targets)
         check(len(self.targets) == len(self.inputs), name,
@@ -103,7 +105,7 @@ class TensorSource:
         spread = torch.linspace(0, len(self) - 1, min(len(self), 64)).round().long()
         rows = self.inputs[spread].contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
         shape = f"{tuple(self.inputs.shape)} {self.inputs.dtype}"
-        return digest(self.name, shape, *self.classes, target_bytes(self.targets), rows)
+        return digest(self._identity, shape, *self.classes, target_bytes(self.targets), rows)
 
 
 class SubsetSource:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from everbatch.checkpoint.manifest import json_problem
 from everbatch.compose import base_of, parts_of
 from everbatch.data import Loader, Stream, Task
+from everbatch.data.sources import digest, target_bytes
 from everbatch.errors import CheckpointMismatch, check
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def described(stream: Stream) -> dict[str, Any]:
     """A stream in words, beside its hash: so that a difference can be named."""
     tasks = [[task.name, list(task.classes), len(task.train_ids), len(task.test_ids)] for task in stream.tasks]
     return {"kind": stream.kind, "classes": list(stream.classes), "tasks": tasks, "train": stream.train.name,
-            "test": stream.test.name}
+            "test": stream.test.name, "samples": {
+                f"{part} samples": [digest(target_bytes(source.targets)), source.fingerprint()]
+                for part, source in (("training", stream.train), ("test", stream.test))}}
 
 
 def changes(trainer: Trainer, meta: Mapping[str, Any], path: Any) -> list[str]:
@@ -124,8 +127,12 @@ def _stream_words(theirs: Any, stream: Stream) -> str:
         for i, part in ((2, "training"), (3, "test")):
             if there[i] != here[i]:
                 return f"task {k} ({here[0]}) has {there[i]} {part} samples there, {here[i]} here"
+    what = [f"{part} have other labels or come in another order" if there[0] != here[0]
+            else f"{part} differ in name, size or content" for part, here in ours["samples"].items()
+            if (there := theirs["samples"].get(part)) != here]
+    words = f"the {' and the '.join(what)}" if what else "the samples are dealt out otherwise"
     sources = f"{theirs['train']} and {theirs['test']} there, {ours['train']} and {ours['test']} here"
-    return f"the same tasks and class order, but other samples, or samples in another order ({sources})"
+    return f"the same tasks and class order, but other samples, or samples in another order: {words} ({sources})"
 
 
 def _short(values: list[Any]) -> str:
