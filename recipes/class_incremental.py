@@ -28,7 +28,7 @@ from everbatch.strict_yaml import dump_text
 from everbatch.train import Consolidate, Replay, Trainer, WarmStart
 from everbatch.train.evaluate import accuracies
 from everbatch.train.persist import agree
-from everbatch.train.run import Run
+from everbatch.train.run import Run, would_refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def train(options: Recipe, job: Run) -> None:
         **{f"{part.__name__.lower()}_{k}": v for part, chosen in mixins.items() for k, v in vars(chosen).items()})
     if options.dry_run:
         if world.rank == 0:
-            print(dump_text(config.resolved(options)) + trainer.describe())
+            print(dump_text(config.resolved(options)) + trainer.describe() + would_refuse(trainer, stream))
         return
     assert recorder is not None
     agree(world, {"stream": stream.fingerprint()})

@@ -31,7 +31,7 @@ from everbatch.strict_yaml import dump_text
 from everbatch.train import ConAdv, StepRecord, Trainer, TrainerMixin
 from everbatch.train.adversary import Role, serve, split_ranks
 from everbatch.train.evaluate import accuracies
-from everbatch.train.run import Run
+from everbatch.train.run import Run, would_refuse
 
 DEFAULT_BATCH = Trainer.Config().batch_size
 
@@ -238,7 +238,7 @@ def train(options: Recipe, spare: int, job: Run) -> None:
              f"{options.micro_batch}; peak learning rate {options.peak_lr:g}")
     if options.dry_run:
         if world.rank == 0:
-            print(f"{dump_text(config.resolved(options))}{batch}\n{trainer.describe()}")
+            print(f"{dump_text(config.resolved(options))}{batch}\n{trainer.describe()}{would_refuse(trainer, stream)}")
         return
     assert recorder is not None
     recorder.say(batch)

@@ -237,3 +237,10 @@ def test_means_of_channels() -> None:
     image = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
     data = Data(source="imagefolder:x", mean=(0.0, 0.5, 1.0), std=0.5)
     assert data.prepare(image)[0, :, 0, 0].tolist() == [2.0, 1.0, 0.0]
+
+
+def test_a_dry_run_says_what_the_run_would_refuse(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    change = {"dry_run": True, "engine": {"kind": "plain"}, "global_batch": 2048, "micro_batch": 2048}
+    recipe.run(config.build(recipe.Recipe, change), spare=0)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("the run itself would be refused: Loader: global_batch=2048 and task 0 with"), said

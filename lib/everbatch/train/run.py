@@ -22,9 +22,18 @@ from everbatch.train.begin import begin_from
 from everbatch.train.signals import Interrupted
 from everbatch.train.trainer import Trainer
 
-__all__ = ["Run"]
+__all__ = ["Run", "would_refuse"]
 
 COMPARED_BY_TRAINER = ("data", "model", "optimizer", "engine", "trainer")
+
+
+def would_refuse(trainer: Trainer, stream: Stream) -> str:
+    """For a dry run: a line with what `Trainer.fit` would say of these data and options before its first step; or nothing."""
+    try:
+        trainer.validate(stream)
+    except ValueError as error:
+        return f"\nthe run itself would be refused: {error}"
+    return ""
 
 
 class Run:
