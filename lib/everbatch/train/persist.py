@@ -129,7 +129,6 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     trainer.step, trainer.task_index, trainer.task_step = saved["step"], saved["task_index"], saved["task_step"]
     trainer._seconds = float(kept.meta.get("seconds", 0.0))
     trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
-    trainer._seconds = float(kept.meta.get("seconds", 0.0))
     assert trainer.stream is not None
     if new and trainer.task_index == len(trainer.stream):  # a run of one task is prolonged: back into that task
         before = steps_per_epoch(trainer, trainer.stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
