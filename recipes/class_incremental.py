@@ -16,19 +16,19 @@ if __name__ == "__main__":
     import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
 
 from everbatch import config
+from everbatch.config.strict_yaml import dump_text
 from everbatch.data import class_incremental, task_incremental
 from everbatch.data.memory import check_memory
 from everbatch.distributed import init
 from everbatch.errors import check, check_whole
-from everbatch.logging import versions
+from everbatch.evaluate.evaluator import accuracies
+from everbatch.experiment.recipe import MEMORY, Data, Engine, Factory, Model, Optimizer, check_together, guard, unused_together
+from everbatch.experiment.run import Run, would_refuse
 from everbatch.metrics import summary
-from everbatch.plots import accuracy_heatmap
-from everbatch.recipe import MEMORY, Data, Engine, Factory, Model, Optimizer, check_together, guard, unused_together
-from everbatch.strict_yaml import dump_text
+from everbatch.report.plots import accuracy_heatmap
+from everbatch.report.recorder import versions
 from everbatch.train import Consolidate, Replay, Trainer, WarmStart
-from everbatch.train.evaluate import accuracies
 from everbatch.train.persist import agree
-from everbatch.train.run import Run, would_refuse
 
 
 @dataclass(frozen=True, kw_only=True)

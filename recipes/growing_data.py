@@ -24,19 +24,20 @@ import torch
 from torch import nn
 
 from everbatch import config, seeds
-from everbatch.compose import base_of, compose, parts_of
+from everbatch.composition import compose
+from everbatch.config.strict_yaml import dump_text
+from everbatch.contract import base_of, parts_of
 from everbatch.data import Source, Stream, TensorSource, growing
 from everbatch.distributed import World, init
 from everbatch.errors import check, check_real, check_whole
-from everbatch.logging import Recorder, versions
+from everbatch.experiment.recipe import Data, Engine, Model, Optimizer, check_together, guard, unused_together
+from everbatch.experiment.run import Run
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
-from everbatch.plots import compare_curves
-from everbatch.recipe import Data, Engine, Model, Optimizer, check_together, guard, unused_together
-from everbatch.strict_yaml import dump_text
+from everbatch.report.plots import compare_curves
+from everbatch.report.recorder import Recorder, versions
 from everbatch.train import StepRecord, Trainer, TrainerMixin, WarmStart
 from everbatch.train.begin import begin_from
-from everbatch.train.run import Run
 
 KEPT = "this recipe writes no checkpoints"
 ARMS = {"fresh": "start over", "warm": "warm start", "shrink_perturb": "shrink and perturb"}

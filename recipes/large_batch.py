@@ -20,18 +20,18 @@ if __name__ == "__main__":
     import everbatch.quiet  # noqa: F401  # a Ctrl-C during the imports below ends without a traceback
 
 from everbatch import config
+from everbatch.config.strict_yaml import dump_text
 from everbatch.data import Stream, iid
 from everbatch.distributed import init
 from everbatch.errors import check, check_whole
-from everbatch.logging import versions
-from everbatch.optim.rules import scaled_lr
-from everbatch.plots import compare_curves
-from everbatch.recipe import Data, Engine, Factory, Model, Optimizer, check_together, guard, unused_together
-from everbatch.strict_yaml import dump_text
+from everbatch.evaluate.evaluator import accuracies
+from everbatch.experiment.recipe import Data, Engine, Factory, Model, Optimizer, check_together, guard, unused_together
+from everbatch.experiment.run import Run, would_refuse
+from everbatch.optim.layerwise.rules import scaled_lr
+from everbatch.report.plots import compare_curves
+from everbatch.report.recorder import versions
 from everbatch.train import ConAdv, StepRecord, Trainer, TrainerMixin
-from everbatch.train.adversary import Role, serve, split_ranks
-from everbatch.train.evaluate import accuracies
-from everbatch.train.run import Run, would_refuse
+from everbatch.train.adversarial import Role, serve, split_ranks
 
 DEFAULT_BATCH = Trainer.Config().batch_size
 

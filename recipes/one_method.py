@@ -21,11 +21,11 @@ import torch
 from torch.nn import functional
 
 from everbatch import compose, optim
-from everbatch.config_words import plain_numbers
+from everbatch.config.words import plain_numbers
 from everbatch.data import load
 from everbatch.errors import check, nearest
+from everbatch.experiment.recipe import guard
 from everbatch.nn import SmallConv
-from everbatch.recipe import guard
 
 DEFAULTS = {torch.optim.SGD: {"lr": 0.1, "momentum": 0.9}}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from everbatch import compose
 from everbatch.nn import frozen_statistics, split_branch
-from everbatch.train.craft import craft, pixel_box
+from everbatch.train.adversarial.craft import craft, pixel_box
 from golden.families.conadv import Learner
 
 ADV = "adversarial"

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from everbatch import compose
+from everbatch.config.deepspeed import deepspeed_config
 from everbatch.data import Stream, class_incremental, load
 from everbatch.data.sources import SubsetSource
 from everbatch.distributed import World
-from everbatch.logging import Recorder
 from everbatch.optim import EMA, SAM, ClipGradNorm
+from everbatch.report.recorder import Recorder
 from everbatch.train import Replay, Schedule, Trainer
-from everbatch.zero_config import deepspeed_config
 
 HOSTS = ("plain", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 PER_TASK, STEPS = 8, 24

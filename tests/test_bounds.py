@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from everbatch import recipe
+from everbatch.experiment import recipe
 from everbatch.train import ConAdv, Consolidate, Replay, Trainer, WarmStart
 from processes import ROOT
 

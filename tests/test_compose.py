@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from everbatch.compose import Contract, base_of, compose, option_names, parts_of, route
+from everbatch.composition import compose
+from everbatch.contract import Contract, base_of, option_names, parts_of, route
 from everbatch.errors import CompositionError
 from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin, ShrinkPerturb
 

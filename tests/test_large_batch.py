@@ -18,12 +18,12 @@ import torch
 from torch.nn import functional
 
 from everbatch import checkpoint, config
+from everbatch.config.strict_yaml import load_file
 from everbatch.data import Batch
 from everbatch.distributed import World
-from everbatch.logging import read_scalars
-from everbatch.optim.rules import conadv_peak
-from everbatch.recipe import Data
-from everbatch.strict_yaml import load_file
+from everbatch.experiment.recipe import Data
+from everbatch.optim.layerwise.rules import conadv_peak
+from everbatch.report.recorder import read_scalars
 from everbatch.train import Trainer, load_model, model_info
 from processes import ROOT, Job, Zygote, torchrun
 from test_recipe import pictures

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from everbatch.logging import Recorder, read_scalars, versions, write_json
+from everbatch.report.recorder import Recorder, read_scalars, versions, write_json
 
 
 def test_scalars_are_merged_by_step_and_exact(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everbatch import objectives as o
+from everbatch.objective import bregman as o
 
 G = torch.Generator().manual_seed(0)
 

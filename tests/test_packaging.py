@@ -53,8 +53,8 @@ def test_import_needs_nothing_that_only_posix_has() -> None:
 
 
 def test_compose_is_the_function_whatever_was_imported_before() -> None:
-    assert python("import everbatch.compose; from everbatch import compose; print(callable(compose))") == "True\n"
-    assert python("from everbatch import compose; from everbatch.compose import compose as c; print(c is compose)") == (
+    assert python("import everbatch.contract; from everbatch import compose; print(callable(compose))") == "True\n"
+    assert python("from everbatch import compose; from everbatch.composition import compose as c; print(c is compose)") == (
         "True\n")
 
 

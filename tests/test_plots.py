@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs the extra `plot`")
 
-from everbatch.logging import Recorder
-from everbatch.plots import accuracy_heatmap, compare_curves
+from everbatch.report.plots import accuracy_heatmap, compare_curves
+from everbatch.report.recorder import Recorder
 
 MATRIX = [[0.991, math.nan, math.nan], [0.5, 0.25, math.nan], [0.1, 0.0, 1.0]]
 

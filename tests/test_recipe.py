@@ -18,7 +18,7 @@ import torch
 from everbatch import checkpoint
 from everbatch.data import class_incremental, load
 from everbatch.distributed import World
-from everbatch.logging import read_scalars
+from everbatch.report.recorder import read_scalars
 from everbatch.train import load_model, model_info
 from processes import ROOT, Job, Zygote, torchrun
 

@@ -12,12 +12,12 @@ import torch
 
 import everbatch.optim
 from everbatch import config
-from everbatch.compose import parts_of
+from everbatch.config.strict_yaml import load_text
+from everbatch.contract import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
+from everbatch.experiment.recipe import MIXINS, Data, Engine, Factory, Model, Optimizer, recorded, restarted, unused_together
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
-from everbatch.recipe import MIXINS, Data, Engine, Factory, Model, Optimizer, recorded, restarted, unused_together
-from everbatch.strict_yaml import load_text
 from everbatch.train import Replay, Trainer
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import learning
-from everbatch import runs
+from everbatch.checkpoint import folder as runs
+from everbatch.checkpoint.folder import Claim, claimed, set_aside, try_writing
 from everbatch.distributed import World
-from everbatch.runs import Claim, claimed, set_aside, try_writing
 from learning import stream
 from processes import ENVIRONMENT
 
@@ -25,7 +25,7 @@ HOLD = """
     import sys, time
     from pathlib import Path
     from everbatch.distributed import World
-    from everbatch.runs import claimed
+    from everbatch.checkpoint.folder import claimed
     with claimed(Path(sys.argv[1]), World()):
         print("owned", flush=True)
         time.sleep(120)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from everbatch.strict_yaml import dump_text, load_file, load_text
+from everbatch.config.strict_yaml import dump_text, load_file, load_text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from everbatch import zero_config
+from everbatch.config import deepspeed as zero_config
 from everbatch.config import deepspeed_config
 
 
@@ -109,7 +109,7 @@ def test_contradictions_and_unsupported_modes_name_the_key(user: Any, options: d
 COMPARE = """
 import json, os, sys
 from pathlib import Path
-from everbatch import zero_config
+from everbatch.config import deepspeed as zero_config
 from everbatch.config import deepspeed_config
 assert "deepspeed" not in sys.modules
 import deepspeed

@@ -39,8 +39,8 @@ from conadv_report import ARMS, analyse, plot, report
 from everbatch import compose, seeds
 from everbatch.data import Batch, TensorSource, iid, load, stratified_split
 from everbatch.errors import check
-from everbatch.logging import versions
 from everbatch.optim import LARS, SAM, scaled_lr
+from everbatch.report.recorder import versions
 from everbatch.train import Schedule, Trainer, TrainerMixin
 
 

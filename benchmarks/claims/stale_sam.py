@@ -26,9 +26,9 @@ from torch.nn import functional
 
 from everbatch import compose, seeds
 from everbatch.data import load, stratified_split
-from everbatch.logging import versions
 from everbatch.nn import SmallConv
 from everbatch.optim import SAM, LookSAM, StaleSAM
+from everbatch.report.recorder import versions
 
 METHODS: dict[str, tuple[tuple[type, ...], dict[str, Any]]] = {
     "SGD": ((), {}), "SAM": ((SAM,), {}), "LookSAM k=5": ((LookSAM,), {"every": 5}), "StaleSAM tau=1": ((StaleSAM,), {"tau": 1})}

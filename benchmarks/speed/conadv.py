@@ -31,8 +31,8 @@ from conadv_costs import fleet
 from conadv_stream import stream_part
 from conadv_timing import pinned, report, run_arms
 
-from everbatch.logging import versions
-from everbatch.train.adversary import serve, split_ranks
+from everbatch.report.recorder import versions
+from everbatch.train.adversarial import serve, split_ranks
 
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "OMP_NUM_THREADS": "1"}
 LAUNCHES = {"beside": ("inline", "sequential", "vanilla", "process split", "mixed split", "mixed once", "mixed", "process"),

@@ -33,8 +33,8 @@ from timing import conv_net, deepspeed_engine, images, measure, ratios
 
 from everbatch import compose
 from everbatch.distributed import init
-from everbatch.logging import versions
 from everbatch.optim import SAM, GradientNorm, LookSAM, StaleSAM
+from everbatch.report.recorder import versions
 
 # arm: (mixins, options, passes per step, target ratio)
 ARMS: dict[str, tuple[tuple[type, ...], dict[str, Any], float, float]] = {

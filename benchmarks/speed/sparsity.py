@@ -30,8 +30,8 @@ from timing import conv_net, deepspeed_engine, images, measure, ratios
 
 from everbatch import compose
 from everbatch.distributed import init
-from everbatch.logging import versions
 from everbatch.optim import DynamicSparsity
+from everbatch.report.recorder import versions
 
 LR = {"lr": 0.01, "momentum": 0.9}
 NEVER = 10**9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from everbatch import __version__
+from everbatch.version import __version__
 
 __all__ = ["main"]
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("versions", help="versions of everbatch and of what it builds on, as every run records them")
     parser.parse_args(argv)
-    from everbatch.logging import versions
+    from everbatch.report.recorder import versions
 
     for name, version in versions().items():
         print(f"{name:<14} {version or '-'}")

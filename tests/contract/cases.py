@@ -16,7 +16,8 @@ import torch
 from maps import MAPS, RIGHT
 from task_ends import TaskEnd
 
-from everbatch.compose import compose, sort_parts
+from everbatch.composition import compose
+from everbatch.contract import sort_parts
 from everbatch.errors import CompositionError
 from everbatch.optim import (
     ASAM,

@@ -18,11 +18,11 @@ from record import Outcome, Record, Tensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.distributed import World
+from everbatch.engines.shards import Vector
 from everbatch.errors import UnsupportedHost
 from everbatch.optim import SAM
-from everbatch.optim.shards import Vector
 
 SCALAR = {"allreduce": 1}
 """The norm of the gradient, where weights are sharded."""

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.compose import parts_of
+from everbatch.contract import parts_of
 
 WIDTH, CLASSES, BATCH = 20, 5, 24
 

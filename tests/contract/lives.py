@@ -15,7 +15,7 @@ from hosts import BY_NAME, Run
 from record import Record, Tensors
 
 from everbatch import checkpoint
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.distributed import World
 from everbatch.optim.state import load_pieces, pieces
 

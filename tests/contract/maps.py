@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everbatch.optim.transforms import Projection, damped, null_space, rows
+from everbatch.optim.subspace.transforms import Projection, damped, null_space, rows
 
 
 def basis(width: int, rank: int) -> Tensor:

@@ -17,9 +17,9 @@ import learning
 from everbatch.data import Batch, Task
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost
-from everbatch.logging import read_scalars
+from everbatch.evaluate.evaluator import accuracies
+from everbatch.report.recorder import read_scalars
 from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
-from everbatch.train.evaluate import accuracies
 from learning import Abandoned, Learner, buffers, everything, memory, stream, union, whole
 
 ENDS = (5, 9, 23)

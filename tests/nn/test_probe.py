@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from everbatch.experiment.recipe import Model
 from everbatch.nn.probe import check_input
-from everbatch.recipe import Model
 
 
 def net(*layers: nn.Module) -> nn.Sequential:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.nn import bn_recalibrate, frozen_statistics
 from everbatch.optim import SAM
 

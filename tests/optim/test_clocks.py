@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from everbatch.optim.hosts.clocks import Clocks
-from everbatch.optim.shards import Shard
+from everbatch.engines.clocks import Clocks
+from everbatch.engines.shards import Shard
 
 SIZES = {"a": 3, "b": 4, "c": 2}
 STEPS = ("a", "a b", "", "b", "a b c", "c", "a c", "", "a b c")

@@ -11,10 +11,10 @@ import torch
 from quadratics import same, small_net, weights
 from torch import Tensor, nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.errors import UnsupportedHost
 from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
-from everbatch.optim.fisher import ESTIMATORS, slices
+from everbatch.optim.memory.fisher import ESTIMATORS, slices
 
 SGD = compose(base=torch.optim.SGD)
 G = torch.Generator().manual_seed(3)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from everbatch.errors import CompositionError, UnsupportedHost
 from everbatch.optim import LAMB, SAM, ClipGradNorm, OptimizerMixin, groups
-from everbatch.optim.lamb import adam_direction, lamb_ratio
+from everbatch.optim.layerwise.lamb import adam_direction, lamb_ratio
 
 F64: dict[str, Any] = {"dtype": torch.float64}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from everbatch.errors import CompositionError
 from everbatch.optim import LAMB, LARS, SAM, ClipGradNorm, OptimizerMixin, groups
-from everbatch.optim.lars import fold_decay_, lars_ratio
+from everbatch.optim.layerwise.lars import fold_decay_, lars_ratio
 
 F64: dict[str, Any] = {"dtype": torch.float64}
 

@@ -10,9 +10,9 @@ import torch
 from quadratics import same, small_net, train, weights
 from torch import nn
 
+from everbatch.engines.host import plain_name
+from everbatch.engines.shards import inner
 from everbatch.optim import SAM, ClipGradNorm, groups
-from everbatch.optim.hosts.base import plain_name
-from everbatch.optim.shards import inner
 
 
 class Sharp(ClipGradNorm, SAM, torch.optim.SGD):

@@ -12,10 +12,10 @@ import torch
 from quadratics import Quadratic, batch, closure_of, same, small_net, train, weights
 from torch import Tensor, nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.errors import CompositionError
 from everbatch.optim import EWC, SAM, Refresh
-from everbatch.optim.refresh import normalized_move, sde_move
+from everbatch.optim.memory.refresh import normalized_move, sde_move
 
 
 class RefreshSGD(Refresh, torch.optim.SGD):

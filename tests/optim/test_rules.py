@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from everbatch.optim import conadv_peak, lr_at, rules, scaled_lr
-from everbatch.optim.rules import IMAGENET, Peak
+from everbatch.optim import conadv_peak, lr_at, scaled_lr
+from everbatch.optim.layerwise import rules
+from everbatch.optim.layerwise.rules import IMAGENET, Peak
 
 
 def test_examples() -> None:

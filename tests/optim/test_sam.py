@@ -12,7 +12,7 @@ from torch import nn
 
 from everbatch import compose
 from everbatch.optim import SAM
-from everbatch.optim.sam import ascent
+from everbatch.optim.sharpness.sam import ascent
 
 RHO = 0.1 * 2**0.5
 

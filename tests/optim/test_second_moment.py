@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everbatch.optim.second_moment import (
+from everbatch.optim.subspace.second_moment import (
     LowRankSecondMoment,
     NoFreeSubspace,
     NonFiniteStatistics,

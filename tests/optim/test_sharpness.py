@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from everbatch import compose
 from everbatch.optim import ASAM, ESAM, GSAM, SAM, WSAM, GradientNorm, Ignite, LookSAM, StaleSAM
-from everbatch.optim.esam import select_samples
+from everbatch.optim.sharpness.esam import select_samples
 from processes import Zygote
 
 CURVATURE = torch.tensor([1.0, 10.0], dtype=torch.float64)

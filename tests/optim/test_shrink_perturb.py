@@ -13,10 +13,10 @@ from quadratics import batch, same, small_net, train, weights
 from torch import nn
 
 from everbatch import compose, seeds
+from everbatch.engines.shards import Vector
 from everbatch.nn import bn_recalibrate
 from everbatch.optim import EMA, DynamicSparsity, OptimizerMixin, ShrinkPerturb
-from everbatch.optim.fresh import fresh_model
-from everbatch.optim.shards import Vector
+from everbatch.optim.restart.fresh import fresh_model
 
 
 class Warm(ShrinkPerturb, torch.optim.SGD):

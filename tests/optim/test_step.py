@@ -12,9 +12,9 @@ from quadratics import Quadratic, batch, closure_of, same, small_net, train, wei
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from everbatch.compose import compose
+from everbatch.composition import compose
+from everbatch.engines.shards import Vector
 from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin
-from everbatch.optim.shards import Vector
 
 
 class Sharp(ClipGradNorm, EMA, SAM, torch.optim.SGD):

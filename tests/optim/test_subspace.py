@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from everbatch import compose
 from everbatch.errors import CompositionError
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity, Projection, Subspace, SubspaceProjection
-from everbatch.optim.transforms import damped, high_block, inverse, null_space, rows, window_damped
+from everbatch.optim.subspace.transforms import damped, high_block, inverse, null_space, rows, window_damped
 
 
 class Sub(SubspaceProjection, torch.optim.SGD):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everbatch.compose import base_of, compose, parts_of
+from everbatch.composition import compose
+from everbatch.contract import base_of, parts_of
 from everbatch.errors import CompositionError
 from everbatch.optim import EMA, SAM, ClipGradNorm
 

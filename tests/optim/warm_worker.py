@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from everbatch.nn import bn_recalibrate
 from everbatch.optim import EMA, SAM, ClipGradNorm, Projection, SecondMoment, ShrinkPerturb, SubspaceProjection
-from everbatch.optim.transforms import null_space
+from everbatch.optim.subspace.transforms import null_space
 
 Found = dict[str, Any]
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)

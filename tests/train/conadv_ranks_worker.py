@@ -27,9 +27,9 @@ from record import equal_bits
 
 import learning
 from everbatch.distributed import attempt_store
-from everbatch.recipe import guard
+from everbatch.experiment.recipe import guard
 from everbatch.train import StepRecord
-from everbatch.train.adversary import ranks, serve, split_ranks
+from everbatch.train.adversarial import ranks, serve, split_ranks
 from learning import everything, stream
 
 

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import learning
 from everbatch import compose
 from everbatch.distributed import init
+from everbatch.evaluate.evaluator import accuracies
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.train import Trainer, WarmStart
-from everbatch.train.evaluate import accuracies
 from everbatch.train.export import whole_state
 from learning import Abandoned, stream
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import learning
 from adversarial import ADV, BOX, batches, by_hand, learner
 from everbatch.distributed import World
-from everbatch.train.adversary import Attack, Fifo
-from everbatch.train.adversary.fifo import Waiting
-from everbatch.train.adversary.server import _take
+from everbatch.train.adversarial import Attack, Fifo
+from everbatch.train.adversarial.fifo import Waiting
+from everbatch.train.adversarial.server import _take
 from processes import ENVIRONMENT, ROOT
 
 

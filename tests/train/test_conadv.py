@@ -15,7 +15,7 @@ import learning
 from adversarial import ADV, BOX, FROZEN, SGD, batches, by_hand, learner, net
 from everbatch.data import Batch
 from everbatch.train import ConAdv, Replay, StepRecord, Trainer, TrainerMixin
-from everbatch.train.craft import pixel_box
+from everbatch.train.adversarial.craft import pixel_box
 from golden.families.conadv import Loop
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everbatch import checkpoint, seeds
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import Loader, Stream, Task, TensorSource, class_incremental, task_incremental
 from everbatch.distributed import World
 from everbatch.optim import EWC, MAS, SAM, SI, ClipGradNorm, DynamicSparsity, Refresh

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from adversarial import ADV, BOX, FROZEN, batches, by_hand, learner, net
 from everbatch.nn import convert_split_bn
-from everbatch.train.craft import apply_signs, craft, pixel_box, random_point, wrong_targets
+from everbatch.train.adversarial.craft import apply_signs, craft, pixel_box, random_point, wrong_targets
 
 
 @pytest.mark.parametrize("options", [{}, {"targeted": True, "classes": 2}, {"steps": 4}])

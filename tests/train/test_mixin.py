@@ -17,9 +17,9 @@ from everbatch import checkpoint
 from everbatch.data import Batch, class_incremental, domain_incremental, task_incremental
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, CompositionError
-from everbatch.logging import Recorder
+from everbatch.evaluate.evaluator import allowed_classes
+from everbatch.report.recorder import Recorder
 from everbatch.train import Replay, Schedule, StepRecord, Trainer, TrainerMixin
-from everbatch.train.evaluate import allowed_classes
 from everbatch.train.signals import StopOnSignal
 from learning import Abandoned, stream
 
@@ -90,7 +90,7 @@ def test_evaluation_takes_the_best_of_the_allowed() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.bias.expand(len(x), 6)
 
-    from everbatch.train.evaluate import accuracies
+    from everbatch.evaluate.evaluator import accuracies
 
     s = stream()
     t = learning.trainer("plain", cls=Trainer, model=Fixed())

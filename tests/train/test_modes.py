@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import Stream, TensorSource, class_incremental
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim import SAM
 from everbatch.optim.sparsity.flops import layer_flops
 from everbatch.train import ConAdv, Trainer, TrainerMixin
-from everbatch.train.adversary.inline import Replica
+from everbatch.train.adversarial.inline import Replica
 from everbatch.train.modes import evaluation_roots, in_evaluation
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import Batch, Loader, Stream, TensorSource, class_incremental
 from everbatch.distributed import World
 from everbatch.optim import ESAM, SAM, Ignite, Refresh

@@ -13,7 +13,7 @@ from torch.nn import functional
 import learning
 from everbatch.data import Batch
 from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
-from everbatch.train.replay import dark_term, label_term
+from everbatch.train.memory.replay import dark_term, label_term
 from learning import stream
 
 

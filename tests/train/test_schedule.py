@@ -12,8 +12,8 @@ import torch
 
 import learning
 from everbatch import compose
-from everbatch.logging import read_scalars
-from everbatch.optim.rules import IMAGENET, Peak, conadv_peak
+from everbatch.optim.layerwise.rules import IMAGENET, Peak, conadv_peak
+from everbatch.report.recorder import read_scalars
 from everbatch.train import Schedule, StepRecord, Trainer
 from learning import PER_TASK, STEPS, Abandoned, stream
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import TensorSource
 from everbatch.optim import EWC, SAM
 from everbatch.train import Trainer

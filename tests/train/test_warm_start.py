@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import TensorSource, growing
 from everbatch.optim import ShrinkPerturb
-from everbatch.optim.fresh import fresh_model
+from everbatch.optim.restart.fresh import fresh_model
 from everbatch.train import Trainer, WarmStart
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everbatch import __version__
 from everbatch.checkpoint.files import CODES, Piece, check_file, flat_key, plain_size
 from everbatch.errors import CheckpointMismatch
+from everbatch.version import __version__
 
 __all__ = ["MANIFEST", "Manifest", "Report", "Stored", "build", "dump", "json_problem", "load", "rank_file", "report"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from everbatch.compose import Cost
+from everbatch.contract import Cost
 from everbatch.errors import check
 from everbatch.optim.mixin import OptimizerMixin
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from everbatch.compose import base_of, parts_of
+from everbatch.contract import base_of, parts_of
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from everbatch.compose import Cost
+from everbatch.contract import Cost
+from everbatch.engines.shards import ByName, wide
 from everbatch.errors import check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.shards import ByName, wide
 
 __all__ = ["EMA"]
 

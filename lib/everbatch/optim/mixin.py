@@ -10,17 +10,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from everbatch.compose import Contract, Cost, base_of, parts_of, reject_unknown
+from everbatch.contract import Contract, Cost, base_of, parts_of, reject_unknown
+from everbatch.engines.accumulation import Accumulation
+from everbatch.engines.host import Host
+from everbatch.engines.local import LocalHost
+from everbatch.engines.nonfinite import nonfinite_gradients
+from everbatch.engines.passes import Objective
+from everbatch.engines.shards import Vector
 from everbatch.errors import CompositionError, UnsupportedHost, check
 from everbatch.optim import state as persistence
-from everbatch.optim.accumulation import Accumulation
-from everbatch.optim.hosts.base import Host
-from everbatch.optim.hosts.local import LocalHost
-from everbatch.optim.nonfinite import nonfinite_gradients
-from everbatch.optim.objective import Objective
-from everbatch.optim.realised import realised, report
 from everbatch.optim.savable import check_held, check_savable
-from everbatch.optim.shards import Vector
+from everbatch.optim.sharpness.realised import realised, report
 
 __all__ = ["OptimizerMixin"]
 
@@ -88,8 +88,8 @@ class OptimizerMixin(Contract):
         Raises:
             UnsupportedHost: a mode of the engine in which a method would not be exact.
         """
-        from everbatch.optim.hosts.taken import take
-        from everbatch.optim.hosts.zero import ZeroHost
+        from everbatch.engines.taken import take
+        from everbatch.engines.zero import ZeroHost
 
         self, base = cls.__new__(cls), base_of(cls)
         assert base is not None

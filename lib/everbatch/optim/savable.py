@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from everbatch.compose import base_of
+from everbatch.contract import base_of
 from everbatch.errors import check
 from everbatch.optim.state import _is_option, _is_plain
 

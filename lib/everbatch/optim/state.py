@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from everbatch.checkpoint import Checkpoint, Piece
-from everbatch.compose import base_of, parts_of
+from everbatch.contract import base_of, parts_of
 from everbatch.distributed import World
+from everbatch.engines.host import plain_name
+from everbatch.engines.shards import ByName, Shard
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim import state_checks
-from everbatch.optim.hosts.base import plain_name
-from everbatch.optim.shards import ByName, Shard
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin

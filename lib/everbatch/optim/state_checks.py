@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from everbatch.checkpoint.files import CODES
-from everbatch.compose import base_of, parts_of
+from everbatch.contract import base_of, parts_of
+from everbatch.engines.shards import ByName
 from everbatch.errors import CheckpointMismatch
-from everbatch.optim.shards import ByName
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin

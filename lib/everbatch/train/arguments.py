@@ -27,4 +27,4 @@ def check_arguments(model: Any, config: Any, engine: Any, device: Any) -> None:
     check(known, "Trainer", f"device={device!r}", "be 'cuda' or 'cpu'")
     if isinstance(engine, Mapping):
         check(any(size in engine for size in SIZES), "Trainer", f"a DeepSpeed configuration without {' and '.join(SIZES)}",
-              "be complete", "everbatch.config.deepspeed_config(...) makes one")
+              "be complete", "everbatch.config.layers.deepspeed_config(...) makes one")

@@ -15,7 +15,7 @@ from everbatch import checkpoint
 from everbatch.checkpoint import Checkpoint
 from everbatch.distributed import World
 from everbatch.errors import check
-from everbatch.train.adversary.attack import BRANCH
+from everbatch.train.adversarial.attack import BRANCH
 
 __all__ = ["begin_from", "weights_of"]
 

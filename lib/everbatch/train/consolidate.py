@@ -10,8 +10,8 @@ from torch import Tensor
 from everbatch.data import Batch, Stream, Task
 from everbatch.errors import check, check_whole
 from everbatch.optim import EWC, DynamicSparsity, Refresh
-from everbatch.train.memory import MEMORY, is_active, remember
 from everbatch.train.mixin import TrainerMixin
+from everbatch.train.task_ends import MEMORY, is_active, remember
 
 __all__ = ["Consolidate"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from everbatch.optim.nonfinite import nonfinite_weights
+from everbatch.engines.nonfinite import nonfinite_weights
 from everbatch.train.record import StepRecord
 
 if TYPE_CHECKING:

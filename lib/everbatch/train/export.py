@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from everbatch import __version__, checkpoint
+from everbatch import checkpoint
+from everbatch.engines.frozen import frozen_of
+from everbatch.engines.host import plain_name
+from everbatch.evaluate.evaluator import mean_buffers
 from everbatch.nn.split_bn import SplitBatchNorm
-from everbatch.optim.hosts.base import plain_name
-from everbatch.train.evaluate import mean_buffers
-from everbatch.train.frozen import frozen_of
 from everbatch.train.weights import built_as, metadata_texts
+from everbatch.version import __version__
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from everbatch.checkpoint.manifest import json_problem
-from everbatch.compose import base_of, parts_of
+from everbatch.contract import base_of, parts_of
 from everbatch.data import Loader, Stream, Task
 from everbatch.data.sources import digest, target_bytes
 from everbatch.errors import CheckpointMismatch, check

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from everbatch.compose import Contract, base_of, option_names, parts_of, reject_unknown
+from everbatch.contract import Contract, base_of, option_names, parts_of, reject_unknown
 from everbatch.data import Batch
 from everbatch.distributed import World
 from everbatch.errors import CompositionError

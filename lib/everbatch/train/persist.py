@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from everbatch import checkpoint, runs, seeds
+from everbatch import checkpoint, seeds
 from everbatch.checkpoint import Checkpoint, Piece
+from everbatch.checkpoint import folder as runs
 from everbatch.distributed import World
+from everbatch.engines.frozen import frozen_as_in, frozen_of, set_frozen
+from everbatch.engines.local import LocalHost
+from everbatch.engines.nonfinite import nonfinite_weights
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
-from everbatch.optim.hosts.local import LocalHost
-from everbatch.optim.nonfinite import nonfinite_weights
 from everbatch.optim.state_checks import like
 from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers
-from everbatch.train.frozen import frozen_as_in, frozen_of, set_frozen
 from everbatch.train.identity import changes, check_plain, described, identity, options_of, parts, steps_per_epoch
 from everbatch.train.modes import in_evaluation, put_into_evaluation
 

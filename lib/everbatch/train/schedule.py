@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from everbatch.errors import check, check_real, check_whole
-from everbatch.optim.rules import lr_at
+from everbatch.optim.layerwise.rules import lr_at
 
 __all__ = ["Schedule"]
 
@@ -31,7 +31,7 @@ class Schedule:
     Then, over the remaining S steps:  constant;  cosine to 0;  polynomial peak * (1 - s/S)^power;  or steps: times `factor`
     at each milestone.
 
-    first="zero" is the TPU recipes' polynomial instead, `everbatch.optim.rules.lr_at`: over all s of S steps,
+    first="zero" is the TPU recipes' polynomial instead, `everbatch.optim.layerwise.rules.lr_at`: over all s of S steps,
         lr(s) = peak * epoch / warmup_epochs, from lr(0) = 0;   after it (peak - end) * (1 - d / D)^power + end,
         epoch = s / (steps per epoch),  d = max(1, s - w),  D = S - w + 1,  w whole steps of warm-up.
     An epoch is what the trainer trains on, without the incomplete last batch.

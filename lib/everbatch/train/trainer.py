@@ -19,30 +19,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everbatch import checkpoint, seeds
-from everbatch.compose import parts_of
+from everbatch.checkpoint.folder import claimed
+from everbatch.contract import parts_of
 from everbatch.data import Batch, Loader, Stream, Task, as_stream
 from everbatch.data.loader import check_workers
 from everbatch.data.notes import notes_of, tell
 from everbatch.distributed import init
 from everbatch.errors import check, check_whole
-from everbatch.logging import Recorder
-from everbatch.runs import claimed
+from everbatch.evaluate.evaluator import accuracies, predict_inputs
+from everbatch.report.recorder import Recorder
 from everbatch.train import persist
 from everbatch.train.arguments import check_arguments
+from everbatch.train.auxiliary import OutputFn, auxiliary, check_objectives
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
 from everbatch.train.diagnosis import where_not_finite
-from everbatch.train.engines import check_optimizer, launch
-from everbatch.train.evaluate import accuracies, predict_inputs
 from everbatch.train.export import export
-from everbatch.train.memory import active_parts, remember, require_stable, taken
+from everbatch.train.launch import check_optimizer, launch
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.modes import evaluation_roots, warn_if_nothing_trains
-from everbatch.train.objectives import OutputFn, auxiliary, check_objectives
 from everbatch.train.outputs import Pick, check_output, described, foreign_errors
 from everbatch.train.record import StepRecord
 from everbatch.train.schedule import Schedule
 from everbatch.train.signals import Interrupted, StopOnSignal
+from everbatch.train.task_ends import active_parts, remember, require_stable, taken
 
 __all__ = ["Trainer"]
 
@@ -53,7 +53,7 @@ class Trainer:
     Args:
         model: a bare module that maps inputs to logits (n, classes), the head as wide as the stream.
         optimizer: `functools.partial(Cls, lr=..., ...)` of a composed optimizer class.
-        engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration (`everbatch.config.deepspeed_config`).
+        engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration (`everbatch.config.layers.deepspeed_config`).
         config: see `Trainer.Config`.
         augment: maps one un-augmented sample to a training sample; it may draw from torch's global generator, which is seeded
             for every row by (seed, step, part, sample id), so the result is the same at any world size.

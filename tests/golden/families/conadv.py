@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import Batch
 from everbatch.distributed import World
 from everbatch.nn import convert_split_bn

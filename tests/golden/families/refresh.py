@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from everbatch.data import Batch, ReplayStore
 from everbatch.optim import Refresh
+from everbatch.train.memory.replay import Replay
 from everbatch.train.record import StepRecord
-from everbatch.train.replay import Replay
 from golden.comparison import Comparison, FormatError, Tolerance, Vectors
 from golden.families.buffers import RecordedDraws
 from golden.families.nets import build

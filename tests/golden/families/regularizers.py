@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everbatch import objectives
+from everbatch.objective import bregman as objectives
 from everbatch.optim import EWC, SI
 from golden.comparison import Array, Comparison, FormatError, Tolerance, Vectors
 from golden.families.nets import build

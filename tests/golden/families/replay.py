@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from everbatch.compose import compose
+from everbatch.composition import compose
 from everbatch.data import Batch, Buffer, ReplayStore, Slots, reservoir_index
 from everbatch.distributed import World
+from everbatch.train.memory.replay import Replay
 from everbatch.train.record import StepRecord
-from everbatch.train.replay import Replay
 from golden.comparison import Array, Comparison, FormatError, Tolerance, Vectors
 from golden.families.buffers import RecordedDraws
 from golden.families.nets import build

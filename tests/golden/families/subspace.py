@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everbatch.optim.second_moment import SecondMoment, spectral_split
-from everbatch.optim.transforms import Projection, damped, high_block, inverse, null_space, rows, window_damped
+from everbatch.optim.subspace.second_moment import SecondMoment, spectral_split
+from everbatch.optim.subspace.transforms import Projection, damped, high_block, inverse, null_space, rows, window_damped
 from golden.comparison import Array, Comparison, Vectors
 
 __all__ = ["check_grip", "check_osft", "check_same"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everbatch import objectives
+from everbatch.objective import bregman as objectives
 from everbatch.optim import Refresh
 from golden.comparison import Array, Comparison, FormatError, Vectors
 

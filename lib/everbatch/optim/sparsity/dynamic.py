@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from everbatch.compose import Cost, parts_of
+from everbatch.contract import Cost, parts_of
+from everbatch.engines.passes import Objective
+from everbatch.engines.shards import ByName, Shard, Vector
 from everbatch.errors import check, check_real, nearest
 from everbatch.optim.ema import EMA
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.objective import Objective
-from everbatch.optim.shards import ByName, Shard, Vector
-from everbatch.optim.sparsity import isolation, topology
+from everbatch.optim.sparsity import tasks as isolation
+from everbatch.optim.sparsity import topology
 from everbatch.optim.sparsity.densities import draw_mask, exact_counts, layer_densities
 from everbatch.optim.sparsity.grow import CRITERIA as GROW
 from everbatch.optim.sparsity.layers import maskable

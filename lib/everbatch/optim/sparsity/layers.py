@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from everbatch.engines.host import plain_name
 from everbatch.errors import check, nearest
-from everbatch.optim.hosts.base import plain_name
 
 __all__ = ["maskable", "weight_modules"]
 

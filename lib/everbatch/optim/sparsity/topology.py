@@ -11,8 +11,8 @@ from torch import Tensor
 
 from everbatch import seeds
 from everbatch.distributed import World
-from everbatch.optim.hosts.base import Host
-from everbatch.optim.shards import Shard
+from everbatch.engines.host import Host
+from everbatch.engines.shards import Shard
 from everbatch.optim.sparsity.grow import grow, grow_bernoulli, shares
 from everbatch.optim.sparsity.prune import Layer, num_dropped, prune
 

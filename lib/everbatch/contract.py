@@ -1,0 +1,244 @@
+"""Cooperative mixins over a final step: the contract both families obey, checked when a class is created.
+
+A *part* is one method: a class that inherits from its family's root only. A *composed* class lists parts, leftmost
+outermost, and ends in a base the parts are built on (a `torch.optim` class, a trainer). Parts override verbs and call `super()`;
+nobody overrides the final step. Whatever cannot work is refused here, by name, with the corrected class line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, ClassVar
+
+from everbatch.errors import CompositionError, check, nearest
+
+__all__ = ["Contract", "Cost", "base_of", "parts_of"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one part adds to every step, for `describe()`."""
+
+    passes: float = 0.0
+    """Forward-backward passes beyond the one every step takes (mean over steps)."""
+    state_bytes: float = 0.0
+    """Bytes per owned master element that stay between steps."""
+    transient_bytes: float = 0.0
+    """Bytes per owned master element at the peak inside the step."""
+    scalar_reductions: float = 0.0
+    """All-reduces of a few scalars."""
+    note: str = ""
+    """Anything else a user pays."""
+
+
+class Contract:
+    """Base of both families: option routing, composition checks, configs and states by part.
+
+    A family's root sets `verbs` (names a part may override, cooperatively) and `final` (names nobody may).
+    A part may nest `Config` (a frozen, keyword-only dataclass of options) and `State` (a dataclass of what must be saved),
+    and may set `left_of` (parts that must stand to its right) and `owns` (resources with one owner).
+    """
+
+    verbs: ClassVar[tuple[str, ...]] = ()
+    final: ClassVar[tuple[str, ...]] = ()
+    left_of: ClassVar[tuple[str, ...]] = ()
+    owns: ClassVar[tuple[str, ...]] = ()
+    free: ClassVar[tuple[str, ...]] = ()
+    """Options that change where or how safely a part works, and no bit of what it gives: a resumed run may change them."""
+
+    configs: dict[type, Any]
+    states: dict[type, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Contract in cls.__bases__ or _finished(cls) is not None:
+            return
+        base = base_of(cls)
+        if base is None:
+            _check_part(cls)
+        else:
+            _check_composed(cls, base)
+
+    def _configure(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Take every part's options out of `options`, build configs and fresh states; return what is left."""
+        chosen, rest = route(type(self), options)
+        self.configs = {part: part.Config(**values) for part, values in chosen.items() if hasattr(part, "Config")}
+        self.states = {part: part.State() for part in parts_of(type(self)) if hasattr(part, "State")}
+        return rest
+
+
+def _finished(cls: type) -> type | None:
+    """The composed class that `cls` only imitates, as Lightning and Fabric make `type(..., (Wrapper, type(opt)), {})` for their
+    wrappers. A class in front that shares a base with it, as an optimizer does, is no wrapper: it stands in a wrong place."""
+    front, *rest = cls.__bases__
+    if issubclass(front, Contract):
+        return None
+    whole = [_finished(b) or b for b in rest if issubclass(b, Contract) and base_of(b) is not None]
+    return next((b for b in whole if set(front.__mro__) & set(b.__mro__) == {object}), None)
+
+
+def base_of(cls: type) -> type | None:
+    """The class the parts stand on: the first in the method resolution order outside the contract; None for a part."""
+    cls = _finished(cls) or cls
+    for entry in cls.__mro__:
+        if not issubclass(entry, Contract) and entry is not object:
+            return entry
+    return None
+
+
+def parts_of(cls: type) -> tuple[type, ...]:
+    """The parts of a class, leftmost (outermost) first."""
+    return tuple(c for c in cls.__mro__ if issubclass(c, Contract) and base_of(c) is None and not is_root(c))
+
+
+def route(cls: type, options: dict[str, Any]) -> tuple[dict[type, dict[str, Any]], dict[str, Any]]:
+    """Sort keyword options to the parts that own them.
+
+    A field that one part owns is a plain keyword, `rho=`; `sam_rho=` does as well, and is the only form where two parts own
+    the field. Returns the fields by part, and the options no part owns.
+    """
+    owners: dict[str, list[type]] = {}
+    prefixed: dict[str, tuple[type, str]] = {}
+    for part in parts_of(cls):
+        for name in _fields(part):
+            owners.setdefault(name, []).append(part)
+            prefixed[f"{part.__name__.lower()}_{name}"] = (part, name)
+    chosen: dict[type, dict[str, Any]] = {part: {} for part in parts_of(cls)}
+    rest: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in owners:
+            names = [part.__name__ for part in owners[name]]
+            longer = " and ".join(f"{n.lower()}_{name}=" for n in names)
+            check(len(names) == 1, cls.__name__, f"{name}={value!r} is an option of {' and '.join(names)}",
+                  "name one of them", f"pass {longer}")
+            part, field = owners[name][0], name
+        elif name in prefixed:
+            part, field = prefixed[name]
+        else:
+            rest[name] = value
+            continue
+        check(field not in chosen[part], cls.__name__, f"{part.__name__}'s {field} is given twice", "be given once")
+        chosen[part][field] = value
+    return chosen, rest
+
+
+def option_names(cls: type) -> set[str]:
+    """Every keyword `route` accepts for `cls`, flat forms only."""
+    return {name for part in parts_of(cls) for name in _fields(part)}
+
+
+def reject_unknown(cls: type, rest: dict[str, Any], allowed: set[str]) -> None:
+    """Raise `TypeError` for the first option that neither a part nor `allowed` knows, naming the nearest one."""
+    for name in rest:
+        if name not in allowed:
+            raise TypeError(f"{cls.__name__}: unknown option {name!r}; {nearest(name, allowed | option_names(cls))}")
+
+
+def sort_parts(parts: tuple[type, ...]) -> tuple[type, ...]:
+    """Order parts by their `left_of` declarations, leftmost first; otherwise keep the given order.
+
+    Raises `CompositionError` when the declarations contradict each other.
+    """
+    left, result = list(parts), []
+    while left:
+        free = [p for p in left if not any(p.__name__ in q.left_of for q in left if q is not p)]  # type: ignore[attr-defined]
+        if not free:
+            raise CompositionError(f"{', '.join(p.__name__ for p in left)}: their orders contradict each other")
+        left.remove(free[0])
+        result.append(free[0])
+    return tuple(result)
+
+
+def is_root(cls: type) -> bool:
+    return cls is Contract or Contract in cls.__bases__
+
+
+def _fields(part: type) -> tuple[str, ...]:
+    config = getattr(part, "Config", None)
+    return tuple(field.name for field in dataclasses.fields(config)) if config else ()
+
+
+def _check_part(cls: type[Contract]) -> None:
+    """Refuse a part that could not cooperate."""
+
+    def refuse(why: str) -> None:
+        raise CompositionError(f"{cls.__name__}: {why}")
+
+    bases = [b for b in cls.__bases__ if not is_root(b)]
+    if bases:
+        refuse(f"inherits from {bases[0].__name__}; methods share functions and never inherit from each other")
+    if "__init__" in vars(cls):
+        refuse("defines __init__; options belong into the nested Config dataclass")
+    config = vars(cls).get("Config")
+    if config is not None:
+        params = getattr(config, "__dataclass_params__", None)
+        if params is None or not params.frozen or not all(f.kw_only for f in dataclasses.fields(config)):
+            refuse("Config must be a dataclass(frozen=True, kw_only=True)")
+        required = [f.name for f in dataclasses.fields(config) if _no_default(f)]
+        if required and any(name.startswith("_") for name in required):
+            refuse("Config fields must be public")
+    state = vars(cls).get("State")
+    if state is not None and (not dataclasses.is_dataclass(state) or any(_no_default(f) for f in dataclasses.fields(state))):
+        refuse("State must be a dataclass whose fields all have defaults")
+    for name in cls.final:
+        if name in vars(cls):
+            refuse(f"overrides {name}(), which is final; override a verb: {', '.join(cls.verbs)}")
+    for name in cls.verbs:
+        if name in vars(cls) and not _calls_super(vars(cls)[name]):
+            refuse(f"{name}() never calls super().{name}(...), so it would silence every mixin to its right")
+
+
+def _no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _calls_super(function: Any) -> bool:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is None or "super" in code.co_names or any("super" in getattr(c, "co_names", ()) for c in code.co_consts)
+
+
+def _check_composed(cls: type[Contract], base: type) -> None:
+    """Refuse a class whose parts are in a wrong place or order, fight over a resource, or shadow the base's options."""
+    parts = parts_of(cls)
+    line = f"class {cls.__name__}({', '.join([*(p.__name__ for p in _repaired(parts)), base.__name__])}): ..."
+    order = list(cls.__mro__)
+    behind = [part.__name__ for part in parts if order.index(part) > order.index(base)]
+    if behind:
+        raise CompositionError(f"{cls.__name__}: {', '.join(behind)} stands to the right of its base {base.__name__}; "
+                               f"write {line}")
+    for name in cls.final:
+        if name in vars(cls):
+            raise CompositionError(f"{cls.__name__}: {name}() is final; override a verb: {', '.join(cls.verbs)}")
+    for name in cls.verbs:
+        if name in vars(cls) and not _calls_super(vars(cls)[name]):
+            raise CompositionError(f"{cls.__name__}: {name}() never calls super().{name}(...)")
+    families = [c for c in order if is_root(c) and c is not Contract]
+    if len(families) > 1:
+        raise CompositionError(f"{cls.__name__}: its mixins belong to {len(families)} families "
+                               f"({', '.join(f.__name__ for f in families)}); compose each family over its own base")
+    owners: dict[str, type] = {}
+    for part in parts:
+        for resource in part.owns:  # type: ignore[attr-defined]
+            if resource in owners:
+                raise CompositionError(f"{cls.__name__}: {owners[resource].__name__} and {part.__name__} both own the "
+                                       f"{resource}; keep one of them")
+            owners[resource] = part
+    for i, part in enumerate(parts):
+        for other in parts[:i]:
+            if other.__name__ in part.left_of:  # type: ignore[attr-defined]
+                raise CompositionError(f"{cls.__name__}: {part.__name__} must stand to the left of {other.__name__}; "
+                                       f"write {line}")
+    known = set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
+    for part in parts:
+        shadowed = sorted(known.intersection(_fields(part)))
+        if shadowed:
+            raise CompositionError(f"{cls.__name__}: {part.__name__}.Config.{shadowed[0]} shadows an option of "
+                                   f"{base.__name__}; rename the field")
+
+
+def _repaired(parts: tuple[type, ...]) -> tuple[type, ...]:
+    try:
+        return sort_parts(parts)
+    except CompositionError:
+        return parts

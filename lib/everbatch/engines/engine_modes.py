@@ -1,0 +1,88 @@
+"""What of DeepSpeed's engines is supported, and which of its internals the host stands on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from everbatch.contract import Contract
+from everbatch.errors import UnsupportedHost
+
+__all__ = ["NEEDED", "PARTITIONS", "TESTED", "check_optimizer", "in_leaf", "refuse_modes"]
+
+TESTED = "0.19.8"
+PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+"""Stage 3: this rank's part of each gradient, which a pass that does not reach the parameter leaves as an earlier one left it."""
+NEEDED = {
+    "engine": ("optimizer", "basic_optimizer", "module", "backward", "step", "zero_grad", "zero_optimization_stage",
+               "set_gradient_accumulation_boundary", "gradient_accumulation_steps",
+               "gradient_clipping", "bfloat16_enabled", "fp16_enabled"),
+    "DeepSpeedZeroOptimizer": ("averaged_gradients", "all_grad_tensors", "micro_step_id", "update_lp_params", "zero_grad",
+                               "single_partition_of_fp32_groups", "bit16_groups", "clear_backward_seen_flag", "cpu_offload",
+                               "reset_cpu_buffers", "process_gradients", "reduce_gradients", "get_gradient_for_reduction",
+                               "overlapping_partition_gradients_reduce_epilogue"),
+    "BF16_Optimizer": ("fp32_groups_flat_partition", "update_lp_params", "clear_lp_grads", "clear_hp_grads", "bf16_groups"),
+    "FP16_UnfusedOptimizer": ("fp16_groups", "fp32_groups", "zero_grad"),
+    "DeepSpeedZeroOptimizer_Stage3": ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id",
+                                      "averaged_gradients", "sub_group_to_group_id", "persistent_parameters",
+                                      "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters",
+                                      "clear_backward_seen_flag", PARTITIONS),
+}
+PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo",
+              "adamp", "sgdp", "fromage"}
+"""Base optimizers whose update of an element depends on its whole tensor: wrong on slices."""
+
+
+def in_leaf(p: Any) -> bool:
+    """Whether DeepSpeed treats the module that holds this parameter as one, at stage 3."""
+    return getattr(p, "ds_z3_leaf_module", None) is not None
+
+
+def refuse_modes(engine: Any) -> None:
+    """Refuse the modes of an engine in which methods were not shown to be exact."""
+    zero = engine.zero_config if hasattr(engine, "zero_config") else engine._config.zero_config
+    stage = int(engine.zero_optimization_stage())
+    offload = getattr(zero, "offload_optimizer", None)
+    offload_device = str(getattr(getattr(offload, "device", None), "value", getattr(offload, "device", "none")))
+    params = getattr(zero, "offload_param", None)
+    params_device = str(getattr(getattr(params, "device", None), "value", getattr(params, "device", "none")))
+    accumulation = str(getattr(getattr(engine._config, "data_types_config", None), "grad_accum_dtype", None) or
+                       getattr(engine._config, "grad_accum_dtype", None))
+    modes = {
+        "pipeline parallelism": "Pipeline" in type(engine).__name__,
+        "fp16 (use bf16)": engine.fp16_enabled(),
+        f"gradient_clipping={engine.gradient_clipping()} in the engine (set gradient_clipping: 0, add ClipGradNorm)":
+            engine.gradient_clipping() != 0.0,
+        "NVMe offload": "nvme" in (offload_device, params_device),
+        "parameter offload": params_device not in ("none", "None"),
+        "hpZ (zero_hpz_partition_size > 1)": getattr(zero, "zero_hpz_partition_size", 1) > 1,
+        "MoE groups": bool(getattr(engine, "has_moe_layers", False)),
+        "ZenFlow": bool(getattr(engine, "zenflow", False)),
+        "partial optimizer offload (ratio < 1)": getattr(offload, "ratio", 1.0) < 1.0,
+        "SuperOffload": bool(getattr(offload, "super_offload", False)),
+        "round_robin_gradients": bool(getattr(zero, "round_robin_gradients", False)),
+        "unmanaged gradient accumulation": not engine.managed_gradient_accumulation(),
+        "torch_autocast": bool(engine.torch_autocast_enabled()) if hasattr(engine, "torch_autocast_enabled") else False,
+        "stage 0 in bf16 with fp32 accumulation": stage == 0 and engine.bfloat16_enabled() and accumulation == "fp32",
+        "model or sequence parallelism": any(f() > 1 for f in (getattr(engine, n, None) for n in (
+            "mp_world_size", "sequence_parallel_size")) if callable(f)) or getattr(engine, "mpu", None) is not None,
+        "DeepCompile": bool(engine.is_deepcompile_enabled()) if hasattr(engine, "is_deepcompile_enabled") else False,
+        "1-bit or compressed communication": getattr(zero, "zero_quantized_gradients", False)
+            or getattr(zero, "zero_quantized_weights", False),
+    }
+    for mode, present in modes.items():
+        if present:
+            raise UnsupportedHost(f"DeepSpeed: {mode} is not supported; tested: stages 0-3, fp32 and bf16, CPU optimizer "
+                                  f"offload, deepspeed {TESTED}")
+
+
+def check_optimizer(inner: Any, base: type, stage: int) -> None:
+    """Refuse an engine whose optimizer is of another class, or looks at whole tensors where it is shown slices."""
+    if isinstance(inner, Contract):
+        raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, a composed class; initialise the "
+                              f"engine with a plain {base.__name__}, and give the mixins' options to on()")
+    if not isinstance(inner, base):
+        raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, the class is built on "
+                              f"{base.__name__}; initialise the engine with a {base.__name__}")
+    if stage and type(inner).__name__.lower() in PER_TENSOR:
+        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__} uses norms of whole tensors, and stage {stage} shows it "
+                              "slices; use the LARS or LAMB mixin over torch.optim.SGD or AdamW, or stage 0")

@@ -1,0 +1,1 @@
+"""Prediction over streams, counted once over all ranks."""

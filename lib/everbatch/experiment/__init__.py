@@ -1,0 +1,1 @@
+"""One run of a recipe: its options, its data, model, optimizer and engine, its folder and its end."""

@@ -1,0 +1,1 @@
+"""Layer-wise trust ratios and the learning-rate rules of large batches."""

@@ -1,0 +1,1 @@
+"""What keeps old tasks in weight space: quadratic penalties, importance, refresh learning."""

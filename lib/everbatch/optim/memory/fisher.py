@@ -1,0 +1,334 @@
+"""Importance of every weight, from exact per-sample gradients: diagonal Fisher information and output sensitivity.
+
+The model is called as a function of its weights (`torch.func`), so nothing of an engine moves: no `.grad`, no buffer, no
+collective inside. Sums of rows are reduced over ranks as sums, together with their number, so that ranks may hold different
+numbers of rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from everbatch import seeds
+from everbatch.distributed import World
+from everbatch.engines.host import plain_name, unwrap
+from everbatch.engines.shards import ByName, wide
+from everbatch.errors import UnsupportedHost, check
+
+if TYPE_CHECKING:
+    from everbatch.engines.host import Host
+    from everbatch.optim.mixin import OptimizerMixin
+
+__all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
+           "require_replica", "sensitivity_sums", "slices"]
+
+Rows = tuple[Tensor, ...]
+"""(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented; ids int64, unique in the data."""
+Estimator = Literal["reference", "empirical", "sampled", "exact", "batch"]
+ESTIMATORS = ("reference", "empirical", "sampled", "exact", "batch")
+Factory = Callable[[], nn.Module]
+Weights = dict[str, Tensor]
+Call = Callable[[Weights, Tensor], Tensor]
+"""Maps weights by name and a batch of inputs (n, ...) to logits (n, C), differentiably."""
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+def fisher_sums(
+    call: Call, weights: Weights, inputs: Tensor, targets: Tensor, estimator: Estimator, *, chunk: int = 16,
+    uniform: Tensor | None = None,
+) -> Weights:
+    """Sum over the rows of one batch of an estimator of the diagonal Fisher information.
+
+        reference:  sum_i p(y_i|x_i) (d ln p(y_i|x_i))^2        the released code of refresh learning and of online EWC
+        empirical:  sum_i (d ln p(y_i|x_i))^2
+        sampled:    the same with y_i drawn from p(.|x_i)
+        exact:      sum_i sum_c p(c|x_i) (d ln p(c|x_i))^2
+        batch:      (d mean_i ln p(y_i|x_i))^2                  one term per batch; a biased estimate
+
+    Args:
+        call: the model as a function of its weights.
+        weights: what to differentiate by; not modified.
+        inputs: (n, ...).
+        targets: (n,) class indices.
+        estimator: which of the above. `reference` <= `exact` in every entry.
+        chunk: rows differentiated at once; memory chunk times the weights. 1 needs no vectorisation rule of any layer.
+        uniform: (n,) in (0, 1), for `sampled`: the label is the quantile of the predicted distribution.
+
+    Returns:
+        Sums by name, in the weights' dtype, float32 at least.
+
+    Raises:
+        ValueError: a label outside the classes.
+
+    Cost: n backward passes in n / chunk calls (`exact`: C times as many; `batch`: one).
+    """
+    with torch.no_grad():
+        logits = call(weights, inputs)
+    classes = logits.shape[-1]
+    odd = targets[(targets < 0) | (targets >= classes)]
+    check(not odd.numel(), "fisher_sums", f"label {odd[:1].tolist()}", f"be in [0, {classes})")
+    if estimator == "batch":
+        gradient = grad(lambda w: functional.cross_entropy(call(w, inputs), targets))(weights)
+        return {name: g.to(wide(g)).square() for name, g in gradient.items()}
+    if estimator == "sampled":
+        assert uniform is not None
+        steps = logits.double().softmax(-1).cumsum(-1)
+        targets = torch.searchsorted(steps, uniform.to(steps)[:, None]).squeeze(1).clamp(max=classes - 1)
+    labels = [torch.full_like(targets, c) for c in range(classes)] if estimator == "exact" else [targets]
+
+    def log_probability(w: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        value = functional.log_softmax(call(w, x[None])[0], -1).gather(-1, y[None])[0]
+        return value, value.exp()
+
+    sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
+    for label in labels:
+        _accumulate(sums, grad(log_probability, has_aux=True), weights, (inputs, label), chunk,
+                    lambda g, p: g.square() if p is None else g.square() * p.view(-1, *(1,) * (g.dim() - 1)),
+                    weighted=estimator in ("reference", "exact"))
+    return sums
+
+
+def sensitivity_sums(call: Call, weights: Weights, inputs: Tensor, *, per_sample: bool = True, chunk: int = 16) -> Weights:
+    """Sum of absolute gradients of the squared output norm, which MAS takes for importance; no labels.
+
+        per_sample:  sum_i |d ||u(x_i)||^2|          the original definition
+        else:        |d mean_i ||u(x_i)||^2|         one term per batch (Avalanche)
+
+    Args and cost as `fisher_sums`. Source: Aljundi et al. 2018, arXiv 1711.09601.
+    """
+    if not per_sample:
+        gradient = grad(lambda w: call(w, inputs).square().sum(-1).mean())(weights)
+        return {name: g.to(wide(g)).abs() for name, g in gradient.items()}
+
+    def output(w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+        value = call(w, x[None]).square().sum()
+        return value, value
+
+    sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
+    _accumulate(sums, grad(output, has_aux=True), weights, (inputs,), chunk, lambda g, _: g.abs(), weighted=False)
+    return sums
+
+
+def _accumulate(
+    sums: Weights, gradient: Callable[..., tuple[Weights, Tensor]], weights: Weights, rows: Rows, chunk: int,
+    size: Callable[[Tensor, Tensor | None], Tensor], *, weighted: bool,
+) -> None:
+    """Add size(gradient of a row, its auxiliary value) of every row to `sums`, `chunk` rows at a time."""
+    many = vmap(gradient, in_dims=(None, *(0,) * len(rows)))
+    for part in zip(*(torch.split(r, chunk) for r in rows), strict=True):
+        if chunk == 1:
+            found, aux = gradient(weights, *(r[0] for r in part))
+            found, aux = {name: g[None] for name, g in found.items()}, aux[None]
+        else:
+            found, aux = many(weights, *part)
+        for name, g in found.items():
+            sums[name] += size(g.to(sums[name].dtype), aux if weighted else None).sum(0)
+
+
+# --------------------------------------------------------------------------------------------------- over an optimizer
+def diagonal_fisher(
+    opt: OptimizerMixin, batches: Iterable[Rows], estimator: Estimator = "empirical", *, chunk: int = 16,
+    denominator: Literal["samples", "loader"] = "samples", factory: Factory | None = None, draw: int = 0,
+) -> Weights:
+    """Diagonal Fisher information of the model at its present weights, in evaluation mode, over the rows of all ranks.
+
+    Args:
+        opt: a composed optimizer that was built with the module (or on an engine).
+        batches: this rank's rows of the task's data, each row on one rank only; ranks may hold different numbers, or none.
+        estimator: see `fisher_sums`.
+        chunk: rows differentiated at once.
+        denominator: "samples" divides by the rows of all ranks; "loader" by batches * size of the first, which counts a short
+            last batch as whole (the reference code). The estimator "batch" always divides by the number of batches.
+        factory: builds the bare model on the CPU; needed where the weights of the module are sharded (ZeRO-3, FSDP2). A deep
+            copy of the module taken before sharding does as well: `factory=lambda: copy`.
+        draw: number of this estimate, so that `sampled` draws other labels for each.
+
+    Returns:
+        Whole tensors by name, the same on every rank, in the masters' dtype, float32 at least. Pass them to
+        `consolidate_ewc(importance=...)` and `update_fisher(importance=...)` to pay for one estimate where two methods want it.
+
+    Raises:
+        ValueError: on every rank: no rows at all, entries that are not finite. On one: labels outside the classes, no ids for
+            "sampled".
+        UnsupportedHost: sharded weights and no `factory`; an optimizer built without its module.
+
+    Cost: see `fisher_sums`; one copy of the whole model, more where weights are sharded or in bf16 (then the fp32 masters are
+    gathered, one replica per rank); one all-reduce of the whole sum.
+    """
+    who = "diagonal_fisher"
+    check(estimator in ESTIMATORS, who, f"estimator={estimator!r}", f"be one of {', '.join(ESTIMATORS)}")
+    seen = _Counter(partial_matters=estimator == "batch" or denominator == "loader")
+
+    def sums(call: Call, weights: Weights, rows: Rows) -> Weights:
+        check(len(rows) >= 2, who, f"rows of {len(rows)} tensor", "be (inputs, targets), or (inputs, targets, ids)")
+        uniform = None
+        if estimator == "sampled":
+            check(len(rows) == 3, who, "no ids", "be given for estimator='sampled', whose draws are a function of them",
+                  "yield (inputs, targets, ids)")
+            uniform = torch.from_numpy(seeds.uniform_keys(rows[2].cpu().numpy(), opt.seed, "fisher", draw))
+        return fisher_sums(call, weights, rows[0], rows[1], estimator, chunk=chunk, uniform=uniform)
+
+    count = "batches" if estimator == "batch" else "loader" if denominator == "loader" else "rows"
+    return _estimate(opt, batches, sums, seen, count, factory)
+
+
+def output_sensitivity(
+    opt: OptimizerMixin, batches: Iterable[Rows], *, per_sample: bool = True, chunk: int = 16, factory: Factory | None = None,
+) -> Weights:
+    """Mean absolute gradient of the squared output norm over the rows of all ranks; see `sensitivity_sums` and, for what is
+    passed, returned, raised and paid, `diagonal_fisher`. Of each item of `batches` only the inputs are used."""
+    seen = _Counter(partial_matters=not per_sample)
+    return _estimate(opt, batches, lambda call, weights, rows: sensitivity_sums(
+        call, weights, rows[0], per_sample=per_sample, chunk=chunk), seen, "rows" if per_sample else "batches", factory)
+
+
+class _Counter:
+    """Rows and batches seen by this rank."""
+
+    def __init__(self, *, partial_matters: bool) -> None:
+        self.rows = self.batches = self.first = 0
+        self.partial_matters = partial_matters
+
+    def add(self, rows: int) -> None:
+        self.first = self.first or rows
+        self.rows, self.batches = self.rows + rows, self.batches + 1
+        if rows != self.first and self.partial_matters:
+            warnings.warn(f"importance: a batch of {rows} rows after one of {self.first} counts as a whole batch here; drop it, "
+                          "or use an estimator over samples", stacklevel=6)
+
+    def value(self, what: str) -> int:
+        return {"rows": self.rows, "batches": self.batches, "loader": self.batches * self.first}[what]
+
+
+def _estimate(
+    opt: OptimizerMixin, batches: Iterable[Rows], sums: Callable[[Call, Weights, Rows], Weights], seen: _Counter, count: str,
+    factory: Factory | None,
+) -> Weights:
+    """Sum over this rank's batches, then over ranks, then divide."""
+    host, world = opt.host, World.current()
+    host.publish_if_dirty()
+    require_replica(host, factory, "importance")
+    call, weights, root = _replica(host, factory)
+    dtype = next(iter(weights.values())).dtype
+    totals = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
+    problem = ""
+    with _evaluating(root):
+        try:
+            for rows in batches:
+                moved = tuple(r.to(host.device, dtype if r.is_floating_point() else None) for r in rows)
+                if len(moved[0]):
+                    seen.add(len(moved[0]))
+                    for name, value in sums(call, weights, moved).items():
+                        totals[name] += value
+        except ValueError as error:  # one rank's bad row must not leave the others waiting
+            problem = str(error)
+    number, failed = world.sum(torch.tensor([seen.value(count), bool(problem)], dtype=torch.float64, device=host.device))
+    if failed:
+        raise ValueError(next(text for text in world.gather(problem) if text))
+    check(number.item() > 0, "importance", "no rows on any rank", "be given the task's data")
+    flat = world.sum(torch.cat([t.reshape(-1) for t in totals.values()]))
+    flat = flat / number.to(flat.dtype)
+    result = {n: part.view(t.shape) for (n, t), part in zip(
+        totals.items(), torch.split(flat, [t.numel() for t in totals.values()]), strict=True)}
+    odd = [n for n, t in result.items() if not bool(torch.isfinite(t).all())]
+    check(not odd, "importance", f"entries of {odd[:5]} are not finite", "be", "look at the weights and the inputs")
+    return result
+
+
+def slices(host: Host, whole: Mapping[str, Tensor], who: str) -> ByName:
+    """This rank's slices of whole importances, in the masters' dtype, float32 at least.
+
+    Raises:
+        ValueError: names or shapes that are not the model's, negative entries or entries that are not finite.
+    """
+    layout = host.master_layout()
+    odd = sorted(set(layout) ^ set(whole))
+    check(not odd, who, f"importance of parameters {odd[:5]} is missing or too much", "name the trained parameters")
+    odd = [n for n in layout if tuple(whole[n].shape) != tuple(layout[n][1])]
+    check(not odd, who, f"importance of {odd[:5]} has shape {[tuple(whole[n].shape) for n in odd[:5]]}",
+          f"be {[tuple(layout[n][1]) for n in odd[:5]]}")
+    odd = [n for n in layout if not bool((torch.isfinite(whole[n]) & (whole[n] >= 0)).all())]
+    check(not odd, who, f"importance of {odd[:5]} is negative or not finite", "be finite numbers >= 0")
+    return ByName({s.name: whole[s.name].reshape(-1)[s.start : s.start + s.numel].to(
+        s.data.device, wide(s.data), copy=True).view(s.data.shape) for s in host.shards})
+
+
+def require_replica(host: Host, factory: Factory | None, who: str) -> None:
+    """Raise `UnsupportedHost` unless the model can be called as a function of whole weights."""
+    if host.module is None:
+        raise UnsupportedHost(f"{who}: the optimizer was built without its module, and importance needs it; pass the module, not "
+                              "its parameters")
+    if factory is None and any(_is_partitioned(p) for p in host.module.parameters()):
+        raise UnsupportedHost(f"{who}: on {host.title} the weights are sharded, so importance is estimated on a plain replica "
+                              "with gathered weights, one per rank; pass factory=lambda: make_model(), or a deep copy taken "
+                              "before sharding")
+
+
+def _is_partitioned(p: Tensor) -> bool:
+    return isinstance(p, DTensor) or hasattr(p, "ds_tensor")
+
+
+def _replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Module]:
+    """The model as a function of its trained weights, those weights whole, and the module that is called.
+
+    The module's own weights where they are whole and in the masters' dtype; else the masters, gathered.
+    """
+    assert host.module is not None
+    own = unwrap(host.module)
+    apart = any(_is_partitioned(p) for p in own.parameters())
+    root = own
+    if apart:
+        assert factory is not None
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            root = factory().to(host.device)
+    trained = {plain_name(n): p for n, p in own.named_parameters() if p.requires_grad}
+    layout = host.master_layout()
+    if apart or any(trained[n].dtype != layout[n][0] for n in host.names):
+        weights = host.gather(list(host.weights()), host.names)
+    else:
+        weights = {n: trained[n].detach() for n in host.names}
+    dtype = next(iter(weights.values())).dtype
+    keys = {plain_name(n): n for n, _ in root.named_parameters()}
+    missing = [n for n in weights if n not in keys]
+    check(not missing, "importance", f"the factory's model lacks parameters {missing[:3]}", "be the same model")
+    fixed = {keys[plain_name(n)]: _whole(p).to(dtype) for n, p in own.named_parameters() if not p.requires_grad}
+    places = {plain_name(n): n for n, _ in root.named_buffers()}
+    fixed |= {places[plain_name(n)]: b.to(dtype) if b.is_floating_point() else b for n, b in own.named_buffers()}
+
+    def call(w: Weights, x: Tensor) -> Tensor:
+        return functional_call(root, {**{keys[n]: t for n, t in w.items()}, **fixed}, (x,))  # type: ignore[no-any-return]
+
+    return call, weights, root
+
+
+def _whole(p: Any) -> Tensor:
+    """A frozen parameter, whole. Collective where it is sharded."""
+    if isinstance(p, DTensor):
+        return p.full_tensor().detach()
+    if hasattr(p, "ds_tensor"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([p]):
+            return p.data.clone()  # type: ignore[no-any-return]
+    return p.detach()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every module's own mode after it."""
+    modes = [(m, m.training) for m in root.modules()]
+    root.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,278 @@
+"""Refresh learning: forget a little of the current batch's fit, then learn it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from everbatch import seeds
+from everbatch.contract import Cost
+from everbatch.engines.host import Host
+from everbatch.engines.passes import Objective
+from everbatch.engines.shards import ByName, Shard, Vector
+from everbatch.errors import check, check_real, check_whole
+from everbatch.optim.memory.fisher import Estimator, Factory, Rows, require_replica, slices
+from everbatch.optim.memory.quadratic import accumulate, check_estimator, chosen_importance
+from everbatch.optim.mixin import OptimizerMixin
+
+__all__ = ["Refresh", "normalized_move", "sde_move"]
+
+GUARD = 1e-18
+"""Added to a gradient's norm: the released code adds 1e-20 to the norm of 0.01 times the gradient."""
+
+
+def sde_move(gradient: Tensor, inverse: Tensor, gamma: float, noise: Tensor | None) -> Tensor:
+    """One unlearning step of the paper:  gamma * P g + sqrt(2 gamma P) n,  the noise's covariance being 2 gamma P.
+
+    Args:
+        gradient: of the loss to ascend; `inverse`: P, the damped inverse Fisher information; `noise`: n ~ N(0, 1), or None for
+            none. All of one shape.
+        gamma: step size, >= 0.
+
+    Source: Wang et al. 2024, arXiv 2403.13249: discretised Langevin ascent with diffusion matrix F^-1.
+    """
+    move = gamma * inverse * gradient
+    return move if noise is None else move + (2.0 * gamma * inverse).sqrt() * noise
+
+
+def normalized_move(
+    gradient: Tensor, weight_norm: Tensor, gradient_norm: Tensor, fisher: Tensor | None, noise: Tensor | None, *, delta: float,
+    fisher_coef: float, noise_coef: float,
+) -> Tensor:
+    """One unlearning step of the released code:  delta * (||theta|| g / ||g|| + noise_coef n) / (1 + fisher_coef F).
+
+    Args:
+        gradient: of one parameter, or this rank's slice of it.
+        weight_norm, gradient_norm: 0-dim, norms of the whole parameter and of its whole gradient; a zero norm leaves the noise.
+        fisher: F, as `gradient`; None for zero.
+        noise: n ~ N(0, 1), as `gradient`; None for none.
+
+    Invariant to the scale of the loss. Without noise and F the parameter moves by delta of its own norm.
+    Source: joey-wang123/CL-refresh-learning, models/derpp.py.
+    """
+    move = gradient * (weight_norm / (gradient_norm + GUARD)).to(gradient)
+    if noise is not None:
+        move = move + noise_coef * noise
+    return delta * (move if fisher is None else move / (1.0 + fisher_coef * fisher))
+
+
+class Refresh(OptimizerMixin):
+    """Refresh learning: every few steps the weights first ascend the loss, where earlier tasks do not mind.
+
+        sde:         theta <- theta + gamma * P grad L(theta) + N(0, 2 gamma P),  unlearn_steps times;  P = 1 / (F + damping)
+        normalized:  theta_t <- theta_t + delta * (||theta_t|| g_t / ||g_t|| + noise_coef n) / (1 + fisher_coef F_t)  per tensor t
+        then         the ordinary step from there, with every other mixin
+
+    F is the diagonal Fisher information of earlier tasks; call `opt.update_fisher(batches)` after a task. Before that P = 1 and
+    F = 0. After it F = 0 for a parameter that was added or unfrozen since, and a frozen one keeps its F. "sde" is the paper's
+    algorithm, "normalized" the released code's. The latter's own settings are `form="normalized", loss="current_ce", every=1`,
+    with the defaults of all else.
+
+    The unlearning gradient is the one of the global batch (all micro-batches), with penalties for loss="full". It has dropout
+    noise of its own and moves no statistics. Masters are moved in fp32. Noise is a function of (seed, step, name, position),
+    the same at any sharding. A skipped step puts the weights back bit for bit. A gradient of the unlearning pass that is not
+    finite cancels the whole move of that step, on every rank; such steps are counted in `opt.states[Refresh].refused`.
+
+    Args (Config): see the fields; gamma = 0 (sde) or delta = 0 (normalized) switches it off and leaves every bit.
+
+    Cost: unlearn_steps / every passes per step; one copy of the owned masters, kept (F), and up to four inside a refreshed
+    step; one host sync and one scalar all-reduce per unlearning pass, "normalized" one more for all norms; the draw of the
+    noise on the CPU.
+    Order: left of mixins that take further passes, so that its weights are put back also when one of those raises.
+    Limits: masters in bf16 (a bf16 model without an engine) swallow moves of 1e-5.
+
+    Source: Wang et al. 2024, arXiv 2403.13249, and joey-wang123/CL-refresh-learning, which differ as said. Differs from the
+    paper: F is damped, and noise is off by default (`noise_scale=1` is the paper's): at gamma = 0.03 its standard deviation is
+    0.24 sqrt(P) for every weight, more than most weights are large, and with P = 1 a small net on digits stays at chance.
+    """
+
+    moves_first = True
+    left_of = ("SAM", "ASAM", "GSAM", "GradientNorm", "WSAM", "LookSAM", "ESAM", "Ignite", "StaleSAM")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        form: Literal["sde", "normalized"] = "sde"
+        """The paper's algorithm, or the released code's."""
+        every: int = 2
+        """Refresh in steps 0, every, 2 * every, ...; >= 1."""
+        unlearn_steps: int = 1
+        """Ascent steps before a refreshed step (J); >= 1."""
+        loss: Literal["full", "current_ce"] = "full"
+        """What is ascended: the step's closure with all penalties, or the closure passed as `opt.step(closure, data=...)`."""
+        gamma: float = 0.03
+        """form="sde": step size of the ascent; >= 0."""
+        damping: float = 1.0
+        """form="sde": added to F before it is inverted; >= 1e-8. At 1, P is 1 where F is 0, as before the first task's end."""
+        noise_scale: float = 0.0
+        """form="sde": factor on the noise, 1 being the paper's; >= 0."""
+        delta: float = 1e-5
+        """form="normalized": relative move of each tensor; >= 0."""
+        fisher_coef: float = 1e-3
+        """form="normalized": factor on F; >= 0."""
+        noise_coef: float = 1e-3
+        """form="normalized": factor on the noise before delta; >= 0."""
+        fisher_decay: float = 1e-5
+        """Factor on F at each update: the default keeps the last task's alone, as the released code; in [0, 1]."""
+        estimator: Estimator | Literal["given"] = "reference"
+        """Which Fisher information `update_fisher` estimates (see `fisher_sums`); "given": it must be handed in."""
+        denominator: Literal["samples", "loader"] = "samples"
+        """What sums are divided by: the samples, or batches * batch size as the reference code."""
+        chunk: int = 16
+        """Samples differentiated at once, in memory chunk * weights; >= 1."""
+        factory: Factory | None = None
+        """Builds the bare model on the CPU; needed on ZeRO stage 3 and FSDP2 for the plain replica."""
+
+        def __post_init__(self) -> None:
+            check(self.form in ("sde", "normalized"), "Refresh", f"form={self.form!r}", "be sde or normalized")
+            check(self.loss in ("full", "current_ce"), "Refresh", f"loss={self.loss!r}", "be full or current_ce")
+            for name in ("every", "unlearn_steps"):
+                value = getattr(self, name)
+                check_whole("Refresh", name, value, 1)
+            for name in ("gamma", "delta", "noise_scale", "fisher_coef", "noise_coef"):
+                check_real("Refresh", name, getattr(self, name), 0.0)
+            check_real("Refresh", "damping", self.damping, 1e-8)
+            check_real("Refresh", "fisher_decay", self.fisher_decay, 0.0, 1.0)
+            check_estimator("Refresh", self)
+
+        @property
+        def active(self) -> bool:
+            """Whether weights are moved at all."""
+            return bool(self.gamma if self.form == "sde" else self.delta)
+
+    @dataclass
+    class State:
+        fisher: ByName = field(default_factory=ByName)
+        tasks: int = 0
+        refused: int = 0
+        """Applied steps whose unlearning gradient was not finite."""
+
+    _refresh_undo: Vector | None = None
+    """The weights before this step's move, until the gradient has been taken."""
+
+    def on_attach(self) -> None:
+        """Refuse at once what `update_fisher` would refuse after hours."""
+        config: Refresh.Config = self.configs[Refresh]
+        if config.active and config.estimator != "given":
+            require_replica(self.host, config.factory, "Refresh")
+
+    def move_parameters(self, objective: Objective) -> None:
+        """Unlearn, in every `every`-th step."""
+        super().move_parameters(objective)
+        config: Refresh.Config = self.configs[Refresh]
+        if not config.active:
+            return
+        name = "data" if config.loss == "current_ce" else "loss"
+        for needed, given in (("loss", "step(closure)"), (name, f"step(closure, {name}=...)")):
+            if needed not in objective.closures:
+                raise RuntimeError(f"{type(self).__name__}: Refresh needs opt.{given}, and the step was not given it")
+        if self.step_count % config.every:
+            return
+        self._refresh_undo = kept = self.host.weights().clone()
+        self.on_skip(lambda: self._put_back(kept))
+        try:
+            for iteration in range(config.unlearn_steps):
+                objective(name, probe=True)
+                if not bool(self.host.finite()):
+                    self._put_back(kept)
+                    self.on_apply(self._count_refused)
+                    break
+                move = self.displacement(self._unlearning(config, iteration))
+                Vector(self.host, move.shards, [s.data for s in move.shards]).add_(move)
+                self.host.touch()
+        except BaseException:
+            self._put_back(kept)
+            raise
+
+    def estimate_gradient(self, objective: Objective) -> Any:
+        """Put the weights back if a pass raises."""
+        try:
+            return super().estimate_gradient(objective)
+        except BaseException:
+            if self._refresh_undo is not None:
+                self._put_back(self._refresh_undo)
+            raise
+        finally:
+            self._refresh_undo = None
+
+    def _unlearning(self, config: Refresh.Config, iteration: int) -> Vector:
+        """The move along the present gradient, in the masters' dtype."""
+        state = self.states[Refresh]
+        # Parameters that the pass did not reach stay where they are, noise included, unlike in the released code: a step that
+        # has no use for the head of an old task does not wear it away.
+        pairs = [(s, g) for s in self.host.shards if (g := s.grad) is not None]
+        shards = [s for s, _ in pairs]
+        fisher = [state.fisher.get(s.name) for s in shards]
+        gradient = [g.to(s.data) for s, g in pairs]
+        scale = config.noise_scale if config.form == "sde" else config.noise_coef
+        noise = [self.refresh_noise(s, iteration).to(s.data).view(s.data.shape) if scale else None for s in shards]
+        if config.form == "sde":
+            known = [torch.zeros_like(s.data) if f is None else f for s, f in zip(shards, fisher, strict=True)]
+            inverse = [1.0 / (f + config.damping) if state.tasks else torch.ones_like(f) for f in known]
+            return Vector(self.host, shards, [sde_move(g, p, config.gamma, None if n is None else n * scale).to(g)
+                                              for g, p, n in zip(gradient, inverse, noise, strict=True)])
+        weight_norms, norms = _norms(self.host, shards, [s.data for s in shards], gradient)
+        return Vector(self.host, shards, [
+            normalized_move(g, weight_norms[s.name], norms[s.name], f, n, delta=config.delta, fisher_coef=config.fisher_coef,
+                            noise_coef=scale).to(g)
+            for s, g, f, n in zip(shards, gradient, fisher, noise, strict=True)])
+
+    def refresh_noise(self, shard: Shard, iteration: int) -> Tensor:
+        """Standard normal noise of one slice, (numel,) float32, CPU: a function of (seed, step, iteration, name, position)."""
+        return seeds.normal((self.seed, "refresh", self.step_count, iteration, shard.name), shard.start, shard.numel)
+
+    def _put_back(self, kept: Vector) -> None:
+        if kept.tensors:
+            torch._foreach_copy_([s.data for s in kept.shards], kept.tensors)
+        self.host.touch()
+
+    def _count_refused(self) -> None:
+        self.states[Refresh].refused += 1
+
+    @torch.no_grad()
+    def update_fisher(
+        self, batches: Iterable[Rows] | None = None, *, importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """F <- fisher_decay * F + F_new, at the present weights. Between two steps, after a task. Collective.
+
+        Args:
+            batches: this rank's rows of the task's data: (inputs, targets), or with ids third; see `diagonal_fisher`.
+            importance: instead of it, whole F_new by name, the same on every rank; >= 0.
+
+        Raises:
+            ValueError: both or neither; entries that do not fit the model, negative or not finite. Nothing is touched.
+        """
+        config: Refresh.Config = self.configs[Refresh]
+        state: Refresh.State = self.states[Refresh]
+        new = slices(self.host, chosen_importance(self, "Refresh", config, batches, importance, state.tasks), "Refresh")
+        state.fisher = ByName({**state.fisher, **{
+            n: accumulate(state.fisher.get(n), f, "online", config.fisher_decay, state.tasks) for n, f in new.items()}})
+        state.tasks += 1
+
+    def cost(self) -> Cost:
+        """The unlearning passes; F; inside the step the weights before, the move and what it is made of."""
+        config: Refresh.Config = self.configs[Refresh]
+        if not config.active:
+            return Cost()
+        share = config.unlearn_steps / config.every
+        return Cost(passes=share, state_bytes=4, transient_bytes=16,
+                    scalar_reductions=share * (2 if config.form == "normalized" else 1),
+                    note=f"Refresh: one step in {config.every} has {config.unlearn_steps} unlearning pass(es) first, and one "
+                         "host sync for each")
+
+
+def _norms(host: Host, shards: list[Shard], *vectors: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Norms of whole parameters for several vectors over these shards: name to 0-dim float64. One collective for all."""
+    names = host.names
+    place = {name: i for i, name in enumerate(names)}
+    squares = torch.zeros(len(vectors), len(names), dtype=torch.float64, device=host.device)
+    if shards:
+        index = torch.tensor([place[s.name] for s in shards], device=host.device)
+        for row, tensors in zip(squares, vectors, strict=True):
+            wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+            norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=wide))).to(host.device, torch.float64)
+            row.index_add_(0, index, norms.square())
+    return [dict(zip(names, row.sqrt().unbind(), strict=True)) for row in host.total(squares)]

@@ -1,0 +1,1 @@
+"""Warm starts: weights shrunk towards a fresh initialisation."""

@@ -1,0 +1,1 @@
+"""The sharpness family: gradients taken at, or against, nearby weights."""

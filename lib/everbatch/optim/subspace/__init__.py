@@ -1,0 +1,1 @@
+"""Updates kept inside, or outside, of subspaces of a layer's inputs."""

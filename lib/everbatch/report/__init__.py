@@ -1,0 +1,1 @@
+"""What a run leaves to be read: TensorBoard, JSON lines, figures."""

@@ -1,0 +1,138 @@
+"""Put a model and a composed optimizer on an engine: plain torch, DDP, FSDP2 or DeepSpeed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everbatch.contract import base_of, option_names, route
+from everbatch.distributed import World, init
+from everbatch.errors import UnsupportedHost, check, nearest
+from everbatch.optim.groups import groups
+from everbatch.optim.mixin import OptimizerMixin
+from everbatch.train.blocks import shard_blocks
+from everbatch.train.ddp import wrap
+
+__all__ = ["Engine", "check_optimizer", "launch", "shard_blocks"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A launched model."""
+
+    optimizer: OptimizerMixin
+    module: nn.Module
+    """The bare module; with DeepSpeed's and FSDP2's hooks on it."""
+    call: Callable[[Tensor], Any]
+    """Runs a forward so that gradients of its result are reduced."""
+    bare: Callable[[Tensor], Any]
+    """Runs a forward of the bare module, for gradients of inputs: reduces nothing, whatever is differentiated."""
+
+
+def launch(
+    model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any], *, world: World,
+    device: torch.device, decay_vectors: bool, seed: int, ddp: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Build the optimizer over `model` on `engine`.
+
+    Args:
+        model: on any device; moved, and converted in place by FSDP2 and DeepSpeed.
+        optimizer: `functools.partial(Cls, **options)`, options of the base and of the mixins together.
+        engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration.
+        ddp: options of DDP; see `everbatch.train.ddp`.
+        decay_vectors: False puts parameters of fewer than two dimensions into a group with weight_decay 0.
+    """
+    cls: Any = optimizer.func
+    options = dict(optimizer.keywords)
+    if isinstance(engine, Mapping):
+        return _deepspeed(model, cls, options, engine, device, decay_vectors, seed)
+    check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}",
+          "be plain, ddp, fsdp2 or a DeepSpeed configuration", nearest(str(engine), ("plain", "ddp", "fsdp2")))
+    check(engine != "plain" or world.size == 1, "Trainer", f"engine='plain' on {world.size} ranks", "run on one rank",
+          "use engine='ddp', 'fsdp2' or a DeepSpeed configuration")
+    model.to(device)
+    call: nn.Module = model
+    if engine == "ddp":
+        call = wrap(model, ddp)
+    elif engine == "fsdp2":
+        shard_blocks(model)
+    target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
+    made = cls(target, seed=seed, **options)
+    # Given groups, it learns of modules in its first pass: too late for weights edited after an evaluation.
+    made.host.meet(call.modules())
+    return Engine(made, model, call, model)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse, with the line that would work, what is no `functools.partial` of a composed optimizer class."""
+    cure = "functools.partial(compose(base=torch.optim.SGD), lr=0.1)"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        check(False, "Trainer", f"optimizer={kind}(...), built already", "be a class and its options: the trainer builds it over "
+              "the engine's parameters", f"pass {cure.replace('SGD', base_name(type(optimizer)))} with your mixins and options")
+    if isinstance(optimizer, type):
+        own = issubclass(optimizer, OptimizerMixin)
+        made = optimizer.__name__ if own else cure.split("(", 1)[1].rsplit(",", 1)[0].replace("SGD", optimizer.__name__)
+        check(False, "Trainer", f"optimizer={optimizer.__name__}, a class", "come with its options",
+              f"pass functools.partial({made}, lr=0.1)")
+    partial = isinstance(optimizer, functools.partial)
+    check(partial, "Trainer", f"optimizer={optimizer!r}", "be functools.partial(Cls, option=value, ...) of a composed optimizer "
+          "class", f"pass {cure}")
+    cls = optimizer.func
+    composed = isinstance(cls, type) and issubclass(cls, OptimizerMixin)
+    name = getattr(cls, "__name__", repr(cls))
+    check(composed, "Trainer", f"optimizer=functools.partial({name}, ...)", "be one of a composed optimizer class",
+          f"pass functools.partial(compose(base={_path(cls)}), ...)" if isinstance(cls, type) else f"pass {cure}")
+    check(not optimizer.args, "Trainer", f"optimizer=functools.partial({name}, {', '.join(map(_short, optimizer.args))})",
+          "hold options by keyword alone", "leave out the parameters: the trainer passes its engine's")
+
+
+def base_name(cls: type) -> str:
+    """Name of the torch class below an optimizer's parts."""
+    base = base_of(cls) if issubclass(cls, OptimizerMixin) else cls
+    return (base or cls).__name__
+
+
+def _path(cls: type) -> str:
+    return f"torch.optim.{cls.__name__}" if cls.__module__.startswith("torch.optim") else cls.__name__
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str) else f"{type(value).__name__}(...)"
+
+
+def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, Any], config: Mapping[str, Any],
+               device: torch.device, decay_vectors: bool, seed: int) -> Engine:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("engine: DeepSpeed is not installed; pip install everbatch[deepspeed]") from error
+    chosen, rest = route(cls, options)
+    base = base_of(cls)
+    assert base is not None
+    target = list(model.parameters()) if decay_vectors else [
+        {**g, "params": [p for _, p in g["params"]]} for g in groups(model, weight_decay=rest.get("weight_decay", 0.0))]
+    try:
+        client = base(target, **rest)
+    except TypeError as error:
+        raise TypeError(f"{cls.__name__}: {error}; options of the mixins: {', '.join(sorted(option_names(cls)))}") from None
+    init(device.type, lone=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=dict(config))
+    half = bool(engine.bfloat16_enabled())
+    mixed = [n for n, m in engine.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+             and m.running_mean is not None and m.running_mean.dtype != torch.bfloat16]
+    if half and mixed and engine.device.type == "cpu":
+        raise UnsupportedHost(f"DeepSpeed: {mixed[0]} keeps its running statistics in fp32 beside bf16 weights, which torch's "
+                              "batch norm refuses on CPU; use precision fp32, engine ddp or fsdp2 with trainer.precision=bf16, "
+                              "or data_types.buffer_dtype: bf16 in the DeepSpeed configuration")
+    flat = {f"{part.__name__.lower()}_{name}": value for part, values in chosen.items() for name, value in values.items()}
+
+    def call(inputs: Tensor) -> Any:
+        return engine.module(inputs.bfloat16() if half and inputs.is_floating_point() else inputs)
+
+    return Engine(cls.on(engine, seed=seed, **flat), engine.module, call, call)

@@ -1,0 +1,1 @@
+"""Replay: samples of earlier tasks, and what is asked of them."""
