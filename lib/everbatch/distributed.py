@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from everbatch.ends import end_with_parent
 from everbatch.errors import check
+from everbatch.processes import end_with_parent
 
 __all__ = ["World", "attempt_store", "enlist", "init"]
 

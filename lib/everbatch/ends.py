@@ -1,9 +1,7 @@
-"""How a process of a run ends: with one line from one rank, an exit code that says why, and no process left behind."""
+"""How a run ends on an error: with one line from one rank, and an exit code that says why."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
 import select
 import signal
@@ -11,74 +9,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from everbatch.errors import CheckpointMismatch, CompositionError, UnsupportedHost
+from everbatch.processes import end
 
-__all__ = ["EXPECTED", "at_end", "end", "end_children", "end_with_parent", "follow_trainer", "guard", "tell"]
+__all__ = ["EXPECTED", "guard", "interrupted", "tell"]
 
 EXPECTED = (ValueError, CompositionError, UnsupportedHost, CheckpointMismatch, RuntimeError, ImportError, OSError)
 """What a user can mend: told in one line. Anything else is ours to mend, and told with its traceback."""
 PIPE_CLOSED = 128 + 13
 """What a shell gives for a program whose reader has gone."""
-PR_SET_PDEATHSIG = 1
-_last: list[Callable[[], Any]] = []
-
-
-def at_end(action: Callable[[], Any]) -> None:
-    """Call `action` when the process ends by itself, also by `end`, which runs no exit handler of Python's."""
-    _last.append(action)
-    atexit.register(action)
-
-
-def end(code: int) -> NoReturn:
-    """End this process at once, and what it started. Not `sys.exit`: tearing down a process group may wait for ranks that never
-    come, and multiprocessing for a child that was stopped."""
-    for action in _last:
-        with contextlib.suppress(Exception):  # the store may be gone already; what is told is told
-            action()
-    end_children()
-    with contextlib.suppress(OSError, ValueError):  # a reader that is gone
-        sys.stdout.flush()
-    os._exit(code)
-
-
-def end_children() -> None:
-    """Kill everything that this process started, down to the last grandchild and stopped ones too; needs Linux's /proc.
-
-    Only multiprocessing's tracker of shared memory is let go on instead: it clears up and ends when the others have."""
-    from multiprocessing import resource_tracker
-
-    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):  # it has ended since
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found, grown = {os.getpid()}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        grown, found = bool(more), found | more
-    for pid in found - {os.getpid()}:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGCONT if pid == tracker else signal.SIGKILL)
-
-
-def end_with_parent(sign: int | None = None) -> None:
-    """Have the kernel send this process `sign` (SIGKILL) when the thread that started it ends, however that comes about; on
-    Linux only."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL if sign is None else sign)
-
-
-def follow_trainer(_worker: int = 0) -> None:
-    """In a process that works for a trainer: it ends with the trainer, and a Ctrl-C is the trainer's to hear."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from everbatch.data.batch import Batch
 from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
 from everbatch.data.datasets import DatasetSource, as_source
 from everbatch.data.domains import Permute, Rotate, permuted, rotated
+from everbatch.data.load import load
 from everbatch.data.loader import Loader, evaluation_batches
 from everbatch.data.pairs import as_stream
 from everbatch.data.slots import balancoir_index, group_quotas, largest, reservoir_index, ring_index, share
@@ -13,7 +14,6 @@ from everbatch.data.sources import (
     SubsetSource,
     TensorSource,
     TransformedSource,
-    load,
     stratified_split,
 )
 from everbatch.data.store import ReplayStore

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 
 from everbatch.data.arrays import as_labels, check_labels, numbered
 from everbatch.data.folders import class_files
-from everbatch.data.sources import Resize, Source, SubsetSource, digest, stratified_split, target_bytes
+from everbatch.data.sources import Source, SubsetSource, digest, stratified_split, target_bytes
 from everbatch.errors import check, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageSource", "Look", "open_folder", "open_torchvision"]
+__all__ = ["ImageSource", "Look", "Resize", "open_folder", "open_torchvision"]
 
+Resize = Literal["crop", "square"]
 THREADS = 4
 """Decoding releases the interpreter lock; more threads than this gain little beside loader workers."""
 CACHE_BYTES = 2**28

@@ -16,8 +16,8 @@ from everbatch.data.batch import Batch
 from everbatch.data.datasets import drawing
 from everbatch.data.streams import Stream, Task
 from everbatch.distributed import World
-from everbatch.ends import follow_trainer
 from everbatch.errors import check
+from everbatch.processes import follow_trainer
 from everbatch.seeds import generator
 
 __all__ = ["Loader", "check_workers", "evaluation_batches"]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from everbatch.distributed import World
-
-if TYPE_CHECKING:
-    from everbatch.data.streams import Stream
 
 __all__ = ["notes_of", "speaks", "tell"]
 
@@ -34,7 +32,22 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def notes_of(stream: Stream) -> tuple[str, ...]:
+class Labelled(Protocol):
+    """What notes are made of: a `Stream`, which itself offers them."""
+
+    @property
+    def tasks(self) -> Sequence[Any]: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def targets(self, ids: Tensor) -> Tensor: ...
+
+
+def notes_of(stream: Labelled) -> tuple[str, ...]:
     """See `everbatch.data.Stream.notes`. Cost: one look at all labels."""
     trained, tested = (_counts(stream, [getattr(task, part) for task in stream.tasks]) for part in ("train_ids", "test_ids"))
     found = (
@@ -50,7 +63,7 @@ def notes_of(stream: Stream) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _counts(stream: Stream, ids: list[Tensor]) -> Tensor:
+def _counts(stream: Labelled, ids: list[Tensor]) -> Tensor:
     """Samples of each label among all tasks, each counted once."""
     return torch.bincount(stream.targets(torch.unique(torch.cat(ids))), minlength=stream.num_classes)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, ClassVar
 
-from everbatch.ends import end
+from everbatch.processes import end
 
 if TYPE_CHECKING:
     from everbatch.train.trainer import Trainer

@@ -19,8 +19,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from everbatch.ends import follow_trainer
 from everbatch.errors import check
+from everbatch.processes import follow_trainer
 from everbatch.train.adversarial.attack import Attack
 from everbatch.train.adversarial.placement import AdversaryLost, Crafted, Job, Placement, modes_of, set_modes
 from everbatch.train.adversarial.wire import layout, room, views

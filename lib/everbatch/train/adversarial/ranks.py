@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from everbatch.distributed import attempt_store, enlist, init
-from everbatch.ends import at_end
 from everbatch.errors import check
+from everbatch.processes import at_end
 from everbatch.train.adversarial.attack import Attack
 from everbatch.train.adversarial.placement import AdversaryLost, Crafted, Job, Placement, modes_of
 from everbatch.train.adversarial.wire import (

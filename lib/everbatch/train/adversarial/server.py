@@ -16,9 +16,9 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from everbatch.distributed import attempt_store
-from everbatch.ends import end, follow_trainer
 from everbatch.errors import check
 from everbatch.nn import convert_split_bn
+from everbatch.processes import end, follow_trainer
 from everbatch.train.adversarial.attack import BRANCH, Attack
 from everbatch.train.adversarial.placement import set_modes
 from everbatch.train.adversarial.ranks import Role
