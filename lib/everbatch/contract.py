@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeAlias
 
 from everbatch.errors import CompositionError, check, nearest
 
-__all__ = ["Contract", "Cost", "base_of", "parts_of"]
+__all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", "base_of", "parts_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,47 @@ class Cost:
     """Anything else a user pays."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of a search space, its ends included.
+
+    Args:
+        low, high: finite, low < high. log: search it by orders of magnitude; low > 0.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        ends = f"low={self.low!r}, high={self.high!r}"
+        check(-math.inf < self.low < self.high < math.inf, "Range", ends, "be finite, and ascend")
+        check(self.low > 0 or not self.log, "Range", f"{ends}, log=True", "have low > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Options that need the model: `by(factory)` gives them by field, where factory() builds the bare model."""
+
+    by: Callable[[Callable[[], Any]], Mapping[str, Any]]
+
+
+Options: TypeAlias = "Mapping[str, Any] | Made"
+"""Options by field. A field `factory` that they leave out is filled with the factory of the bare model."""
+Space: TypeAlias = "Mapping[str, tuple[Any, ...] | Range]"
+"""Values to try, by field; the first of a tuple is where to begin."""
+DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "from_data", "asked", "idle",
+            "at_task_end")
+"""What a part says of itself, beside `left_of`, `owns` and `free`."""
+
+
 class Contract:
     """Base of both families: option routing, composition checks, configs and states by part.
 
     A family's root sets `verbs` (names a part may override, cooperatively) and `final` (names nobody may).
     A part may nest `Config` (a frozen, keyword-only dataclass of options) and `State` (a dataclass of what must be saved),
-    and may set `left_of` (parts that must stand to its right) and `owns` (resources with one owner).
+    and may set `left_of` (parts, or owners of a resource, that must stand to its right) and `owns` (resources with one owner).
+    What it declares beside that is all that recipes, the contract suite, the README and `everbatch methods` know of it.
     """
 
     verbs: ClassVar[tuple[str, ...]] = ()
@@ -46,6 +83,23 @@ class Contract:
     owns: ClassVar[tuple[str, ...]] = ()
     free: ClassVar[tuple[str, ...]] = ()
     """Options that change where or how safely a part works, and no bit of what it gives: a resumed run may change them."""
+
+    example: ClassVar[Options] = {}
+    """Options at which a few steps show what the part does; the contract suite runs them."""
+    off: ClassVar[Options] = {}
+    """Options at which it leaves the bits of the class it stands on."""
+    search: ClassVar[Space] = {}
+    """What tuning varies. Empty where there is nothing to tune."""
+    bases: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes it can stand on; empty: any."""
+    call: ClassVar[str] = ""
+    """A method without arguments that is called between steps, when a task starts; what it does is all that the part does."""
+    called_by: ClassVar[str] = ""
+    """Key of the trainer mixin that calls it at a task's start or end, and is composed where it is."""
+    in_code: ClassVar[str] = ""
+    """Why no file and no command line can give what it needs; recipes leave such a part out."""
+    from_data: ClassVar[tuple[str, ...]] = ()
+    """Trainer mixins: fields that follow from the data of a recipe: `mean`, `std`, `classes`."""
 
     configs: dict[type, Any]
     states: dict[type, Any]
@@ -59,6 +113,26 @@ class Contract:
             _check_part(cls)
         else:
             _check_composed(cls, base)
+            for name in (n for n in DECLARED if hasattr(base, n)):  # what a part declares hides nothing of the base
+                setattr(cls, name, inspect.getattr_static(base, name))
+
+    @classmethod
+    def asked(cls, config: Any) -> bool:
+        """Whether these options alone ask for the part. Where its default options do not, a recipe composes it with the parts
+        that are `called_by` it."""
+        return True
+
+    @classmethod
+    def idle(cls, config: Any) -> dict[str, str]:
+        """Fields that have no effect beside the others, and why; a user who gives one is told."""
+        return {}
+
+    def at_task_end(self, rows: Any) -> None:
+        """Called of each part that defines it, when a task's last step is done; collective.
+
+        Args:
+            rows: the task's training samples without augmentation, this rank's share: an iterable of (inputs, targets, ids).
+        """
 
     def _configure(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take every part's options out of `options`, build configs and fresh states; return what is left."""
@@ -142,12 +216,17 @@ def sort_parts(parts: tuple[type, ...]) -> tuple[type, ...]:
     """
     left, result = list(parts), []
     while left:
-        free = [p for p in left if not any(p.__name__ in q.left_of for q in left if q is not p)]  # type: ignore[attr-defined]
+        free = [p for p in left if not any(_is_left_of(q, p) for q in left if q is not p)]
         if not free:
             raise CompositionError(f"{', '.join(p.__name__ for p in left)}: their orders contradict each other")
         left.remove(free[0])
         result.append(free[0])
     return tuple(result)
+
+
+def _is_left_of(part: Any, other: Any) -> bool:
+    """Whether `part` declares that `other`, by name or by what it owns, must stand to its right."""
+    return not {other.__name__, *other.owns}.isdisjoint(part.left_of)
 
 
 def is_root(cls: type) -> bool:
@@ -181,6 +260,11 @@ def _check_part(cls: type[Contract]) -> None:
     state = vars(cls).get("State")
     if state is not None and (not dataclasses.is_dataclass(state) or any(_no_default(f) for f in dataclasses.fields(state))):
         refuse("State must be a dataclass whose fields all have defaults")
+    for name in ("example", "off", "search"):
+        told = vars(cls).get(name, {})
+        unknown = sorted(set(told) - set(_fields(cls))) if isinstance(told, Mapping) else []
+        if unknown:
+            refuse(f"{name} has {unknown[0]!r}, which is no field of its Config; {nearest(unknown[0], _fields(cls))}")
     for name in cls.final:
         if name in vars(cls):
             refuse(f"overrides {name}(), which is final; override a verb: {', '.join(cls.verbs)}")
@@ -226,7 +310,7 @@ def _check_composed(cls: type[Contract], base: type) -> None:
             owners[resource] = part
     for i, part in enumerate(parts):
         for other in parts[:i]:
-            if other.__name__ in part.left_of:  # type: ignore[attr-defined]
+            if _is_left_of(part, other):
                 raise CompositionError(f"{cls.__name__}: {part.__name__} must stand to the left of {other.__name__}; "
                                        f"write {line}")
     known = set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]

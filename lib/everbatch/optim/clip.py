@@ -29,6 +29,9 @@ class ClipGradNorm(OptimizerMixin):
     left_of = ("DynamicSparsity", "SubspaceProjection")
 
     minimizes = False
+    example = {"max_norm": 0.3}
+    off = {"max_norm": math.inf}
+    search = {"max_norm": (1.0, 0.1, 10.0)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

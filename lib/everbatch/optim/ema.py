@@ -34,6 +34,9 @@ class EMA(OptimizerMixin):
     left_of = ("DynamicSparsity",)
 
     minimizes = False
+    example = {"ema_decay": 0.5}
+    off = {"ema_decay": 0.5}  # it touches no weight
+    search = {"ema_decay": (0.999, 0.99, 0.9998)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

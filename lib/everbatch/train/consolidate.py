@@ -48,6 +48,10 @@ class Consolidate(TrainerMixin):
     Order: left of mixins that change weights in consolidate(), so that importance is of the weights that stay.
     """
 
+    example = {"samples": 6, "rows": 4}
+    off = {}
+    search = {}
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         samples: int = 0
@@ -61,6 +65,11 @@ class Consolidate(TrainerMixin):
             for name, least in (("samples", 0), ("rows", 1)):
                 value = getattr(self, name)
                 check_whole("Consolidate", name, value, least)
+
+    @classmethod
+    def asked(cls, config: Consolidate.Config) -> bool:
+        """Isolated tasks begin and end here; all else waits for parts that want to be called."""
+        return config.isolate
 
     optimizer: Any
     """The trainer's, composed with at least one of the parts above."""

@@ -35,6 +35,10 @@ class WarmStart(TrainerMixin):
     wrapping; the optax port's counter wraps at every_n and its rule never fires.
     """
 
+    example = {"first": True}
+    off = {}
+    search = {}
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         first: bool = False
@@ -44,6 +48,11 @@ class WarmStart(TrainerMixin):
 
         def __post_init__(self) -> None:
             check_whole("WarmStart", "every_steps", self.every_steps)
+
+    @classmethod
+    def asked(cls, config: WarmStart.Config) -> bool:
+        """It only calls what the optimizer has."""
+        return False
 
     optimizer: Any
     """The trainer's, composed with ShrinkPerturb."""

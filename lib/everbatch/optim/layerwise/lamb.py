@@ -109,6 +109,10 @@ class LAMB(OptimizerMixin):
     owns = ("trust ratio",)
 
     minimizes = False
+    bases = ("AdamW",)
+    example = {"max_grad_norm": 0.5}
+    off = {"min_ratio": 1.0, "max_ratio": 1.0}
+    search = {"max_grad_norm": (1.0, 0.3, 3.0)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

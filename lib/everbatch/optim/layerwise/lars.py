@@ -97,6 +97,10 @@ class LARS(OptimizerMixin):
     owns = ("trust ratio",)
 
     minimizes = False
+    bases = ("SGD",)
+    example = {"trust_coeff": 0.2}
+    off = {"trust_coeff": 1e30, "trust_clip": True}
+    search = {"trust_coeff": (0.1, 0.01, 0.001)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -106,6 +106,11 @@ class EWC(OptimizerMixin):
     of samples (`denominator="loader"` is the code's); each is an option or a matter of what is passed.
     """
 
+    called_by = "consolidate"
+    example = {"strength": 0.5}
+    off = {"strength": 0.0}
+    search = {"strength": (1.0, 10.0, 100.0, 1000.0)}
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         strength: float = 1.0
@@ -181,6 +186,10 @@ class EWC(OptimizerMixin):
         state.tasks += 1
         state.averaged = {**state.averaged, **{n: state.averaged.get(n, 0) + 1 for n in self.host.names}}
 
+    def at_task_end(self, rows: Iterable[Rows]) -> None:
+        """`consolidate_ewc`."""
+        self.consolidate_ewc(rows)
+
     @torch.no_grad()
     def ewc_penalty(self) -> Tensor:
         """The term whose gradient is added: 0-dim float64. One all-reduce where weights are sharded."""
@@ -214,6 +223,10 @@ class SI(OptimizerMixin):
     """
 
     left_of = ("LARS", "LAMB")
+    called_by = "consolidate"
+    example = {"strength": 0.5, "xi": 0.1}
+    off = {"strength": 0.0}
+    search = {"strength": (0.1, 0.01, 1.0), "xi": (0.1, 1.0)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -288,6 +301,10 @@ class SI(OptimizerMixin):
             state.anchor = ByName({**state.anchor, **weights})
             state.contribution = ByName({n: kept for n, kept in state.contribution.items() if n not in weights})
 
+    def at_task_end(self, rows: Iterable[Rows]) -> None:
+        """`consolidate_si`."""
+        self.consolidate_si()
+
     @torch.no_grad()
     def si_penalty(self) -> Tensor:
         """The term whose gradient is added: 0-dim float64. One all-reduce where weights are sharded."""
@@ -315,6 +332,11 @@ class MAS(OptimizerMixin):
     Source: Aljundi et al. 2018, arXiv 1711.09601; moving average of Avalanche. Differs from Avalanche: per-sample gradients, the
     paper's definition, by default, because the mean over a batch depends on how the data is cut into batches and ranks.
     """
+
+    called_by = "consolidate"
+    example = {"strength": 0.05}
+    off = {"strength": 0.0}
+    search = {"strength": (1.0, 0.1, 10.0)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -367,6 +389,10 @@ class MAS(OptimizerMixin):
             new[name] = torch.lerp(new[name], old.to(new[name]), config.retain) if name in new else old
         state.importance, state.anchor = new, ByName({**state.anchor, **_weights(self.host)})
         state.tasks += 1
+
+    def at_task_end(self, rows: Iterable[Rows]) -> None:
+        """`consolidate_mas`."""
+        self.consolidate_mas(rows)
 
     @torch.no_grad()
     def mas_penalty(self) -> Tensor:

@@ -91,7 +91,11 @@ class Refresh(OptimizerMixin):
     """
 
     moves_first = True
-    left_of = ("SAM", "ASAM", "GSAM", "GradientNorm", "WSAM", "LookSAM", "ESAM", "Ignite", "StaleSAM")
+    left_of = ("perturbation",)
+    called_by = "consolidate"
+    example = {"gamma": 0.1, "noise_scale": 0.05}
+    off = {"gamma": 0.0}
+    search = {"gamma": (0.01, 0.03, 0.1), "every": (5, 2, 1)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -251,6 +255,10 @@ class Refresh(OptimizerMixin):
         state.fisher = ByName({**state.fisher, **{
             n: accumulate(state.fisher.get(n), f, "online", config.fisher_decay, state.tasks) for n, f in new.items()}})
         state.tasks += 1
+
+    def at_task_end(self, rows: Iterable[Rows]) -> None:
+        """`update_fisher`."""
+        self.update_fisher(rows)
 
     def cost(self) -> Cost:
         """The unlearning passes; F; inside the step the weights before, the move and what it is made of."""

@@ -74,6 +74,11 @@ class ShrinkPerturb(OptimizerMixin):
     """
 
     minimizes = False
+    example = {"noise": "gaussian", "sigma": 0.05, "shrink": 0.8, "factory": None}
+    off = {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "moments": "keep", "factory": None}
+    search = {"shrink": (0.5, 0.3, 0.7, 0.9)}
+    call = "shrink_perturb"
+    called_by = "warm_start"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

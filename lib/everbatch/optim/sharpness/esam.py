@@ -49,6 +49,11 @@ class ESAM(OptimizerMixin):
 
     owns = ("perturbation",)
     needs = ("per_sample",)
+    # Each rank selects among its own rows, one process among all: equal only where all are selected (gamma 1, ties included),
+    # which still runs both passes through per_sample, and perturbs the tensors that a seeded coin picks.
+    example = {"rho": 0.5, "gamma": 1.0, "strict": False, "beta": 0.6}
+    off = {"rho": 0.0}
+    search = {"rho": (0.02, 0.05, 0.1), "beta": (1.0, 0.6), "gamma": (0.5, 0.6)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

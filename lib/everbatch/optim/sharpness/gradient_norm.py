@@ -27,6 +27,9 @@ class GradientNorm(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    example = {"radius": 0.3}
+    off = {"mix": 0.0}
+    search = {"radius": (0.05, 0.02, 0.1), "mix": (0.8, 0.2, 0.5)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -66,6 +69,9 @@ class WSAM(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    example = {"rho": 0.3, "gamma": 0.6}
+    off = {"gamma": 0.0}
+    search = {"rho": (0.02, 0.05, 0.1), "gamma": (0.9, 0.8, 0.95)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -31,6 +31,9 @@ class GSAM(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    example = {"rho": 0.3}
+    off = {"rho": 0.0}
+    search = {"rho": (0.05, 0.02, 0.1, 0.2), "alpha": (0.4, 0.1, 0.2)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -36,6 +36,9 @@ class Ignite(OptimizerMixin):
 
     owns = ("perturbation",)
     needs = ("output",)
+    example = {"rho": 0.5, "rate": 0.1, "budget": 0.01, "multiplier": 0.1}
+    off = {"multiplier": 0.0, "rate": 0.0}
+    search = {"rho": (0.01, 0.05, 0.1)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -33,6 +33,9 @@ class LookSAM(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    example = {"rho": 0.3, "every": 3}
+    off = {"rho": 0.0}
+    search = {"rho": (0.05, 0.02, 0.1, 0.2), "every": (5, 2, 10)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -137,6 +140,9 @@ class StaleSAM(OptimizerMixin):
 
     owns = ("perturbation",)
     moves_first = True
+    example = {"rho": 0.3, "tau": 2}
+    off = {"rho": 0.0}
+    search = {"rho": (0.02, 0.05, 0.1), "tau": (1, 2)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

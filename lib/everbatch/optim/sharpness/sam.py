@@ -41,6 +41,9 @@ class SAM(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    example = {"rho": 0.5}
+    off = {"rho": 0.0}
+    search = {"rho": (0.05, 0.02, 0.1, 0.2)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -97,6 +100,9 @@ class ASAM(OptimizerMixin):
     """
 
     owns = ("perturbation",)
+    example = {"rho": 0.5}
+    off = {"rho": 0.0}
+    search = {"rho": (0.2, 0.5, 1.0, 2.0)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

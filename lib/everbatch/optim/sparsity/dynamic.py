@@ -61,6 +61,9 @@ class DynamicSparsity(OptimizerMixin):
     left_of = ("SubspaceProjection", "Refresh")
 
     minimizes = False
+    example = {"density": 0.3, "update_every": 2}
+    off = {"density": 1.0}
+    search = {"density": (0.5, 0.2, 0.1)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from everbatch.contract import Cost, parts_of
+from everbatch import seeds
+from everbatch.contract import Cost, Made, parts_of
 from everbatch.distributed import World
 from everbatch.engines.local import LocalHost
 from everbatch.engines.shards import Shard
 from everbatch.errors import CompositionError, check, check_real, nearest
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.subspace.transforms import Projection
+from everbatch.optim.subspace.transforms import Projection, null_space
 
 __all__ = ["SubspaceProjection"]
 
 BUCKET = 1 << 26
 """Elements gathered by one all-reduce at most."""
+
+
+def _example(factory: Callable[[], nn.Module]) -> dict[str, Any]:
+    """Every matrix of the model loses its gradient's part along two directions of its inputs."""
+    maps: dict[str, Projection] = {}
+    for name, weight in factory().named_parameters():
+        if weight.ndim == 2:
+            draw = seeds.normal(("example", name), 0, 2 * weight.shape[1]).view(-1, 2)
+            maps[name] = Projection(right=null_space(torch.linalg.qr(draw)[0].contiguous()))
+    return {"projections": maps}
+
+
+def _off(factory: Callable[[], nn.Module]) -> dict[str, Any]:
+    return {**_example(factory), "strength": 0.0}
 
 
 class SubspaceProjection(OptimizerMixin):
@@ -53,6 +68,10 @@ class SubspaceProjection(OptimizerMixin):
     left_of = ("LARS", "LAMB")
 
     minimizes = False
+    in_code = "its matrices are tensors, which no option can name"
+    search = {"strength": (1.0, 0.5)}
+    example = Made(_example)
+    off = Made(_off)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

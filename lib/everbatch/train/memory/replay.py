@@ -65,6 +65,10 @@ class Replay(TrainerMixin):
     and, by default, a sample met again in a later epoch refreshes its logits instead of entering twice.
     """
 
+    example = {"capacity": 12, "replay_batch": 8, "alpha": 0.3}
+    off = {"capacity": 0}
+    search = {"replay_batch": (32, 16, 64), "alpha": (0.3, 0.1, 1.0, 3.0), "beta": (0.5, 0.25, 1.0, 2.0)}
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         method: Literal["er", "dark_er", "dark_er_pp"] = field(default="dark_er_pp", metadata={"spellings": _SPELLINGS})
@@ -93,6 +97,21 @@ class Replay(TrainerMixin):
             check_whole("Replay", "replay_batch", self.replay_batch, 1)
             check_real("Replay", "alpha", self.alpha, 0.0)
             check_real("Replay", "beta", self.beta, 0.0)
+
+    @classmethod
+    def idle(cls, config: Replay.Config) -> dict[str, str]:
+        """What the method, the memory and a capacity of 0 make of the other options."""
+        found: dict[str, str] = {}
+        if config.capacity == 0:
+            used = ("replay_batch", "alpha", "beta", "memory", "key", "reduction")
+            found |= dict.fromkeys(used, "replay.capacity=0 switches rehearsal off")
+        if config.method == "er":
+            found |= dict.fromkeys(("alpha", "reduction"), "replay.method=er stores no logits")
+        if config.method == "dark_er":
+            found["beta"] = "replay.method=dark_er has no label term; dark_er_pp has both"
+        if config.memory == "ring":
+            found["key"] = "replay.memory=ring keeps the last samples of each task"
+        return found
 
     @dataclass
     class State:
