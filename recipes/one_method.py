@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import torch
 from torch.nn import functional
 
-from everbatch import compose, optim
+from everbatch import compose, methods
 from everbatch.config.words import plain_numbers
 from everbatch.data import load
 from everbatch.errors import check, nearest
@@ -32,8 +32,7 @@ DEFAULTS = {torch.optim.SGD: {"lr": 0.1, "momentum": 0.9}}
 
 BASES = {name: cls for name, cls in vars(torch.optim).items() if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
          and cls not in (torch.optim.Optimizer, torch.optim.LBFGS)}
-MIXINS = {name: cls for name, cls in vars(optim).items()
-          if isinstance(cls, type) and issubclass(cls, optim.OptimizerMixin) and cls is not optim.OptimizerMixin}
+MIXINS = {part.__name__: part for part in methods.optimizer_mixins().values()}
 
 
 def value(text: str) -> Any:

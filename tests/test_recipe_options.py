@@ -16,7 +16,19 @@ from everbatch.config.strict_yaml import load_text
 from everbatch.contract import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
-from everbatch.experiment.recipe import MIXINS, Data, Engine, Factory, Model, Optimizer, recorded, restarted, unused_together
+from everbatch.experiment.recipe import (
+    MIXINS,
+    Data,
+    Engine,
+    Factory,
+    Model,
+    Optimizer,
+    Parts,
+    learner,
+    recorded,
+    restarted,
+    unused_together,
+)
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
 from everbatch.train import Replay, Trainer
 
@@ -52,7 +64,8 @@ def stream() -> Any:
 
 
 def test_no_mixin_is_left_out() -> None:
-    every = {c for c in vars(everbatch.optim).values() if isinstance(c, type) and issubclass(c, OptimizerMixin)}
+    found = {name: getattr(everbatch.optim, name) for name in everbatch.optim.__all__}
+    every = {c for c in found.values() if isinstance(c, type) and issubclass(c, OptimizerMixin)}
     # A projection needs matrices, which no option can name.
     assert set(MIXINS.values()) == every - {OptimizerMixin, SubspaceProjection}
 
@@ -125,6 +138,53 @@ def test_help_lists_every_option() -> None:
         for item in fields(part.Config):  # type: ignore[attr-defined]
             assert (f"--optimizer.{key}.{item.name}" in text) == (item.name != "factory"), (key, item.name)
     assert text.count("--optimizer.") > 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole(Parts):
+    """A recipe with every mixin by key, and rehearsal on."""
+
+    replay: Replay.Config | None = field(default_factory=lambda: Replay.Config(capacity=7))
+
+    def unused(self) -> dict[str, str]:
+        return unused_together(self)
+
+
+def mixed(*words: str) -> dict[str, Any]:
+    """The trainer mixins that a recipe composes, by name, and their options."""
+    return {part.__name__: found for part, found in config.parse(Whole, list(words)).mixins().items()}
+
+
+def test_a_recipe_takes_trainer_mixins_by_key() -> None:
+    assert mixed() == {"Replay": Replay.Config(capacity=7)}
+    assert mixed("replay=null") == {}
+    found = mixed("conadv.radius=2", "replay.capacity=9", "optimizer.ewc={}", "consolidate.rows=3", "data.mean=0.25",
+                  "optimizer.shrink_perturb={}")
+    assert list(found) == ["ConAdv", "Replay", "Consolidate", "WarmStart"]
+    assert found["ConAdv"].radius == 2.0 and found["ConAdv"].mean == (0.25,) and found["ConAdv"].classes is None
+    assert found["Replay"].capacity == 9 and found["Consolidate"].rows == 3
+    assert list(mixed("consolidate.isolate=true", "optimizer.dynamic_sparsity={}")) == ["Replay", "Consolidate"]
+    made = learner(config.parse(Whole, ["optimizer.ewc={}"]).mixins())
+    assert made.func.__mro__[1].__name__ == "Replay" and made.keywords["replay_capacity"] == 7
+    assert made.keywords["consolidate_rows"] == 64 and issubclass(made.func, Trainer)
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (["consolidate.rows=3"], "consolidate.rows has no effect here, must be left out; it calls optimizer.refresh, optimizer.ewc"),
+    (["warm_start.first=true"], "it calls optimizer.shrink_perturb, which is not given"),
+    (["conadv.mean=0.5"], "conadv.mean, must be left out; it follows data.mean"),
+    (["replay.method=er", "replay.alpha=1"], "replay.alpha has no effect here"),
+    (["consolidate=null"], "consolidate")])
+def test_options_of_trainer_mixins_without_effect_are_refused(
+        words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config.parse(Whole, words)
+    assert text in capsys.readouterr().err
+
+
+def test_parts_that_act_between_tasks_are_known() -> None:
+    words = [f"optimizer.{key}={{}}" for key in ("ewc", "si", "mas", "refresh", "shrink_perturb", "clip")]
+    assert options(*words).between_tasks() == ["ewc", "si", "mas", "shrink_perturb"]
 
 
 @pytest.mark.parametrize(("word", "method"), [

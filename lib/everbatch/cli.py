@@ -1,9 +1,13 @@
-"""The `everbatch` command: which version is installed, and beside what. Training is started by the recipes."""
+"""The `everbatch` command: what is installed, and which methods there are. Training is started by the recipes."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from everbatch.version import __version__
 
@@ -18,12 +22,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"everbatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("versions", help="versions of everbatch and of what it builds on, as every run records them")
-    parser.parse_args(argv)
+    listed = commands.add_parser("methods", help="every method: its key in recipes, class, family, cost and source")
+    listed.add_argument("--json", action="store_true", help="with descriptions and search spaces, as JSON")
+    chosen = parser.parse_args(argv)
+    if chosen.command == "methods":
+        return _methods(as_json=chosen.json)
     from everbatch.report.recorder import versions
 
     for name, version in versions().items():
         print(f"{name:<14} {version or '-'}")
     return 0
+
+
+def _methods(*, as_json: bool) -> int:
+    """Print the table of methods."""
+    from everbatch import methods
+
+    found = methods.table()
+    if as_json:
+        rows = [{**dataclasses.asdict(fact), "search": methods.search_space([fact.key])} for fact in found]
+        print(json.dumps(rows, indent=1, default=_plain))
+        return 0
+    print(f"{'key':<20} {'class':<19} {'family':<10} {'cost':<60} source")
+    for fact in found:
+        cost = textwrap.shorten(fact.cost, 60, placeholder=" ...")
+        print(f"{fact.key:<20} {fact.name:<19} {fact.family:<10} {cost:<60} {fact.source}")
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """A range of a search space as JSON has it."""
+    return dataclasses.asdict(value)
 
 
 if __name__ == "__main__":

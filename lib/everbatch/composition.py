@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from everbatch import methods
 from everbatch.contract import Contract, base_of, is_root, parts_of, sort_parts
 from everbatch.errors import CompositionError, nearest
 from everbatch.optim.mixin import OptimizerMixin
@@ -84,11 +85,9 @@ def _optimizers() -> dict[str, type]:
 
 def _mixin_hint(value: Any) -> str:
     """The mixin that was meant by a name, or by what holds some."""
-    from everbatch import optim
-
     if isinstance(value, list | tuple | set):
         return "pass mixins one by one, compose(A, B, base=...)"
-    known = {k.lower(): k for k in optim.__all__ if isinstance(getattr(optim, k), type)}
+    known = {name.lower(): name for name in methods.names("everbatch.optim")}
     if not isinstance(value, str):
         return ""
     name = known.get(value.lower())

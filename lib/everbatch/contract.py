@@ -63,8 +63,8 @@ Options: TypeAlias = "Mapping[str, Any] | Made"
 """Options by field. A field `factory` that they leave out is filled with the factory of the bare model."""
 Space: TypeAlias = "Mapping[str, tuple[Any, ...] | Range]"
 """Values to try, by field; the first of a tuple is where to begin."""
-DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "from_data", "asked", "idle",
-            "at_task_end")
+DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks", "from_data", "asked",
+            "idle", "at_task_end")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
 
@@ -98,8 +98,11 @@ class Contract:
     """Key of the trainer mixin that calls it at a task's start or end, and is composed where it is."""
     in_code: ClassVar[str] = ""
     """Why no file and no command line can give what it needs; recipes leave such a part out."""
-    from_data: ClassVar[tuple[str, ...]] = ()
-    """Trainer mixins: fields that follow from the data of a recipe: `mean`, `std`, `classes`."""
+    between_tasks: ClassVar[bool] = False
+    """Whether it acts only when a task has ended or a later one begins, so that beside a single task it does nothing."""
+    from_data: ClassVar[Mapping[str, str]] = {}
+    """Trainer mixins: fields that are no options of a recipe, and the property of its `Data` that each follows; "": the trainer
+    knows."""
 
     configs: dict[type, Any]
     states: dict[type, Any]

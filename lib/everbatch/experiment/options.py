@@ -1,4 +1,4 @@
-"""Typed options for data, model, optimizer and engine, and how to build from them."""
+"""Typed options of methods, made from the table, and how to build from them."""
 
 from __future__ import annotations
 
@@ -13,144 +13,26 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from everbatch import methods
 from everbatch.composition import compose
-from everbatch.config.deepspeed import deepspeed_config
-from everbatch.data import Source, load
-from everbatch.errors import check, check_real, check_whole
+from everbatch.contract import Contract
+from everbatch.errors import check, check_real
+from everbatch.experiment.data import Data
+from everbatch.experiment.engine import Engine
 from everbatch.experiment.model import Factory, Model
-from everbatch.optim import (
-    ASAM,
-    EMA,
-    ESAM,
-    EWC,
-    GSAM,
-    LAMB,
-    LARS,
-    MAS,
-    SAM,
-    SI,
-    WSAM,
-    ClipGradNorm,
-    DynamicSparsity,
-    GradientNorm,
-    Ignite,
-    LookSAM,
-    OptimizerMixin,
-    Refresh,
-    ShrinkPerturb,
-    StaleSAM,
-)
+from everbatch.train import Trainer
 
-__all__ = ["MEMORY", "MIXINS", "Data", "Engine", "Factory", "Optimizer", "check_together", "unused_together"]
+__all__ = ["MEMORY", "MIXINS", "TRAINER_MIXINS", "Data", "Engine", "Factory", "Optimizer", "Parts", "check_together", "learner",
+           "unused_together"]
 
 
-MOST_PIXELS = 2**14
-"""Side of an image; one of that size takes 800 MB."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where samples come from, and what is done to them."""
-
-    source: str = "digits"
-    """digits, the path of a folder of images or of an .npz file, or torchvision:NAME:ROOT; see `everbatch.data.load`."""
-    image_size: int | None = None
-    """Side of the images in pixels; by default the size the data has."""
-    download: bool = False
-    """Let torchvision download."""
-    augment: Literal["none", "crop", "crop_flip", "auto", "rand"] = "none"
-    """Random crop from an image padded by an eighth; and random horizontal flip; and after both a policy of timm, AutoAugment
-    (auto) or RandAugment (rand)."""
-    policy: str | None = None
-    """augment=auto or rand: the policy as timm writes it; null: original, rand-m9-mstd0.5."""
-    mean: float | tuple[float, ...] = 0.5
-    """Subtracted from pixels scaled to [0, 1]; one number, or one for each channel."""
-    std: float | tuple[float, ...] = 0.5
-    """Divides pixels after that; > 0; one number, or one for each channel."""
-
-    def __post_init__(self) -> None:
-        for name, values in (("mean", self.means), ("std", self.stds)):
-            check(bool(values), "data", f"{name}={values}", "be a number, or one for each channel")
-            for value in values:
-                check(math.isfinite(value) and (name == "mean" or value > 0), "data", f"{name}={value}",
-                      "be finite" if name == "mean" else "be > 0, and finite")
-        if self.image_size is not None:
-            check_whole("data", "image_size", self.image_size, 1, MOST_PIXELS)
-        check(not self.download or self.source.startswith("torchvision:"), "data", f"download=true with source={self.source!r}",
-              "be left out", "torchvision's data sets alone are downloaded: torchvision:NAME:ROOT")
-        check(1 in (len(self.means), len(self.stds)) or len(self.means) == len(self.stds), "data",
-              f"mean={self.mean} and std={self.std}", "have as many channels")
-        start = {"auto": ("original", "v0", "3a"), "rand": ("rand",)}.get(self.augment, ())
-        check(self.policy is None or self.policy.startswith(start or "\n"), "data",
-              f"policy={self.policy!r} with augment={self.augment}", f"begin with {' or '.join(start)}" if start else "be null",
-              "" if start else "augment=auto or augment=rand follow a policy")
-
-    @property
-    def means(self) -> tuple[float, ...]:
-        """`mean` as a tuple."""
-        return self.mean if isinstance(self.mean, tuple) else (self.mean,)
-
-    @property
-    def stds(self) -> tuple[float, ...]:
-        """`std` as a tuple."""
-        return self.std if isinstance(self.std, tuple) else (self.std,)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must repeat beside the samples, which the stream's fingerprint covers."""
-        return {f"data.{name}": getattr(self, name) for name in ("augment", "policy", "mean", "std")}
-
-    def open(self) -> tuple[Source, Source]:
-        """Training and test source."""
-        options: dict[str, Any] = {"image_size": self.image_size, "download": self.download}
-        return load(self.source, train=True, **options), load(self.source, train=False, **options)
-
-    def scale(self, inputs: Tensor) -> float:
-        """What such pixels are divided by before `mean` and `std`."""
-        return 16.0 if self.source == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
-
-    def described(self, sample: Tensor, model: Model) -> dict[str, Any]:
-        """What a weights file says of the input, and of the model, of a run on samples like `sample` (C, H, W)."""
-        return {"model": model.name, "options": model.options or {}, "input_size": list(sample.shape), "mean": list(self.means),
-                "std": list(self.stds), "scale": self.scale(sample)}
-
-    def prepare(self, inputs: Tensor) -> Tensor:
-        """Samples to model inputs: scaled to [0, 1] if they are bytes, then normalised."""
-        channels = max(len(self.means), len(self.stds))
-        check(channels in (1, inputs.shape[1]), "data",
-              f"mean={self.mean} and std={self.std} for images of {inputs.shape[1]} channels",
-              "be one number, or one for each channel")
-        mean, std = (v if isinstance(v, float | int) else torch.tensor(v, device=inputs.device).view(-1, 1, 1)
-                     for v in (self.mean, self.std))
-        return (inputs.float() / self.scale(inputs) - mean) / std
-
-    def augmentation(self, image_size: int) -> Callable[[Tensor], Tensor] | None:
-        """The training augmentation of one image, or None."""
-        if self.augment == "none":
-            return None
-        from torchvision.transforms import v2
-
-        crop = v2.RandomCrop(image_size, padding=max(1, image_size // 8))
-        if self.augment == "crop":
-            return crop  # type: ignore[no-any-return]
-        flipped = v2.Compose([crop, v2.RandomHorizontalFlip()])
-        if self.augment == "crop_flip":
-            return flipped  # type: ignore[no-any-return]
-        from everbatch.data.policies import Policy
-
-        name = self.policy or ("original" if self.augment == "auto" else "rand-m9-mstd0.5")
-        policy = Policy(name, image_size, self.means, top=16 if self.source == "digits" else 255)
-        return lambda row: policy(flipped(row))
-
-
-MIXINS: dict[str, type[OptimizerMixin]] = {
-    "clip": ClipGradNorm, "ema": EMA, "dynamic_sparsity": DynamicSparsity, "refresh": Refresh, "ewc": EWC, "si": SI, "mas": MAS,
-    "shrink_perturb": ShrinkPerturb, "sam": SAM, "asam": ASAM, "gsam": GSAM, "gradient_norm": GradientNorm, "wsam": WSAM,
-    "look_sam": LookSAM, "esam": ESAM, "ignite": Ignite, "stale_sam": StaleSAM, "lars": LARS, "lamb": LAMB}
-"""Key of each optimizer mixin, leftmost first: LARS and LAMB complete the base's update, so they stand next to it."""
-MEMORY = ("ewc", "si", "mas", "refresh")
+MIXINS: dict[str, type[Contract]] = {key: part for key, part in methods.optimizer_mixins().items() if not part.in_code}
+"""Key of each optimizer mixin that options can describe, leftmost first."""
+TRAINER_MIXINS: dict[str, type[Contract]] = {key: part for key, part in methods.trainer_mixins().items() if not part.in_code}
+"""Key of each trainer mixin, leftmost first."""
+MEMORY = tuple(key for key, part in MIXINS.items() if part.called_by == "consolidate")
 """Those that want `everbatch.train.Consolidate` in the trainer."""
 
 
@@ -203,10 +85,23 @@ _Options: Any = make_dataclass(
 class Optimizer(_Options):  # type: ignore[misc]
     """The base optimizer and the mixins over it; a mixin that is null is not composed."""
 
+    def used(self) -> dict[str, Any]:
+        """Options of each mixin that is composed, by key, leftmost first."""
+        return {key: config for key in MIXINS if (config := getattr(self, key)) is not None}
+
+    @property
+    def calls(self) -> set[str]:
+        """Keys of the trainer mixins that parts of the optimizer want to be called by."""
+        return {MIXINS[key].called_by for key in self.used()} - {""}
+
     @property
     def remembers(self) -> bool:
         """Whether a part wants to be called at a task's end, as `everbatch.train.Consolidate` does."""
-        return any(getattr(self, key) is not None for key in MEMORY)
+        return "consolidate" in self.calls
+
+    def between_tasks(self) -> list[str]:
+        """Keys of the parts that do nothing beside a single task."""
+        return [key for key in self.used() if MIXINS[key].between_tasks]
 
     def build(self, factory: Callable[[], nn.Module] | None = None) -> functools.partial[Any]:
         """The composed class with its options, for `Trainer`.
@@ -215,7 +110,7 @@ class Optimizer(_Options):  # type: ignore[misc]
             factory: builds the bare model on the CPU, for the mixins that take one (`Factory`).
         """
         base = torch.optim.SGD if self.base == "sgd" else torch.optim.AdamW
-        used = {part: config for key, part in MIXINS.items() if (config := getattr(self, key)) is not None}
+        used = {MIXINS[key]: config for key, config in self.used().items()}
         options: dict[str, Any] = {}
         for part, config in used.items():
             values = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -228,47 +123,60 @@ class Optimizer(_Options):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What runs the model."""
+class _Parts:
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    engine: Engine = field(default_factory=Engine)
+    trainer: Trainer.Config = field(default_factory=Trainer.Config)
 
-    kind: Literal["deepspeed", "plain", "ddp", "fsdp2"] = "deepspeed"
-    """plain is for one rank."""
-    stage: int | None = None
-    """ZeRO stage, 0 to 3; 1 by default."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Working precision on DeepSpeed; fp32 by default."""
-    deepspeed: dict[str, Any] | None = None
-    """Raw DeepSpeed configuration: a tree here, or the path of a JSON file; merged under the options above."""
-    ddp: dict[str, Any] | None = None
-    """kind=ddp: options of torch's DistributedDataParallel by name: engine.ddp.bucket_cap_mb=100."""
 
-    def __post_init__(self) -> None:
-        if self.stage is not None:
-            check_whole("engine", "stage", self.stage, 0, 3)
+def _trainer_field(part: Any) -> Any:
+    """A mixin that is asked for is off by default; one that only calls what the optimizer has is always there, and composed
+    where a part is called by it."""
+    config = _without_code(part.Config)
+    follow = {name: f"it follows data.{source.removesuffix('s')}" if source else "the trainer knows"
+              for name, source in part.from_data.items()}
+    about = {"help": _summary(part), "idle": follow}
+    if part.asked(part.Config()):
+        return config | None, field(default=None, metadata=about)
+    return config, field(default_factory=config, metadata=about)
 
-    def written(self) -> Engine:
-        """The same engine with every default of DeepSpeed that changes numbers or memory written out, but for the batch sizes,
-        which follow from other options and the number of ranks."""
-        if self.kind != "deepspeed":
-            return self
-        whole = deepspeed_config(self.deepspeed, stage=self.stage, precision=self.precision)
-        return replace(self, stage=whole["zero_optimization"].pop("stage"), deepspeed=whole,
-                       precision="bf16" if whole["bf16"].pop("enabled") else "fp32")
 
-    def build(self, batch_size: int, accumulation: int, world_size: int) -> str | Mapping[str, Any]:
-        """The engine argument of `Trainer`."""
-        check(self.ddp is None or self.kind == "ddp", "engine", f"ddp={self.ddp} with kind={self.kind}", "be left out, or null",
-              "they are options of kind=ddp")
-        if self.kind != "deepspeed":
-            given = [f"{n}={v!r}" for n, v in vars(self).items() if n in ("stage", "precision", "deepspeed") and v is not None]
-            check(not given, "engine", f"{', '.join(given)} with kind={self.kind}", "be left out, they are DeepSpeed's, or null",
-                  "for bf16 set trainer.precision=bf16")
-            return self.kind
-        micro, rest = divmod(batch_size, world_size * accumulation)
-        check(rest == 0 and micro > 0, "engine", f"batch_size={batch_size}",
-              f"be divisible by {world_size} ranks * {accumulation} micro-batches")
-        return deepspeed_config(self.deepspeed, micro_batch=micro, accumulation=accumulation, world_size=world_size,
-                                stage=self.stage, precision=self.precision)
+_Asked: Any = make_dataclass("_Asked", [(key, *_trainer_field(part)) for key, part in TRAINER_MIXINS.items()], bases=(_Parts,),
+                             frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts(_Asked):  # type: ignore[misc]
+    """Options of data, model, optimizer, engine and trainer, and of every trainer mixin by its key: what a recipe begins with.
+
+    A recipe that has a mixin on by default declares the field anew: `replay: Replay.Config | None = field(...)`.
+    """
+
+    def mixins(self) -> dict[type, Any]:
+        """Trainer mixins that are asked for, or that parts of the optimizer are called by, leftmost first, and the options of
+        each. For `Trainer`: see `learner`."""
+        chosen: dict[type, Any] = {}
+        for key, part in TRAINER_MIXINS.items():
+            config = getattr(self, key)
+            if config is not None and (part.asked(config) or key in self.optimizer.calls):
+                follow = {name: getattr(self.data, source) for name, source in part.from_data.items() if source}
+                chosen[part] = replace(config, **follow)
+        return chosen
+
+
+def learner(mixins: Mapping[type, Any], base: type = Trainer) -> functools.partial[Any]:
+    """The class of a trainer with these mixins, leftmost first, and its options.
+
+    Args:
+        mixins: each with an instance of its Config, or None where it has none.
+    """
+    options: dict[str, Any] = {}
+    for part, config in mixins.items():
+        for name, value in vars(config).items() if config is not None else ():
+            options[f"{part.__name__.lower()}_{name}"] = value
+    return functools.partial(type("Learner", (*mixins, base), {}), **options)
 
 
 def check_together(recipe: Any) -> None:
@@ -292,15 +200,17 @@ def unused_together(recipe: Any) -> dict[str, str]:
         found[f"{schedule}.power"] = f"it is of {schedule}.kind=polynomial"
     if kind != "steps":
         found |= dict.fromkeys((f"{schedule}.milestones", f"{schedule}.factor"), f"they are of {schedule}.kind=steps")
-    replay = getattr(recipe, "replay", None)
-    if replay is not None:
-        if replay.capacity == 0:
-            found |= dict.fromkeys((f"replay.{name}" for name in ("replay_batch", "alpha", "beta", "memory", "key", "reduction")),
-                                   "replay.capacity=0 switches rehearsal off")
-        if replay.method == "er":
-            found |= dict.fromkeys(("replay.alpha", "replay.reduction"), "replay.method=er stores no logits")
-        if replay.method == "dark_er":
-            found["replay.beta"] = "replay.method=dark_er has no label term; dark_er_pp has both"
-        if replay.memory == "ring":
-            found["replay.key"] = "replay.memory=ring keeps the last samples of each task"
+    optimizer: Any = getattr(recipe, "optimizer", None) or Optimizer()
+    for key, config in optimizer.used().items():
+        found |= {f"optimizer.{key}.{name}": why for name, why in MIXINS[key].idle(config).items()}
+    for key, part in TRAINER_MIXINS.items():
+        config = getattr(recipe, key, None)
+        if config is None:
+            continue
+        if part.asked(config):
+            found |= {f"{key}.{name}": why for name, why in part.idle(config).items()}
+        elif key not in optimizer.calls:
+            callers = [name for name, other in MIXINS.items() if other.called_by == key]
+            given = "and none is given" if len(callers) > 1 else "which is not given"
+            found[key] = f"it calls optimizer.{', optimizer.'.join(callers)}, {given}"
     return found

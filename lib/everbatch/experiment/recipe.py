@@ -12,10 +12,21 @@ from typing import Any
 from everbatch.config.layers import dump
 from everbatch.ends import guard
 from everbatch.experiment.model import Factory, Model
-from everbatch.experiment.options import MEMORY, MIXINS, Data, Engine, Optimizer, check_together, unused_together
+from everbatch.experiment.options import (
+    MEMORY,
+    MIXINS,
+    TRAINER_MIXINS,
+    Data,
+    Engine,
+    Optimizer,
+    Parts,
+    check_together,
+    learner,
+    unused_together,
+)
 
-__all__ = ["MEMORY", "MIXINS", "Data", "Engine", "Factory", "Model", "Optimizer", "check_together", "guard", "recorded",
-           "restarted", "unused_together"]
+__all__ = ["MEMORY", "MIXINS", "TRAINER_MIXINS", "Data", "Engine", "Factory", "Model", "Optimizer", "Parts", "check_together",
+           "guard", "learner", "recorded", "restarted", "unused_together"]
 
 
 def restarted() -> bool:

@@ -29,6 +29,7 @@ class EMA(OptimizerMixin):
 
     Cost: one copy of the owned masters, kept; no pass, no collective.
     Order: leftmost of the mixins that edit weights, so that it averages what they leave.
+    Source: the exponential form of iterate averaging (Polyak and Juditsky 1992), as in `torch.optim.swa_utils.get_ema_avg_fn`.
     """
 
     left_of = ("DynamicSparsity",)

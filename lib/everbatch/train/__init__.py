@@ -1,15 +1,30 @@
-"""Trainer mixins: methods that touch data, modules and time, over `Trainer` or a trainer of your own."""
+"""Trainer mixins: methods that touch data, modules and time, over `Trainer` or a trainer of your own.
 
-from everbatch.train.adversarial.conadv import ConAdv
-from everbatch.train.begin import begin_from
-from everbatch.train.consolidate import Consolidate
-from everbatch.train.memory.replay import Replay
-from everbatch.train.mixin import TrainerMixin
-from everbatch.train.record import StepRecord
-from everbatch.train.schedule import Schedule
-from everbatch.train.trainer import Trainer
-from everbatch.train.warm_start import WarmStart
-from everbatch.train.weights import load_model, model_info
+The methods of `everbatch.methods` are imported when they are first used.
+"""
 
-__all__ = ["ConAdv", "Consolidate", "Replay", "Schedule", "StepRecord", "Trainer", "TrainerMixin", "WarmStart", "begin_from",
-           "load_model", "model_info"]
+from typing import TYPE_CHECKING
+
+from everbatch import methods
+from everbatch.train.begin import begin_from as begin_from
+from everbatch.train.mixin import TrainerMixin as TrainerMixin
+from everbatch.train.record import StepRecord as StepRecord
+from everbatch.train.schedule import Schedule as Schedule
+from everbatch.train.trainer import Trainer as Trainer
+from everbatch.train.weights import load_model as load_model
+from everbatch.train.weights import model_info as model_info
+
+if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` writes it from the table
+    # <methods>
+    from everbatch.train.adversarial.conadv import ConAdv as ConAdv
+    from everbatch.train.consolidate import Consolidate as Consolidate
+    from everbatch.train.memory.replay import Replay as Replay
+    from everbatch.train.warm_start import WarmStart as WarmStart
+    # </methods>
+else:
+    __all__ = sorted([*methods.names(__name__), "Schedule", "StepRecord", "Trainer", "TrainerMixin", "begin_from",
+                      "load_model", "model_info"])
+    __getattr__ = methods.lazily(__name__)
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -46,6 +46,7 @@ class Consolidate(TrainerMixin):
     Cost: nothing per step. At a task's end an estimate for each of EWC, MAS and Refresh: see `diagonal_fisher`; with isolate,
     two publications of the weights per predicted batch.
     Order: left of mixins that change weights in consolidate(), so that importance is of the weights that stay.
+    Source: this library; the methods it calls name theirs.
     """
 
     example = {"samples": 6, "rows": 4}

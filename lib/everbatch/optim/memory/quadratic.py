@@ -107,6 +107,7 @@ class EWC(OptimizerMixin):
     """
 
     called_by = "consolidate"
+    between_tasks = True
     example = {"strength": 0.5}
     off = {"strength": 0.0}
     search = {"strength": (1.0, 10.0, 100.0, 1000.0)}
@@ -224,6 +225,7 @@ class SI(OptimizerMixin):
 
     left_of = ("LARS", "LAMB")
     called_by = "consolidate"
+    between_tasks = True
     example = {"strength": 0.5, "xi": 0.1}
     off = {"strength": 0.0}
     search = {"strength": (0.1, 0.01, 1.0), "xi": (0.1, 1.0)}
@@ -334,6 +336,7 @@ class MAS(OptimizerMixin):
     """
 
     called_by = "consolidate"
+    between_tasks = True
     example = {"strength": 0.05}
     off = {"strength": 0.0}
     search = {"strength": (1.0, 0.1, 10.0)}

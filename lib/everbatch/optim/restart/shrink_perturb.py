@@ -79,6 +79,7 @@ class ShrinkPerturb(OptimizerMixin):
     search = {"shrink": (0.5, 0.3, 0.7, 0.9)}
     call = "shrink_perturb"
     called_by = "warm_start"
+    between_tasks = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

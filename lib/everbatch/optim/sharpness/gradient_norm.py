@@ -64,7 +64,7 @@ class WSAM(OptimizerMixin):
 
         f = a h + (1 - a) g,   a = gamma / (1 - gamma), which may exceed 1
 
-    Cost, order, limits: as GradientNorm.
+    Cost: as GradientNorm; order and limits too.
     Source: Yue et al. 2023, arXiv 2305.15817, with the sharpness term inside the update (its coupled form).
     """
 

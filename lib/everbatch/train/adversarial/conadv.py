@@ -65,7 +65,7 @@ class ConAdv(TrainerMixin):
     """
 
     free = ("placement", "adversary_device", "adversaries", "on_failure", "patience_s", "adversary_threads")
-    from_data = ("mean", "std", "classes")
+    from_data = {"mean": "means", "std": "stds", "classes": ""}
     example = {"tau": 1, "radius": 16.0}
     off = {"weight_adversarial": 0.0}
     search = {"radius": (4.0, 2.0, 8.0), "tau": (1, 0, 2)}
