@@ -1,6 +1,10 @@
 #!/usr/bin/env bash
-# Installs everything tests need and runs them. --slow: the slow ones too, and those of one process once more with the vector
-# instructions of lesser processors. Other arguments go to pytest.
+# Installs everything tests need and runs them: first those of one process, side by side, then those of several ranks.
+# Some take turns, one in four or eight each run; EVERBATCH_ROUND=N repeats round N, and the run says which one it is.
+#   --slow   the slow ones too, an eighth of the contract suite's wide matrix among them, and those of one process once more
+#            with the vector instructions of lesser processors
+#   --whole  everything, whosever turn it is
+# Other arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 show_help "$@"
@@ -10,16 +14,37 @@ export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREAD
 slow=false
 arguments=()
 for argument in "$@"; do
-    if [ "$argument" = --slow ]; then slow=true; else arguments+=("$argument"); fi
+    case "$argument" in
+        --slow) slow=true ;;
+        --whole) slow=true; export EVERBATCH_ROUND=all ;;
+        *) arguments+=("$argument") ;;
+    esac
 done
-run() { "$PYTHON" -m pytest "$@" ${arguments[@]+"${arguments[@]}"}; }
 cd "$ROOT"
-$slow || { run; exit; }
 failed=0
-run -m "slow or not slow" || failed=$?
-for capability in avx2 default; do  # torch takes the best the processor has: sums run in another order on others
-    echo "everbatch: the tests of one process with ATEN_CPU_CAPABILITY=$capability"
-    # 5: none of the tests that were asked for is of one process
-    ATEN_CPU_CAPABILITY=$capability run -m "not slow and not distributed" || { code=$?; [ $code -eq 5 ] || failed=$code; }
-done
+found=false
+
+# part WORDS: run pytest; what it ends with counts, but for 5: none of the tests that were asked for is in this part.
+part() {
+    local code=0
+    "$PYTHON" -m pytest --durations=10 "$@" ${arguments[@]+"${arguments[@]}"} || code=$?
+    [ $code -eq 5 ] || found=true
+    [ $code -eq 0 ] || [ $code -eq 5 ] || failed=$code
+    case " ${arguments[*]:-} " in *" -x "*) [ "$failed" -eq 0 ] || exit "$failed" ;; esac
+}
+# The contract suite is all of several ranks, and has so many tests that every worker would take seconds to collect them.
+beside() { part -n auto --maxprocesses 8 --ignore tests/contract/test_contract.py "$@"; }
+
+case " ${arguments[*]:-} " in *" -m "*) part; exit "$failed" ;; esac  # whoever names markers wants those, once
+quick="not slow"
+if $slow; then quick="(slow or not slow)"; fi
+beside -m "$quick and not distributed"
+part -m "$quick and distributed"  # each takes a core per rank
+if $slow; then
+    for capability in avx2 default; do  # torch takes the best the processor has: sums run in another order on others
+        echo "everbatch: the tests of one process with ATEN_CPU_CAPABILITY=$capability"
+        ATEN_CPU_CAPABILITY=$capability beside -m "not slow and not distributed"
+    done
+fi
+$found || exit 5
 exit "$failed"

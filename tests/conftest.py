@@ -1,4 +1,4 @@
-"""What all tests share: one process with everything imported, from which jobs of several ranks are forked."""
+"""What all tests share: one process with everything imported, from which jobs of several ranks are forked, and the rotation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from processes import Zygote
+from rotation import Rotation
 
 torch.set_num_threads(1)  # small tensors: more threads only fight, with each other and with the ranks of jobs
 
@@ -23,3 +24,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     zygote = Zygote(tmp_path_factory.mktemp("jobs"))
     yield zygote
     zygote.close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Rotation(config), "everbatch rotation")

@@ -1,4 +1,4 @@
-"""What the contract suite runs: one line per mixin or mix, and which hosts, checks and bases go together.
+"""What the contract suite runs: one line per mixin or mix. Which of them runs on which host, and when: `plans.py`.
 
 A new method joins by adding its line to CASES.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hosts
@@ -137,9 +136,6 @@ FORKED = [_forked(Case("bare", (), {}, {}), "branch"), _forked(Case("bare", (), 
           *(_forked(c, fork) for c, fork in zip([c for c in CASES if SubspaceProjection not in c.mixins],
                                                 itertools.cycle(("heads", "branch")), strict=False))]
 """Every method on such a net: what no pass reaches stays where it is."""
-CORE = [c.name for c in CASES[:8]]
-"""Cases that run on every host by default; the others run on FEW there, and on every host with --wide."""
-FEW = ("ddp", "fsdp2", "zero2", "zero3")
 
 
 def _single(case: Case) -> type | None:
@@ -187,10 +183,6 @@ FP32 = [h.name for h in hosts.HOSTS if not h.bf16]
 BF16 = [h.name for h in hosts.HOSTS if h.bf16]
 DEEPSPEED = [h.name for h in hosts.HOSTS if h.kind == "zero"]
 
-LIFE = ("absent", "parity", "resume", "skipped")
-HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers",
-               "tiny", "forks")
-
 TOLERANCE = {"fp32": 1e-6, "bf16": 6e-3}
 """Largest difference of any master from the single-process fp32 run after STEPS steps.
 
@@ -198,61 +190,3 @@ fp32: sums over ranks in another order; the largest weight is about 0.5, so this
 bf16: activations and weights carry 8 bits, so gradients of size 0.1 err by some 4e-4; five steps at lr 0.1 with momentum 0.9
 sum to about fifteen times 0.1 of that, and clipping and the perturbation scale with norms that err as much.
 """
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one launch of the worker does."""
-
-    world: int
-    lives: list[tuple[str, str, str]] = field(default_factory=list)
-    """(host, case, base), each through LIFE."""
-    moves: list[tuple[str, str, str, str]] = field(default_factory=list)
-    """(source host, target host, case, base): saved by two ranks at the source, loaded here."""
-    hosts: list[str] = field(default_factory=list)
-    """Hosts that go through HOST_CHECKS."""
-
-    def keys(self) -> Iterator[str]:
-        """Every check/host/case this plan promises."""
-        for host, case, base in self.lives:
-            for check in LIFE:
-                if not (check == "absent" and hosts.BY_NAME[host].bf16):
-                    yield f"{check}/{host}/{case}-{base}"
-        for source, host, case, base in self.moves:
-            yield f"moved from {source}/{host}/{case}-{base}"
-        for host in self.hosts:
-            for check in HOST_CHECKS:
-                if check != "forks" or hosts.BY_NAME[host].stage < 3:
-                    yield f"{check}/{host}/{MIX}-sgd"
-            if host in DEEPSPEED:
-                yield f"self_check/{host}/SAM-sgd"
-
-
-def plan(world: int, *, wide: bool) -> Plan:
-    """The launches: two ranks carry the matrix; one and three ranks show what else the world size may be."""
-    if world == 1:
-        return Plan(1, [(h, MIX, "sgd") for h in ("plain", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")],
-                    [(s, h, c, b) for s, h in (("zero3", "plain"), ("ddp", "zero2"), ("zero2-offload", "zero3"), ("fsdp2", "ddp"))
-                     for c, b in ((MIX, "sgd"), ("EMA+ShrinkPerturb+SAM", "adamw"))])
-    if world == 3:
-        names = FP32[1:] if wide else ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-persistent"]
-        cases = [c.name for c in CASES] if wide else [MIX]
-        return Plan(3, [(h, c, BY_CASE[c].bases[0]) for h in names for c in cases],
-                    [(s, h, MIX, "sgd") for s, h in (("zero3", "zero1"), ("ddp", "zero3"), ("zero1", "fsdp2"))],
-                    ["ddp", "fsdp2", "zero1", "zero3"])
-    lives = [(h, c.name, c.bases[0]) for h in FP32 for c in CASES if wide or c.name in CORE or h in FEW]
-    second = [c for c in CASES if "adamw" in c.bases[1:] and (wide or c.name in (MIX, "EMA+ShrinkPerturb+SAM"))]
-    lives += [(h, c.name, "adamw") for h in FP32 for c in second]
-    lives += [(h, c.name, b) for h in FP32 for c in FORKED for b in c.bases if wide or (c.name, b) in UNREACHED]
-    half = BF16 if wide else ["zero0-bf16", "zero2-bf16-offload", "zero3-bf16-fp32acc"]
-    lives += [(h, c, BY_CASE[c].bases[0]) for h in half for c in ([c.name for c in CASES + FORKED] if wide else [MIX])]
-    ring = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]  # four apart: another engine and, mostly, another stage
-    moves = [(s, h, c.name, c.bases[0]) for s, h in ring for c in CASES if wide or ("+" in c.name and c.name in CORE)]
-    moves += [(s, h, c.name, c.bases[0]) for s, h in (("zero3", "fsdp2"), ("ddp", "zero2")) for c in CASES
-              if c.name not in CORE and not (wide and (s, h) in ring)]
-    if wide:  # each pair on two hosts, in turn, so that every host meets every mixin
-        hosts_in_turn = itertools.cycle(FP32[1:])
-        lives += [(next(hosts_in_turn), p.name, p.bases[0]) for p in PAIRS.values() if isinstance(p, Case) for _ in range(2)]
-    moves += [(s, h, "EMA+ShrinkPerturb+SAM", "adamw") for s, h in ring]
-    moves += [(s, h, c, b) for s, h in ring for c, b in UNREACHED if wide or b == "adamw"]
-    return Plan(2, lives, moves, FP32 + half)

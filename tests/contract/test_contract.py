@@ -1,16 +1,13 @@
 """The contract suite: every method on every host, in real processes, one launch per world size.
 
-Each test is one check of one case on one host, and reads what the launch found. `--wide` of the worker (marker `slow`) adds
-the rest of the matrix.
+Each test is one check of one case on one host, and reads what the launch found. What runs in which round, and what only with
+the marker `slow`, is in `plans.py`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,51 +19,41 @@ if importlib.util.find_spec("deepspeed") is None:  # looked up, not imported: on
     pytest.skip("needs deepspeed", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import plan
+from plans import plan
 
-from processes import end_launch
+from processes import Zygote
+from rotation import ROUND, takes_turn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(7500)]  # above all launches, which have limits of their own
-HERE = Path(__file__).parent
-LIB = HERE.parents[1] / "lib"
+WORKER = Path(__file__).parent / "worker.py"
 TIMEOUT_S = {1: 240, 2: 600, 3: 400}
 """Of a launch by world size; six times as much with `--wide`."""
 Launch = Callable[[int, bool], dict[str, Any]]
 
 
-def worker(world: int, wide: bool, out: Path, store: Path) -> dict[str, Any]:
-    """Launch the worker on `world` processes; what it found, and its last words if it died."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--max-restarts", "0",
-               "--master-addr", "127.0.0.1", "--master-port", str(port), str(HERE / "worker.py"), str(out), str(store)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(LIB),
-                                "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command + ["--wide"] * wide, env=environment, stdout=subprocess.PIPE, start_new_session=True,
-                               stderr=subprocess.STDOUT, text=True, errors="replace")
-    try:
-        printed, _ = process.communicate(timeout=TIMEOUT_S[world] * (6 if wide else 1))
-        words = f"exit code {process.returncode}"
-    except subprocess.TimeoutExpired:
-        printed, _ = end_launch(process)
-        words = "timed out"
-    results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    results[""] = "" if process.returncode == 0 else f"{words}\n{printed[-3000:]}"
-    return results
-
-
 @pytest.fixture(scope="session")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Results of a launch, which runs once. Two ranks come first: the others load what they saved."""
+def launched(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """Results of a launch, which runs once. Two ranks come first, and of them the default plan: the others load what they
+    saved."""
     folder, known = tmp_path_factory.mktemp("contract"), dict[tuple[int, bool], dict[str, Any]]()
+
+    def launch(world: int, wide: bool) -> dict[str, Any]:
+        out = folder / f"{world}{'-wide' * wide}.json"
+        words = [str(out), str(folder / "store"), "--round", "all" if ROUND is None else str(ROUND), *["--wide"] * wide]
+        try:
+            job = zygote.run(WORKER, *words, ranks=world, limit=TIMEOUT_S[world] * (6 if wide else 1))
+            last = "" if not any(job.codes) else f"exit codes {job.codes}\n{job.err[-3000:]}"
+        except AssertionError as hung:
+            last = str(hung)[-3000:]
+        results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+        return results | {"": last}
 
     def get(world: int, wide: bool) -> dict[str, Any]:
         if (world, wide) not in known:
-            if world != 2:
-                get(2, wide)
-            out = folder / f"{world}{'-wide' * wide}.json"
-            known[world, wide] = worker(world, wide, out, folder / f"store{'-wide' * wide}")
+            for before in ((2, False), (2, wide)):
+                if world != 2 or before < (world, wide):
+                    get(*before)
+            known[world, wide] = launch(world, wide)
         return known[world, wide]
 
     return get
@@ -74,11 +61,11 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 def promised(world: int) -> list[Any]:
     """A test for each key; those that only the wide plan has are slow."""
-    default = set(plan(world, wide=False).keys())
-    wide = set(plan(world, wide=True).keys())
-    ordered = [*plan(world, wide=False).keys(), *(k for k in plan(world, wide=True).keys() if k not in default)]
-    assert default <= wide
-    return [pytest.param(k, k not in default, id=k, marks=[pytest.mark.slow] if k not in default else []) for k in ordered]
+    found = []
+    for key, when in plan(world).keys():
+        marks = [takes_turn(when.place, when.turns)] if when.turns > 1 else []
+        found.append(pytest.param(key, when.wide, id=key, marks=[*marks, *[pytest.mark.slow] * when.wide]))
+    return found
 
 
 def judge(results: dict[str, Any], key: str) -> None:
@@ -108,4 +95,4 @@ def test_one_rank(launched: Launch, key: str, wide: bool) -> None:
 def test_a_launch_ends_well_and_does_what_it_promised(launched: Launch, world: int) -> None:
     results = launched(world, False)
     assert results[""] == ""
-    assert set(results) - {""} == set(plan(world, wide=False).keys())
+    assert set(results) - {""} == {key for key, _ in plan(world).now(ROUND, wide=False).keys()}

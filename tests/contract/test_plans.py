@@ -1,0 +1,55 @@
+"""The plans of the contract suite: what is loaded was saved, nothing waits longer than it may, and a round is a round."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import CASES, FP32
+from plans import CORE, FEW, WIDE_TURNS, Plan, plan
+
+WORLDS = (1, 2, 3)
+
+
+def keys(made: Plan) -> set[str]:
+    return {key for key, _ in made.keys()}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_cycle_of_rounds_is_everything(world: int) -> None:
+    everything = plan(world)
+    for wide in (False, True):
+        rounds = [keys(everything.now(round, wide=wide)) for round in range(5 * WIDE_TURNS, 6 * WIDE_TURNS)]
+        assert set().union(*rounds) == keys(everything.now(None, wide=wide))
+        assert rounds[3] == keys(everything.now(5 * WIDE_TURNS + 3, wide=wide))
+    assert keys(everything.now(None, wide=False)) | keys(everything.now(None, wide=True)) == keys(everything)
+
+
+@pytest.mark.parametrize("round", [None, *range(3 * WIDE_TURNS)])
+def test_what_a_move_loads_was_saved_before(round: int | None) -> None:
+    saved = dict(plan(2).now(round, wide=False).lives)
+    for wide in (False, True):
+        saved |= plan(2).now(round, wide=wide).lives
+        for world in WORLDS:
+            lacking = [m for m in plan(world).now(round, wide=wide).moves if (m[0], *m[2:]) not in saved]
+            assert lacking == [], (world, wide)
+
+
+@pytest.mark.parametrize("round", range(WIDE_TURNS))
+def test_every_round_has_every_case_and_every_host(round: int) -> None:
+    due = plan(2).now(round, wide=False)
+    assert {case for _, case, _ in due.lives} >= {c.name for c in CASES}
+    assert {host for host, _, _ in due.lives} >= set(FP32) and set(due.hosts) >= set(FEW)
+    assert {(host, case) for host, case, _ in due.lives} >= set(itertools.product(FEW, CORE))
+
+
+def test_rounds_are_of_one_size() -> None:
+    """So that none takes twice as long as another."""
+    for world, wide in itertools.product(WORLDS, (False, True)):
+        sizes = [len(keys(plan(world).now(round, wide=wide))) for round in range(WIDE_TURNS)]
+        assert max(sizes) <= 1.3 * min(sizes) + 12, (world, wide, sizes)
