@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from everbatch.composition import compose
 from everbatch.errors import UnsupportedHost
 from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
-from everbatch.optim.memory.fisher import ESTIMATORS, slices
+from everbatch.optim.memory.fisher import ESTIMATORS
+from everbatch.optim.memory.importance import slices
 
 SGD = compose(base=torch.optim.SGD)
 G = torch.Generator().manual_seed(3)

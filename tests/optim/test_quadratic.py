@@ -14,7 +14,8 @@ from quadratics import Quadratic, batch, closure_of, same, small_net, train, wei
 from torch import Tensor, nn
 
 from everbatch.optim import EWC, MAS, SAM, SI, diagonal_fisher
-from everbatch.optim.memory.quadratic import merge_quadratics, path_importance
+from everbatch.optim.memory.ewc import merge_quadratics
+from everbatch.optim.memory.si import path_importance
 
 
 class EwcSGD(EWC, torch.optim.SGD):

@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.optim.ema import EMA as EMA
     from everbatch.optim.layerwise.lamb import LAMB as LAMB
     from everbatch.optim.layerwise.lars import LARS as LARS
-    from everbatch.optim.memory.quadratic import EWC as EWC
-    from everbatch.optim.memory.quadratic import MAS as MAS
-    from everbatch.optim.memory.quadratic import SI as SI
+    from everbatch.optim.memory.ewc import EWC as EWC
+    from everbatch.optim.memory.mas import MAS as MAS
     from everbatch.optim.memory.refresh import Refresh as Refresh
+    from everbatch.optim.memory.si import SI as SI
     from everbatch.optim.restart.shrink_perturb import ShrinkPerturb as ShrinkPerturb
     from everbatch.optim.sharpness.esam import ESAM as ESAM
     from everbatch.optim.sharpness.gradient_norm import WSAM as WSAM

@@ -8,7 +8,7 @@ numbers of rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.engines.host import plain_name, unwrap
-from everbatch.engines.shards import ByName, wide
+from everbatch.engines.shards import wide
 from everbatch.errors import UnsupportedHost, check
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
-           "require_replica", "sensitivity_sums", "slices"]
+           "require_replica", "sensitivity_sums"]
 
 Rows = tuple[Tensor, ...]
 """(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented; ids int64, unique in the data."""
@@ -242,24 +242,6 @@ def _estimate(
     odd = [n for n, t in result.items() if not bool(torch.isfinite(t).all())]
     check(not odd, "importance", f"entries of {odd[:5]} are not finite", "be", "look at the weights and the inputs")
     return result
-
-
-def slices(host: Host, whole: Mapping[str, Tensor], who: str) -> ByName:
-    """This rank's slices of whole importances, in the masters' dtype, float32 at least.
-
-    Raises:
-        ValueError: names or shapes that are not the model's, negative entries or entries that are not finite.
-    """
-    layout = host.master_layout()
-    odd = sorted(set(layout) ^ set(whole))
-    check(not odd, who, f"importance of parameters {odd[:5]} is missing or too much", "name the trained parameters")
-    odd = [n for n in layout if tuple(whole[n].shape) != tuple(layout[n][1])]
-    check(not odd, who, f"importance of {odd[:5]} has shape {[tuple(whole[n].shape) for n in odd[:5]]}",
-          f"be {[tuple(layout[n][1]) for n in odd[:5]]}")
-    odd = [n for n in layout if not bool((torch.isfinite(whole[n]) & (whole[n] >= 0)).all())]
-    check(not odd, who, f"importance of {odd[:5]} is negative or not finite", "be finite numbers >= 0")
-    return ByName({s.name: whole[s.name].reshape(-1)[s.start : s.start + s.numel].to(
-        s.data.device, wide(s.data), copy=True).view(s.data.shape) for s in host.shards})
 
 
 def require_replica(host: Host, factory: Factory | None, who: str) -> None:

@@ -6,37 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
 from everbatch.errors import check, check_real, check_whole
+from everbatch.objective.bregman import dark_term, label_term
+from everbatch.objective.table import dark_er, dark_er_pp, er
+from everbatch.objective.terms import OutputTerm, evaluate
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import StepRecord
 
 __all__ = ["Replay", "dark_term", "label_term"]
 
 
-def label_term(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row: CE(u_i, y_i). Shapes (n, C), (n,) -> (n,). ER's term, averaged over the replay batch."""
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def dark_term(logits: Tensor, stored: Tensor, reduction: Literal["element_mean", "sample_sum"] = "element_mean") -> Tensor:
-    """Squared distance of each row's logits to those stored with it: ||u_i - z_i||^2, divided by C for "element_mean".
-
-    Where the head has grown since, the common prefix is compared. Shapes (n, C), (n, C') -> (n,).
-
-    Source: Buzzega et al. 2020, arXiv 2004.07211. The authors' code averages over all n * C elements, hence the default;
-    the paper's squared norm is "sample_sum", so alpha there is alpha here divided by C.
-    """
-    width = min(logits.shape[1], stored.shape[1])
-    distance = (logits[:, :width].float() - stored[:, :width].float()).square()
-    return distance.mean(1) if reduction == "element_mean" else distance.sum(1)
-
-
-_PARTS = {"er": ("replay",), "dark_er": ("dark",), "dark_er_pp": ("dark", "replay")}
-"""Parts that each method draws: "replay" for labels, "dark" for stored logits."""
-
+METHODS = ("er", "dark_er", "dark_er_pp")
 
 _SPELLINGS = {"der": "dark_er", "derpp": "dark_er_pp", "der++": "dark_er_pp", "dark_er++": "dark_er_pp", "der_pp": "dark_er_pp",
               "experience_replay": "er"}
@@ -89,7 +71,7 @@ class Replay(TrainerMixin):
         """Squared distance of logits: mean over classes (the authors' code) or sum (the paper)."""
 
         def __post_init__(self) -> None:
-            for name, allowed in (("method", tuple(_PARTS)), ("memory", ("reservoir", "class_balanced", "ring")),
+            for name, allowed in (("method", METHODS), ("memory", ("reservoir", "class_balanced", "ring")),
                                   ("key", ("stream", "sample")), ("reduction", ("element_mean", "sample_sum"))):
                 value = getattr(self, name)
                 check(value in allowed, "Replay", f"{name}={value!r}", f"be {', '.join(allowed[:-1])} or {allowed[-1]}")
@@ -117,6 +99,17 @@ class Replay(TrainerMixin):
     class State:
         store: ReplayStore | None = None
 
+    def terms(self) -> tuple[OutputTerm, ...]:
+        """What the method adds to the objective, in the order in which its parts are drawn."""
+        config: Replay.Config = self.configs[Replay]
+        if not config.capacity:
+            return ()
+        if config.method == "er":
+            return er(config.beta)
+        if config.method == "dark_er":
+            return dark_er(config.alpha, config.reduction)
+        return dark_er_pp(config.alpha, config.beta, config.reduction)
+
     def configure_model(self, model: nn.Module) -> nn.Module:
         """Make the empty memory."""
         config: Replay.Config = self.configs[Replay]
@@ -127,25 +120,26 @@ class Replay(TrainerMixin):
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
         """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels), or both."""
         parts = super().draw_batch(parts)  # type: ignore[misc]
-        config, store = self.configs[Replay], self.states[Replay].store
-        for part in _PARTS[config.method] if store is not None else ():
-            rows = store.draw(config.replay_batch, self.step, part)
-            if rows is not None:
-                extras = {"logits": rows["logits"]} if part == "dark" else {}
-                parts = [*parts, Batch(rows["raw"], rows["targets"], rows["ids"], rows["position"], task=parts[0].task,
-                                       part=part, weight=rows["weight"], extras=extras)]
+        config: Replay.Config = self.configs[Replay]
+        store: ReplayStore | None = self.states[Replay].store
+        if store is None:
+            return parts
+        for term in Replay.terms(self):
+            rows = store.draw(config.replay_batch, self.step, term.rows)
+            if rows is None:  # nothing is stored yet
+                continue
+            # A part carries what its term is compared with, and no more.
+            extras = {} if term.target == "targets" else {term.target: rows[term.target]}
+            drawn = Batch(
+                rows["raw"], rows["targets"], rows["ids"], rows["position"], task=parts[0].task,
+                part=term.rows, weight=rows["weight"], extras=extras)
+            parts = [*parts, drawn]
         return parts
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Add the term of a replay part."""
         terms: dict[str, Tensor] = super().loss_terms(outputs, batch)  # type: ignore[misc]
-        config: Replay.Config = self.configs[Replay]
-        if batch.part == "dark":
-            distance = dark_term(outputs, batch.extras["logits"], config.reduction)
-            terms = {**terms, "replay_dark": config.alpha * batch.mean(distance)}
-        elif batch.part == "replay":
-            terms = {**terms, "replay_label": config.beta * batch.mean(label_term(outputs, batch.targets))}
-        return terms
+        return terms | evaluate(Replay.terms(self), outputs, batch)
 
     def after_step(self, record: StepRecord) -> None:
         """Offer the stream's samples to the memory, with the logits of the recorded pass."""

@@ -1,0 +1,115 @@
+"""Every method as its terms of the unified objective
+
+    L(theta) = CE(B; theta) + output terms + weight terms
+
+Methods differ in which rows are compared with which target, and in which precision and anchor pull the weights:
+
+    method       rows            outputs, target               weights: precision, anchor
+    er           memory          cross-entropy, labels         -
+    dark_er      memory          squared distance, logits z    -
+    dark_er_pp   two draws       both                          -
+    ewc          -               -                             sum of the tasks' Fisher F, their merged weights
+    online_ewc   -               -                             decayed sum or mean of F, the weights of the last task
+    si           -               -                             Omega of the path, the weights of the last task
+    mas          -               -                             Omega of the outputs' sensitivity, the weights of the last task
+
+A further method is one entry: its divergence, if none here is its own, and its terms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional
+
+from everbatch.objective.bregman import (
+    dark_term,
+    label_term,
+    mean_square,
+    negative_entropy,
+    squared_norm,
+)
+from everbatch.objective.terms import Divergence, OutputTerm, WeightTerm
+
+__all__ = ["CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "dark_er", "dark_er_pp", "er", "ewc", "mas",
+           "online_ewc", "si"]
+
+ByName = Mapping[str, Tensor]
+Reduction = Literal["element_mean", "sample_sum"]
+
+
+# -------------------------------------------------------------------------------------------------------- divergences
+def _logits(u: Tensor) -> Tensor:
+    return u
+
+
+def _stored(u: Tensor, z: Tensor) -> Tensor:
+    return z
+
+
+def _probabilities(u: Tensor) -> Tensor:
+    return u.softmax(-1)
+
+
+def _one_hot(u: Tensor, y: Tensor) -> Tensor:
+    return functional.one_hot(y, u.shape[-1]).to(u)
+
+
+def _squared(u: Tensor, z: Tensor) -> Tensor:
+    return dark_term(u, z, "sample_sum")
+
+
+CROSS_ENTROPY = Divergence("CE(logits, labels)", _probabilities, negative_entropy, label_term, _one_hot, target_first=True)
+"""KL(one-hot y || softmax u), which is the cross-entropy."""
+MEAN_SQUARE = Divergence("||logits - stored||^2 / classes", _logits, mean_square, dark_term, _stored)
+SQUARED_DISTANCE = Divergence("||logits - stored||^2", _logits, squared_norm, _squared, _stored)
+
+
+# ------------------------------------------------------------------------------------------------------ output methods
+@functools.cache
+def er(beta: float) -> tuple[OutputTerm, ...]:
+    """Experience replay: labels of remembered samples."""
+    return (OutputTerm("replay_label", beta, "replay", CROSS_ENTROPY),)
+
+
+@functools.cache
+def dark_er(alpha: float, reduction: Reduction = "element_mean") -> tuple[OutputTerm, ...]:
+    """Dark experience replay: logits that were stored with remembered samples."""
+    divergence = MEAN_SQUARE if reduction == "element_mean" else SQUARED_DISTANCE
+    return (OutputTerm("replay_dark", alpha, "dark", divergence, target="logits"),)
+
+
+@functools.cache
+def dark_er_pp(alpha: float, beta: float, reduction: Reduction = "element_mean") -> tuple[OutputTerm, ...]:
+    """Both, of independent draws."""
+    return dark_er(alpha, reduction) + er(beta)
+
+
+# ------------------------------------------------------------------------------------------------------ weight methods
+def ewc(strength: float, precision: ByName, anchor: ByName, constant: float) -> tuple[WeightTerm, ...]:
+    """One quadratic for each task, which add up to one around their merged weights, and a constant."""
+    return (WeightTerm("EWC", strength, precision, anchor, constant=constant),)
+
+
+def online_ewc(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm, ...]:
+    """One quadratic around the last task's weights."""
+    return (WeightTerm("EWC", strength, precision, anchor),)
+
+
+def si(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm, ...]:
+    """As online EWC, with the importance of the path."""
+    return (WeightTerm("SI", strength, precision, anchor, symbol="Omega"),)
+
+
+def mas(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm, ...]:
+    """As online EWC, with the sensitivity of the outputs."""
+    return (WeightTerm("MAS", strength, precision, anchor, symbol="Omega"),)
+
+
+TABLE: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp, "ewc": ewc, "online_ewc": online_ewc, "si": si, "mas": mas,
+}
+"""Method by name: a function of its weights, and of what it remembers, to its terms."""

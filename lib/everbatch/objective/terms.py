@@ -1,0 +1,203 @@
+"""The terms of the objective L: how far outputs, or weights, are from what is remembered of them.
+
+A term has a value, a gradient and a text. What a method adds to the loss is a choice of terms: see `table`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from everbatch.contract import parts_of
+from everbatch.objective.bregman import bregman, quadratic_form
+
+__all__ = ["Divergence", "OutputTerm", "Rows", "WeightTerm", "evaluate", "texts"]
+
+Generator = Callable[[Tensor], Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------- outputs
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence D_Phi of a view h of the logits u from a target z, with the loss that it reduces to, row by row.
+
+        h first:       D_Phi(h(u), z)
+        target first:  D_Phi(z, h(u))      where the other order is infinite: cross-entropy against one-hot targets
+
+    `loss` is what trains; `definition` and `gradient` follow from the generator alone, so that the one can be checked
+    against the other. They may differ by what does not depend on u.
+    """
+
+    text: str
+    """The loss of one row, in words for people."""
+    of: Callable[[Tensor], Tensor]
+    """h: logits (..., C) to what is compared, of any shape."""
+    generator: Generator
+    """Phi: strictly convex and differentiable where h and z are; maps a row to a scalar."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """Logits (n, C) and targets (n, ...) to losses (n,)."""
+    target: Callable[[Tensor, Tensor], Tensor]
+    """z in the space of h: of logits (n, C) and targets (n, ...), as the term is given them."""
+    target_first: bool = False
+
+    def definition(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """D_Phi of each row: (n,), without a graph."""
+        pairs = zip(self.of(logits.detach()), self.target(logits, targets), strict=True)
+        if self.target_first:
+            return torch.stack([bregman(self.generator, z, h) for h, z in pairs])
+        return torch.stack([bregman(self.generator, h, z) for h, z in pairs])
+
+    def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of each row's divergence with respect to its logits: (n, C).
+
+        With J the Jacobian of h:  J' (grad Phi(h) - grad Phi(z));  target first:  J' Hessian Phi(h) (h - z).
+        """
+        view = self.of(logits.detach())
+        pull_back = torch.func.vjp(self.of, logits.detach())[1]
+        slope = torch.func.grad(self.generator)
+        rows = []
+        for h, z in zip(view, self.target(logits, targets), strict=True):
+            if self.target_first:
+                hessian = torch.func.vjp(slope, h)[1]  # symmetric: its transpose is itself
+                rows.append(hessian(h - z)[0])
+            else:
+                rows.append(slope(h) - slope(z))
+        gradient: Tensor = pull_back(torch.stack(rows))[0]
+        return gradient
+
+
+class Rows(Protocol):
+    """What a term sees of one part of a batch."""
+
+    @property
+    def part(self) -> str:
+        """Which part it is: "stream", "replay", ..."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(n,) class indices."""
+
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Further rows by name, such as stored "logits"."""
+
+    def mean(self, losses: Tensor, /) -> Tensor:
+        """This rank's share of the mean of (n,) losses over the whole part."""
+
+
+@dataclass(frozen=True)
+class OutputTerm:
+    """weight * mean over the rows of one part of the batch of their divergence."""
+
+    name: str
+    """What the term is recorded as."""
+    weight: float
+    rows: str
+    """The part of the batch."""
+    divergence: Divergence
+    target: str = "targets"
+    """The rows it is compared with: "targets", the labels, or one of the batch's extras."""
+
+    def losses(self, logits: Tensor, batch: Rows) -> Tensor:
+        """The loss of each row, without the weight: (n,)."""
+        wanted = batch.targets if self.target == "targets" else batch.extras[self.target]
+        return self.divergence.loss(logits, wanted)
+
+    def value(self, logits: Tensor, batch: Rows) -> Tensor:
+        """The term: 0-dim, with a graph."""
+        return self.weight * batch.mean(self.losses(logits, batch))
+
+    def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of the term over equally weighted rows with respect to their logits: (n, C)."""
+        return self.divergence.gradient(logits, targets) * (self.weight / len(logits))
+
+    @property
+    def text(self) -> str:
+        return f"{self.weight:g} E_{self.rows} {self.divergence.text}"
+
+
+def evaluate(terms: Iterable[OutputTerm], logits: Tensor, batch: Rows) -> dict[str, Tensor]:
+    """The values of those terms that are about this part of the batch, by name."""
+    return {term.name: term.value(logits, batch) for term in terms if term.rows == batch.part}
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+@dataclass(frozen=True)
+class WeightTerm:
+    """A pull of every weight to an anchor, by its precision P:
+
+        weight * (sum_i P_i (theta_i - theta*_i)^2 + constant)
+
+    There is no 1/2: it is 2 * weight * D_Psi(theta, theta*) of the generator Psi = 1/2 theta' P theta, and the constant.
+    Tensors are by parameter name, of one shape each, whole or slices; a name without a precision is not pulled.
+    """
+
+    name: str
+    """The method, for its text."""
+    weight: float
+    precision: Mapping[str, Tensor]
+    anchor: Mapping[str, Tensor]
+    symbol: str = "F"
+    """What the precision is called in its text."""
+    constant: float = 0.0
+
+    def generator(self, name: str) -> Generator:
+        """Psi of one parameter, flattened."""
+        return quadratic_form(self.precision[name].reshape(-1))
+
+    def distance(self, weights: Iterable[tuple[str, Tensor]], device: torch.device | None = None) -> Tensor:
+        """sum_i P_i (theta_i - theta*_i)^2 over these weights: 0-dim float64."""
+        value = torch.zeros((), dtype=torch.float64, device=device)
+        for name, theta in weights:
+            if name in self.precision:
+                away = (theta - self.anchor[name]).square()
+                value += (self.precision[name] * away).sum(dtype=torch.float64).to(value)
+        return value
+
+    def value(self, distance: Tensor) -> Tensor:
+        """The term, of the `distance` summed over all weights: 0-dim float64."""
+        return (distance + self.constant) * self.weight
+
+    def gradient(self, name: str, theta: Tensor) -> Tensor:
+        """2 * weight * P (theta - theta*) of one parameter."""
+        return 2.0 * self.weight * self.precision[name] * (theta - self.anchor[name])
+
+    def add_gradient_(self, names: Sequence[str], weights: list[Tensor], gradients: list[Tensor]) -> None:
+        """gradients += `gradient`, in place, with one copy of the weights for a moment."""
+        if not names:
+            return
+        factors = [self.precision[name] for name in names]
+        away = list(torch._foreach_sub(weights, [self.anchor[name] for name in names]))
+        if all(_alike(g, f, a) for g, f, a in zip(gradients, factors, away, strict=True)):
+            torch._foreach_addcmul_(gradients, factors, away, value=2.0 * self.weight)
+            return
+        for g, f, a in zip(gradients, factors, away, strict=True):  # bf16 gradients, masters on the CPU
+            g.add_((f * a).to(g), alpha=2.0 * self.weight)
+
+    @property
+    def text(self) -> str:
+        return f"{self.weight:g} sum {self.symbol} (theta - theta*)^2 [{self.name}]"
+
+
+def _alike(g: Tensor, f: Tensor, a: Tensor) -> bool:
+    return g.dtype == f.dtype == a.dtype and g.device == a.device
+
+
+# ------------------------------------------------------------------------------------------------------------ in words
+def texts(owner: Any) -> list[str]:
+    """The terms that the parts of a composed optimizer or trainer add to the loss, as they declare them in `terms`.
+
+    Of a part that adds to the loss and declares nothing, only the name is known.
+    """
+    result: list[str] = []
+    for part in parts_of(type(owner)):
+        declared = vars(part).get("terms")
+        if declared is not None:
+            result += [term.text for term in declared(owner) if term.weight]
+        elif {"loss_terms", "add_penalty"} & vars(part).keys():
+            result.append(f"terms of {part.__name__}")
+    return result
