@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from everbatch.contract import base_of, parts_of
+from everbatch.objective.terms import texts
 
 if TYPE_CHECKING:
     from everbatch.optim.mixin import OptimizerMixin
@@ -13,7 +14,7 @@ __all__ = ["describe"]
 
 
 def describe(opt: OptimizerMixin) -> str:
-    """Order of the parts by verb, passes, bytes per owned master element and collectives, per step."""
+    """Order of the parts by verb, the objective, passes, bytes per owned master element and collectives, per step."""
     cls, costs = type(opt), opt.costs()
     parts, base = parts_of(cls), base_of(cls)
     assert base is not None
@@ -32,6 +33,7 @@ def describe(opt: OptimizerMixin) -> str:
         config = opt.configs.get(part)
         if config is not None:
             lines.append(f"  {part.__name__:<18} {config!r}".replace(f"{part.__name__}.Config", "").rstrip())
+    lines.append(f"  {'objective':<18} L = {' + '.join(['loss', *texts(opt)])}")
     extra = opt.extra_passes()
     state, transient = sum(c.state_bytes for c in costs.values()), sum(c.transient_bytes for c in costs.values())
     scalars = (1 + sum(c.scalar_reductions for c in costs.values())) if opt.host.sharded else int(opt.host.agrees)

@@ -27,6 +27,7 @@ from everbatch.data.notes import notes_of, tell
 from everbatch.distributed import init
 from everbatch.errors import check, check_whole
 from everbatch.evaluate.evaluator import accuracies, predict_inputs
+from everbatch.objective.terms import texts
 from everbatch.report.recorder import Recorder
 from everbatch.train import persist
 from everbatch.train.arguments import check_arguments
@@ -139,7 +140,7 @@ class Trainer:
         check_output(output)
         check_ddp(ddp, engine)
         check_arguments(model, config, engine, device)
-        self.config = config or self.Config()
+        self.config = config or Trainer.Config()  # not that of a part
         # DDP and FSDP2 want a process group, also of one rank that torchrun did not start.
         self.world, self.seed = init(device, lone=engine in ("ddp", "fsdp2")), self.config.seed
         self.num_tasks = self._tasks_told = num_tasks
@@ -201,6 +202,8 @@ class Trainer:
         lines += [f"  {part.__name__:<18} {c!r}".replace(f"{part.__name__}.Config", "")
                   for part, c in getattr(self, "configs", {}).items()]
         lines += [f"  {part.__name__:<18} {part.notes(self)}" for part in parts_of(type(self)) if "notes" in vars(part)]  # type: ignore[attr-defined]
+        terms = ["E_stream CE(logits, labels)", *texts(self), *texts(self.optimizer)]
+        lines.append(f"  {'objective':<18} L = {' + '.join(terms)}")
         memory = [part.__name__ for part in active_parts(self.optimizer)]
         if memory and not issubclass(type(self), Consolidate):
             lines.append(f"  {'at a task end':<18} {', '.join(memory)} called by the trainer, on the task's training samples")
