@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch.engines.shards import Shard, Vector
+from everbatch.engines.watch import Watch
 from everbatch.errors import UnsupportedHost, check
 
 __all__ = ["Alone", "Host", "plain_name", "refuse_complex", "refuse_partly", "refuse_sparse", "unwrap"]
@@ -70,6 +71,8 @@ class Host(abc.ABC):
     """Where sums over the model are computed."""
     module: nn.Module | None
     """The bare module, where the host knows it."""
+    watch: Watch
+    """What passes may run, and its buffers."""
     sharded: bool
     """Whether a rank holds only a part of the masters."""
     agrees: bool = False
@@ -224,7 +227,7 @@ class Host(abc.ABC):
         raise NotImplementedError
 
     def meet(self, parts: Iterable[nn.Module]) -> None:  # noqa: B027
-        """Called with all modules of every outermost module a pass runs, before its forward."""
+        """Called with all modules of every outermost one that a pass runs, before its forward, in a step that looks (`Watch`)."""
 
     def touch(self) -> None:
         """Say that masters were edited."""

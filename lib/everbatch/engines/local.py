@@ -28,6 +28,7 @@ from everbatch.engines.host import (
 )
 from everbatch.engines.shards import Shard, Vector
 from everbatch.engines.unreduced import forget_unreduced, unreduced
+from everbatch.engines.watch import Watch
 from everbatch.engines.wrappers import holds, is_wrapped
 from everbatch.errors import UnsupportedHost, check
 
@@ -53,6 +54,7 @@ class LocalHost(Host):
         self._built: dict[bool, tuple[list[str], list[Shard]]] = {}
         """Without and with frozen parameters: the names that count, and their shards."""
         self._outer = module
+        self.watch = Watch(module)
         self.module = None if module is None else unwrap(module)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         named = [pair for group in optimizer.param_groups for pair in _named(group)]

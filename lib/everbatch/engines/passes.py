@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from everbatch import seeds
-from everbatch.nn.statistics import every_module, hold_statistics, put_back
 
 if TYPE_CHECKING:
     from everbatch.engines.host import Host
@@ -25,7 +23,7 @@ class Objective:
 
     The first call is the *recorded* pass: it alone moves running statistics and gives the loss. Later calls repeat its noise
     (dropout, stochastic depth) and leave statistics as they are. A *probe* (before the gradient is estimated) has noise of
-    its own. Modules are found through torch's global forward pre-hook, so a closure may call whatever it likes.
+    its own. The host's `Watch` knows the modules.
     """
 
     def __init__(
@@ -41,7 +39,6 @@ class Objective:
         """Set while passes shall leave this rank's own, unreduced gradient in `host.local_gradient()`."""
         self._noise: list[Tensor] = []
         self._after: list[Tensor] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def __call__(self, of: str | Closure = "loss", *, probe: bool = False) -> Any:
         """Run one pass; returns the closure's result, detached. Collective.
@@ -73,7 +70,7 @@ class Objective:
         self.recording, self.host.local = first, self.local
         try:
             self.host.set_sync(True)
-            with _Watch(self, statistics=first), torch.enable_grad():
+            with self.host.watch.over(recorded=first), torch.enable_grad():
                 result = closure()
             self.host.end_pass()
         finally:
@@ -87,45 +84,6 @@ class Objective:
         if not self.local and (of == "loss" or not isinstance(of, str)):
             self.penalty()
         return _detach(result)
-
-    def rollback(self) -> None:
-        """Put every buffer the recorded pass may have moved back to where it was before the step."""
-        for entry in self._buffers:
-            put_back(*entry)
-
-    def keep_buffers(self, parts: list[nn.Module]) -> None:
-        """Copy the own buffers of these modules, for a rollback."""
-        self._buffers += [(m, n, b, b.clone()) for m in parts if m._buffers for n, b in m._buffers.items() if b is not None]
-
-
-class _Watch:
-    """Watches the modules of one pass. With `statistics`: keeps a copy of their buffers for a rollback. Without: freezes
-    running statistics and DDP's buffer broadcast, and puts every other buffer back at the end."""
-
-    def __init__(self, objective: Objective, *, statistics: bool) -> None:
-        self.objective, self.statistics = objective, statistics
-        self.seen: set[int] = set()
-        self.undo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> None:
-        self.handle = register_module_forward_pre_hook(self._meet)
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()
-        for action in reversed(self.undo):
-            action()
-
-    def _meet(self, module: nn.Module, _inputs: object) -> None:
-        if id(module) in self.seen:
-            return
-        parts = [m for m in every_module(module) if id(m) not in self.seen]
-        self.seen.update(map(id, parts))
-        self.objective.host.meet(parts)
-        if self.statistics:
-            self.objective.keep_buffers(parts)
-            return
-        for part in parts:
-            self.undo += hold_statistics(part)
 
 
 def _detach(value: Any) -> Any:

@@ -24,6 +24,7 @@ from everbatch.engines.passes import Objective
 from everbatch.engines.reach import Reach
 from everbatch.engines.shards import Shard, Vector
 from everbatch.engines.taken import passage
+from everbatch.engines.watch import Watch
 from everbatch.errors import UnsupportedHost, check
 
 __all__ = ["ZeroHost"]
@@ -56,6 +57,7 @@ class ZeroHost(Host):
         if self.kind not in (*NEEDED, "torch"):
             raise UnsupportedHost(f"DeepSpeed: optimizer wrapper {self.kind} is not supported; use a torch.optim optimizer")
         self.module = engine.module
+        self.watch = Watch(engine)
         self.device = torch.device(engine.device)
         world = World.current()
         self.rank, self.world, self.sharded = world.rank, world.size, self.stage > 0 and world.size > 1

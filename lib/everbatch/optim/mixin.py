@@ -202,6 +202,7 @@ class OptimizerMixin(Contract):
         self._accumulation.enter(closure is not None)
         self.metrics, self._on_apply, self._on_skip, self._replaced = {}, [], [], ""
         self.host.begin_step()
+        self.host.watch.begin_step(self.host.meet)
         closures = {**auxiliary, **({"loss": closure} if closure is not None else {})}
         closures = {name: f if name == "per_sample" else self._accumulation.watched(name, f) for name, f in closures.items()}
         self._objective = objective = Objective(self.host, closures, self.add_penalty, several=self.extra_passes() > 0,
@@ -229,11 +230,12 @@ class OptimizerMixin(Contract):
                 self.edit_parameters()
             else:
                 self.last_nonfinite = next(iter(nonfinite_gradients(self.host)), None)
-                objective.rollback()
+                self.host.watch.rollback()
                 for undo in reversed(self._on_skip):
                     undo()
                 self.skipped_count += 1
         finally:
+            self.host.watch.end_step()
             self._on_apply, self._on_skip, self._objective, self._held = [], [], None, frozenset()
         self.host.end_step(applied)
         self.host.discard()

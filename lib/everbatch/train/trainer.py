@@ -456,6 +456,7 @@ class Trainer:
                 self.optimizer.host.reset_moments()
             require_stable(self)
             self.on_task_start(task)
+            self.optimizer.host.watch.look_again()
         warn_if_nothing_trains(self.module)
         schedule = self._schedule(self.loader.steps_per_epoch, self.task_step)
         self._set_rates(schedule)

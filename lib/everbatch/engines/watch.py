@@ -1,0 +1,149 @@
+"""The modules that passes run: which there are, and their buffers kept from moving or copied for a rollback.
+
+The module an optimizer was given is walked, without a hook. What a closure calls beside it is found in a step that *looks*: the
+first one, the first of a task, and every one where something outside has buffers, or where the module is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from everbatch.nn.statistics import every_module, hold_statistics, put_back
+
+__all__ = ["Watch"]
+
+Meet = Callable[[list[nn.Module]], None]
+
+
+class Watch:
+    """Watches the modules of one optimizer's passes.
+
+    The recorded pass copies their buffers, for `rollback`. In other passes running statistics and DDP's buffer broadcast are
+    held, and every other buffer is put back at the end.
+
+    torch.compile takes a global hook into its graph, and a step without it then needs another graph. So where compiled parts are
+    known or cannot be excluded, a step looks through `nn.Module.__call__` instead, which is torch's own inside of them.
+
+    Cost: a walk over the modules per pass; a step that looks, one call of Python more per module and pass.
+    """
+
+    def __init__(self, root: nn.Module | None) -> None:
+        self.root = root
+        self._meet_all: Meet | None = None
+        """What else wants to know of modules; held during a step only, for it may hold this."""
+        self._look = True
+        """Whether the next step looks for modules outside of the root."""
+        self._outside = root is None
+        """Whether every step must look."""
+        self._compiled = root is None
+        """Whether some part may be compiled."""
+        self._found_compiled = False
+        self._looking = False
+        self._recorded = False
+        """Whether the pass under way is the one that moves statistics."""
+        self._seen: set[int] | None = None
+        """Modules met in the pass under way; None outside of passes."""
+        self._undo: list[Callable[[], None]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._stop: Callable[[], None] | None = None
+
+    def look_again(self) -> None:
+        """Have the next step look for modules outside of the root: closures may have changed."""
+        self._look = True
+
+    def begin_step(self, meet: Meet) -> None:
+        """Before the first pass of a step. `meet` is called with all modules of every outermost one that is found."""
+        self._meet_all = meet
+        self._looking = self._look or self._outside
+        if self._look and self.root is not None:
+            self._compiled = any(map(_is_compiled, every_module(self.root)))
+
+    def end_step(self) -> None:
+        """After the last pass of a step, or one that raised."""
+        self._meet_all, self._buffers = None, []
+        if self._stop is not None:
+            self._stop()
+            self._stop, self._look, self._compiled = None, False, self._found_compiled
+
+    @contextmanager
+    def over(self, *, recorded: bool) -> Iterator[None]:
+        """Around the closure of one pass."""
+        if self._looking and self._stop is None:
+            self._found_compiled = False
+            self._stop = _through_calls(self) if self._compiled else _through_hook(self)
+        self._recorded, self._seen, self._undo = recorded, set(), []
+        try:
+            if self.root is not None:
+                self._take(self.root, inside=True)
+            yield
+        finally:
+            self._seen = None
+            for action in reversed(self._undo):
+                action()
+
+    def rollback(self) -> None:
+        """Put every buffer the recorded pass may have moved back to where it was before the step."""
+        for entry in self._buffers:
+            put_back(*entry)
+
+    def meet(self, module: nn.Module) -> None:
+        """A module is about to run."""
+        if self._seen is not None and id(module) not in self._seen:
+            self._take(module, inside=False)
+
+    def _take(self, module: nn.Module, *, inside: bool) -> None:
+        """Hold, or copy, what a module and those below it keep; whatever else is called of them is known then."""
+        seen = self._seen
+        assert seen is not None
+        parts = [m for m in every_module(module) if id(m) not in seen] if seen else every_module(module)
+        if self._looking:
+            seen.update(map(id, parts))
+            if self._meet_all is not None:
+                self._meet_all(parts)
+            self._found_compiled = self._found_compiled or any(map(_is_compiled, parts))
+        if not inside:
+            self._outside = self._outside or any(p._buffers or isinstance(p, DistributedDataParallel) for p in parts)
+        if self._recorded:
+            self._buffers += [(m, n, b, b.clone()) for m in parts if m._buffers for n, b in m._buffers.items() if b is not None]
+            return
+        for part in parts:
+            if part._buffers or isinstance(part, DistributedDataParallel):
+                self._undo += hold_statistics(part)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _through_hook(watch: Watch) -> Callable[[], None]:
+    """Look through torch's global forward pre-hook; returns what ends it."""
+    return register_module_forward_pre_hook(lambda module, _inputs: watch.meet(module)).remove
+
+
+def _through_calls(watch: Watch) -> Callable[[], None]:
+    """Look through `nn.Module.__call__`, which torch.compile never sees: inside of compiled parts it is torch's own."""
+    torchs: Any = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        watch.meet(module)
+        if nn.Module.__call__ is not call or not _is_compiled(module):
+            return torchs(module, *args, **kwargs)
+        nn.Module.__call__ = torchs  # type: ignore[method-assign]
+        try:
+            return torchs(module, *args, **kwargs)
+        finally:
+            if watch._looking:
+                nn.Module.__call__ = call  # type: ignore[method-assign]
+
+    def stop() -> None:
+        watch._looking = False
+        nn.Module.__call__ = torchs  # type: ignore[method-assign]
+
+    nn.Module.__call__ = call  # type: ignore[method-assign]
+    return stop
