@@ -1,6 +1,7 @@
-"""What the contract suite runs: one line per mixin or mix. Which of them runs on which host, and when: `plans.py`.
+"""What the contract suite runs: a case for each method of the table, made of what it declares, and mixes by hand.
 
-A new method joins by adding its line to CASES.
+A new optimizer mixin is here by its line in `everbatch.methods`; a mix with those it shares a verb with is a line of MIXES.
+Which of them run on which host, and when, is in `plans`.
 """
 
 from __future__ import annotations
@@ -15,25 +16,18 @@ import torch
 from maps import MAPS, RIGHT
 from task_ends import TaskEnd
 
+from everbatch import methods
 from everbatch.composition import compose
-from everbatch.contract import sort_parts
+from everbatch.contract import Made, sort_parts
 from everbatch.errors import CompositionError
 from everbatch.optim import (
     ASAM,
     EMA,
-    ESAM,
     EWC,
-    GSAM,
-    LAMB,
     LARS,
-    MAS,
     SAM,
-    SI,
-    WSAM,
     ClipGradNorm,
     DynamicSparsity,
-    GradientNorm,
-    Ignite,
     LookSAM,
     Refresh,
     ShrinkPerturb,
@@ -63,12 +57,18 @@ class Case:
     """Factor on the bf16 tolerance, for a method that divides by something small."""
 
 
-CASES = [
-    Case("SAM", (SAM,), {"rho": 0.5}, {"rho": 0.0}),
-    Case("ClipGradNorm", (ClipGradNorm,), {"max_norm": 0.3}, {"max_norm": float("inf")}),
-    Case("EMA", (EMA,), {"ema_decay": 0.5}, {"ema_decay": 0.5}),  # it never touches the weights
-    Case("ShrinkPerturb", (ShrinkPerturb,), {"noise": "gaussian", "sigma": 0.05, "shrink": 0.8},
-         {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "moments": "keep"}, "shrink_perturb"),
+def declared(part: Any) -> Case:
+    """The case of one method. Where it does something at a task's end, that is called between steps."""
+    ends = "at_task_end" in vars(part)
+    options = methods.options(part, part.example, FACTORY)
+    bases = tuple(name.lower() for name in part.bases)
+    return Case(part.__name__, (TaskEnd, part) if ends else (part,), options, methods.options(part, part.off, FACTORY),
+                "end_task" if ends else part.call, bases or Case.bases)
+
+
+SINGLES = [declared(part) for part in methods.optimizer_mixins().values()]
+"""Every optimizer mixin of the table alone, at the options that it declares."""
+MIXES = [
     Case("ShrinkPerturb(fresh_init)", (ShrinkPerturb,), {"factory": FACTORY, "perturb": 0.3},
          {"factory": FACTORY, "perturb": 0.0, "shrink": 1.0, "moments": "keep"}, "shrink_perturb"),
     Case("ClipGradNorm+SAM", (ClipGradNorm, SAM), {"rho": 0.5, "max_norm": 0.3}, {"rho": 0.0, "max_norm": float("inf")}),
@@ -76,52 +76,41 @@ CASES = [
          {"rho": 0.0, "max_norm": float("inf")}),
     Case("EMA+ShrinkPerturb+SAM", (EMA, ShrinkPerturb, SAM), {"noise": "gaussian", "sigma": 0.05, "rho": 0.5, "ema_decay": 0.5},
          {"noise": "gaussian", "sigma": 0.0, "shrink": 1.0, "moments": "keep", "rho": 0.0}, "shrink_perturb"),
-    Case("LARS", (LARS,), {"trust_coeff": 0.2}, {"trust_coeff": 1e30, "trust_clip": True}, bases=("sgd",)),
-    Case("LAMB", (LAMB,), {"max_grad_norm": 0.5}, {"min_ratio": 1.0, "max_ratio": 1.0}, bases=("adamw",)),
     Case("ClipGradNorm+LARS+SAM", (ClipGradNorm, LARS, SAM),
          {"trust_coeff": 0.2, "lr_in_buffer": True, "rho": 0.5, "max_norm": 0.3},
          {"trust_coeff": 1e30, "trust_clip": True, "rho": 0.0, "max_norm": float("inf")}, bases=("sgd",)),
     Case("EWC+SAM", (TaskEnd, EWC, SAM), {"strength": 0.5, "form": "separate", "factory": FACTORY, "rho": 0.3},
          {"strength": 0.0, "factory": FACTORY, "rho": 0.0}, "end_task"),
-    Case("EWC", (TaskEnd, EWC), {"strength": 0.5, "factory": FACTORY}, {"strength": 0.0, "factory": FACTORY}, "end_task"),
-    Case("SI", (TaskEnd, SI), {"strength": 0.5, "xi": 0.1}, {"strength": 0.0}, "end_task"),
-    Case("MAS", (TaskEnd, MAS), {"strength": 0.05, "factory": FACTORY}, {"strength": 0.0, "factory": FACTORY}, "end_task"),
     Case("Refresh+EWC", (TaskEnd, Refresh, EWC),
          {"refresh_gamma": 0.1, "unlearn_steps": 2, "noise_scale": 0.05, "refresh_factory": FACTORY, "strength": 0.5,
           "ewc_factory": FACTORY},
          {"refresh_gamma": 0.0, "refresh_factory": FACTORY, "strength": 0.0, "ewc_factory": FACTORY}, "end_task"),
-    Case("Refresh", (TaskEnd, Refresh), {"refresh_gamma": 0.1, "noise_scale": 0.05, "factory": FACTORY},
-         {"refresh_gamma": 0.0, "factory": FACTORY}, "end_task"),
     Case("Refresh(normalized)", (TaskEnd, Refresh),
          {"form": "normalized", "every": 1, "delta": 0.01, "noise_coef": 0.1, "factory": FACTORY},
          {"form": "normalized", "delta": 0.0, "factory": FACTORY}, "end_task"),
-    Case("DynamicSparsity", (DynamicSparsity,), {"density": 0.3, "update_every": 2}, {"density": 1.0}),
     Case("ClipGradNorm+EMA+DynamicSparsity+SAM", (ClipGradNorm, EMA, DynamicSparsity, SAM),
          {"density": 0.3, "update_every": 3, "grow": "momentum", "score_steps": 2, "redistribute": "momentum", "prune": "soft",
           "rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
          {"density": 1.0, "rho": 0.0, "max_norm": float("inf")}),
     Case("SAM(interval)", (SAM,), {"rho": 0.5, "interval": 2}, {"rho": 0.0, "interval": 2}),
-    Case("ASAM", (ASAM,), {"rho": 0.5}, {"rho": 0.0}),
     Case("ASAM(elementwise)", (ASAM,), {"rho": 0.5, "adaptive": "elementwise"}, {"rho": 0.0}),
-    Case("GSAM", (GSAM,), {"rho": 0.3}, {"rho": 0.0}),
-    Case("GradientNorm", (GradientNorm,), {"radius": 0.3}, {"mix": 0.0}),
-    Case("WSAM", (WSAM,), {"rho": 0.3, "gamma": 0.6}, {"gamma": 0.0}),
-    Case("LookSAM", (LookSAM,), {"rho": 0.3, "every": 3}, {"rho": 0.0}),
     # h - g is some percent of g and is normalised by tensor: bf16 errors of g grow as much; bf16 hosts agree with each other.
     Case("LookSAM(tensor)", (LookSAM,), {"rho": 0.3, "every": 3, "norms": "tensor"}, {"rho": 0.0}, amplifies=2.0),
-    Case("StaleSAM", (StaleSAM,), {"rho": 0.3, "tau": 2}, {"rho": 0.0}),
-    Case("Ignite", (Ignite,), {"rho": 0.5, "rate": 0.1, "budget": 0.01, "multiplier": 0.1}, {"multiplier": 0.0, "rate": 0.0}),
-    # Each rank selects among its own rows, one process among all: equal only where all are selected (gamma 1, ties included),
-    # which still runs both passes through per_sample, and perturbs the tensors that a seeded coin picks.
-    Case("ESAM", (ESAM,), {"rho": 0.5, "gamma": 1.0, "strict": False, "beta": 0.6}, {"rho": 0.0}),
     Case("ClipGradNorm+EMA+StaleSAM", (ClipGradNorm, EMA, StaleSAM), {"rho": 0.3, "max_norm": 0.3, "ema_decay": 0.5},
          {"rho": 0.0, "max_norm": float("inf")}),
-    Case("SubspaceProjection", (SubspaceProjection,), {"projections": MAPS}, {"projections": MAPS, "strength": 0.0}),
     Case("SubspaceProjection(right)", (SubspaceProjection,), {"projections": RIGHT}, {"projections": RIGHT, "strength": 0.0}),
     Case("ClipGradNorm+EMA+SubspaceProjection+SAM", (ClipGradNorm, EMA, SubspaceProjection, SAM),
          {"projections": MAPS, "space": "update", "strength": 0.5, "rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},
          {"projections": MAPS, "space": "update", "strength": 0.0, "rho": 0.0, "max_norm": float("inf")}),
+    Case("SubspaceProjection(maps)", (SubspaceProjection,), {"projections": MAPS}, {"projections": MAPS, "strength": 0.0}),
 ]
+"""Several together, and other options of one."""
+CASES = [*SINGLES, *MIXES]
+
+
+def _of_one_net(case: Case) -> bool:
+    """Whether a method's options name the suite's own weights."""
+    return any(isinstance(part.example, Made) for part in case.mixins)  # type: ignore[attr-defined]
 
 
 def _forked(case: Case, fork: str) -> Case:
@@ -133,7 +122,7 @@ def _forked(case: Case, fork: str) -> Case:
 
 
 FORKED = [_forked(Case("bare", (), {}, {}), "branch"), _forked(Case("bare", (), {}, {}), "heads"),
-          *(_forked(c, fork) for c, fork in zip([c for c in CASES if SubspaceProjection not in c.mixins],
+          *(_forked(c, fork) for c, fork in zip([c for c in CASES if not _of_one_net(c)],
                                                 itertools.cycle(("heads", "branch")), strict=False))]
 """Every method on such a net: what no pass reaches stays where it is."""
 

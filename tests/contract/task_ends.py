@@ -6,19 +6,18 @@ import hosts
 import torch
 from torch import Tensor
 
-from everbatch.optim import EWC, MAS, SI, OptimizerMixin, Refresh
+from everbatch.contract import parts_of
+from everbatch.optim import OptimizerMixin
 
 
 class TaskEnd(OptimizerMixin):
-    """Adds `end_task()`, which consolidates whatever of EWC, SI, MAS and Refresh the class holds."""
+    """Adds `end_task()`, which calls `at_task_end` of whatever part of the class has one."""
 
     def end_task(self) -> None:
         rows = [self._mine(*batch) for batch in hosts.batches(2)]
-        for part, method in ((EWC, "consolidate_ewc"), (MAS, "consolidate_mas"), (Refresh, "update_fisher")):
-            if part in self.configs:
-                getattr(self, method)(rows)
-        if SI in self.configs:
-            self.consolidate_si()  # type: ignore[attr-defined]
+        for part in parts_of(type(self)):
+            if "at_task_end" in vars(part):
+                part.at_task_end(self, rows)  # type: ignore[attr-defined]
 
     def _mine(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's rows, unevenly: of three parts, rank 0 has the first, the last rank the rest. A plain host has all."""

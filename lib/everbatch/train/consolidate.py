@@ -9,9 +9,9 @@ from torch import Tensor
 
 from everbatch.data import Batch, Stream, Task
 from everbatch.errors import check, check_whole
-from everbatch.optim import EWC, DynamicSparsity, Refresh
+from everbatch.optim import DynamicSparsity
 from everbatch.train.mixin import TrainerMixin
-from everbatch.train.task_ends import MEMORY, is_active, remember
+from everbatch.train.task_ends import active_parts, called_parts, remember
 
 __all__ = ["Consolidate"]
 
@@ -113,11 +113,11 @@ class Consolidate(TrainerMixin):
     def __check(self) -> None:
         config: Consolidate.Config = self.configs[Consolidate]
         kind, configs = type(self.optimizer).__name__, self.optimizer.configs
-        check(any(part in configs for part in MEMORY) or config.isolate, "Consolidate",
-              f"optimizer {kind} has nothing to call at a task's end", "be composed with EWC, SI, MAS or Refresh",
-              "or set isolate=True with DynamicSparsity")
-        for part in (EWC, Refresh):
-            check(not is_active(self.optimizer, part) or configs[part].estimator != "given", "Consolidate",
+        check(bool(called_parts(self.optimizer)) or config.isolate, "Consolidate",
+              f"optimizer {kind} has nothing to call at a task's end", "be composed with a part that has, such as EWC",
+              "or set isolate=True with DynamicSparsity; `everbatch methods` lists all")
+        for part in active_parts(self.optimizer):
+            check(getattr(configs.get(part), "estimator", "") != "given", "Consolidate",
                   f"estimator='given' of {part.__name__}", "be one that is estimated here", "or hand importance in yourself, "
                   "without Consolidate")
         if config.isolate:

@@ -1,4 +1,4 @@
-"""What weight-space memory takes at a task's end: EWC, SI, MAS and Refresh, on the task's own training samples."""
+"""What parts of the optimizer take at a task's end (`at_task_end`), on the task's own training samples."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from everbatch.data import Task
 from everbatch.data.notes import tell
 from everbatch.errors import check
 from everbatch.evaluate.evaluator import mean_buffers
-from everbatch.optim import EWC, MAS, SI, Refresh
 
-__all__ = ["MEMORY", "active_parts", "is_active", "remember", "require_stable", "rows_of", "taken"]
-
-MEMORY = (EWC, MAS, Refresh, SI)
+__all__ = ["active_parts", "called_parts", "is_active", "remember", "require_stable", "rows_of", "taken"]
 
 
 def is_active(optimizer: Any, part: type) -> bool:
-    """Whether the optimizer has this part, at a strength other than 0."""
+    """Whether the optimizer has this part, at a strength other than 0, or `active`, where its Config says so."""
     config = optimizer.configs.get(part)
-    return config is not None and bool(config.active if part is Refresh else config.strength)
+    return part in parts_of(type(optimizer)) and bool(getattr(config, "active", getattr(config, "strength", True)))
+
+
+def called_parts(optimizer: Any) -> list[type]:
+    """The parts that have something to do at a task's end, whatever their strength, by name: on every rank in one order."""
+    return sorted((part for part in parts_of(type(optimizer)) if "at_task_end" in vars(part)), key=lambda part: part.__name__)
 
 
 def active_parts(optimizer: Any) -> list[type]:
-    """The parts that want to be called at a task's end."""
-    return [part for part in MEMORY if is_active(optimizer, part)]
+    """Of them, those that want to be called."""
+    return [part for part in called_parts(optimizer) if is_active(optimizer, part)]
 
 
 def taken(optimizer: Any) -> dict[type, int]:
-    """How many tasks each part remembers. SI keeps no count: taken twice, it gives what it gave."""
-    return {part: optimizer.states[part].tasks for part in active_parts(optimizer) if part is not SI}
+    """How many tasks each part remembers, of those that count: another (SI), taken twice, gives what it gave."""
+    counts = {part: getattr(optimizer.states.get(part), "tasks", None) for part in active_parts(optimizer)}
+    return {part: count for part, count in counts.items() if count is not None}
 
 
 def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done: dict[type, int] | None = None) -> None:
@@ -49,7 +52,8 @@ def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done
             estimator="given" that they did not call, a user is warned.
     """
     optimizer, now = trainer.optimizer, taken(trainer.optimizer)
-    wanted = [part for part in active_parts(optimizer) if done is None or part is SI or now[part] == done[part]]
+    wanted: list[Any] = [part for part in active_parts(optimizer)
+                         if done is None or part not in now or now[part] == done[part]]
     given = [part for part in wanted if getattr(optimizer.configs[part], "estimator", "") == "given"]
     if given:
         names = " and ".join(part.__name__ for part in given)
@@ -63,14 +67,8 @@ def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done
     pick = getattr(trainer, "_pick", None)
     picking = pick.on() if pick is not None else nullcontext()
     with picking, mean_buffers(trainer.module, trainer.world):  # or importance would depend on which rank holds which sample
-        if EWC in wanted:
-            optimizer.consolidate_ewc(found())
-        if MAS in wanted:
-            optimizer.consolidate_mas(found())
-        if Refresh in wanted:
-            optimizer.update_fisher(found())
-    if SI in wanted:
-        optimizer.consolidate_si()
+        for part in wanted:
+            part.at_task_end(optimizer, found())
 
 
 def rows_of(trainer: Any, task: Task, samples: int, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -96,8 +94,8 @@ def require_stable(trainer: Any) -> None:
     """
     optimizer, base = trainer.optimizer, base_of(type(trainer.optimizer))
     assert base is not None
-    bound = [part for part in active_parts(optimizer) if part is not Refresh]
-    others = [part for part in parts_of(type(optimizer)) if part not in MEMORY]
+    bound = [part for part in active_parts(optimizer) if hasattr(optimizer.configs.get(part), "strength")]
+    others = [part for part in parts_of(type(optimizer)) if part not in called_parts(optimizer)]
     if not bound or not issubclass(base, torch.optim.SGD) or any({"update", "edit_gradient"} & vars(p).keys() for p in others):
         return
     for part in bound:
