@@ -3,7 +3,7 @@
 A rotated test stands at a place of a list whose members take so many turns. A run has a round, by default the number of
 commits up to HEAD, so that a commit always runs the same tests, and in a round one turn is due:
 
-    @pytest.mark.parametrize("host", [pytest.param(h, marks=takes_turn(i, 4)) for i, h in enumerate(HOSTS)])
+    @pytest.mark.parametrize("host", [When(i, 4).param(h) for i, h in enumerate(HOSTS)])
 
 EVERBATCH_ROUND=N fixes the round, EVERBATCH_ROUND=all runs every turn. `Coverage` writes down when each test last ran.
 """
@@ -16,7 +16,9 @@ import os
 import random
 import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,9 +68,27 @@ def due(place: int, turns: int, round: Round = ROUND) -> bool:
     return round is None or place % turns == turn(round, turns)
 
 
-def takes_turn(place: int, turns: int) -> pytest.MarkDecorator:
-    """The mark of a test that is left out of rounds in which it is not due."""
-    return pytest.mark.rotated(place, turns)
+@dataclass(frozen=True)
+class When:
+    """The rounds in which something runs."""
+
+    place: int = 0
+    turns: int = 1
+    """1: in every round."""
+    slow: bool = False
+    """With the mark `slow`."""
+
+    def due(self, round: Round) -> bool:
+        return due(self.place, self.turns, round)
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        turns = [pytest.mark.rotated(self.place, self.turns)] if self.turns > 1 else []
+        return [*turns, *[pytest.mark.slow] * self.slow]
+
+    def param(self, *values: object, id: str | None = None) -> Any:
+        """The values of a test that runs then."""
+        return pytest.param(*values, id=id, marks=self.marks)
 
 
 def split(items: Iterable[pytest.Item], round: Round = ROUND) -> tuple[list[pytest.Item], list[pytest.Item]]:

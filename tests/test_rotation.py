@@ -45,9 +45,9 @@ def test_all_means_all_and_anything_else_is_refused() -> None:
 
 TESTS = """
 import pytest
-from rotation import takes_turn
+from rotation import When
 
-@pytest.mark.parametrize("place", [pytest.param(i, marks=takes_turn(i, 4)) for i in range(8)])
+@pytest.mark.parametrize("place", [When(i, 4).param(i) for i in range(8)])
 def test_one_of_four(place):
     assert place < 4
 

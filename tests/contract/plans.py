@@ -15,7 +15,7 @@ from typing import Any
 import hosts
 from cases import BF16, BY_CASE, CASES, DEEPSPEED, FORKED, FP32, MIX, PAIRS, UNREACHED, Case
 
-import rotation
+from rotation import Round, When
 
 CORE = ("SAM", "ClipGradNorm", "EMA", "ShrinkPerturb", "ShrinkPerturb(fresh_init)", "ClipGradNorm+SAM", MIX,
         "EMA+ShrinkPerturb+SAM")
@@ -42,19 +42,6 @@ Move = tuple[str, str, str, str]
 """Source, host, case, base: saved by two ranks at the source, loaded here."""
 
 
-@dataclass(frozen=True)
-class When:
-    """The rounds in which something runs."""
-
-    place: int = 0
-    turns: int = 1
-    """1: in every round."""
-    wide: bool = False
-
-    def due(self, round: rotation.Round) -> bool:
-        return rotation.due(self.place, self.turns, round)
-
-
 @dataclass
 class Plan:
     """What a launch of the worker does, or may do, and when."""
@@ -64,10 +51,10 @@ class Plan:
     hosts: dict[str, When] = field(default_factory=dict)
     """Hosts that go through HOST_CHECKS."""
 
-    def now(self, round: rotation.Round, *, wide: bool) -> Plan:
+    def now(self, round: Round, *, wide: bool) -> Plan:
         """What is due, of the default plan or of what `wide` adds to it."""
         def kept(part: dict[Any, When]) -> dict[Any, When]:
-            return {key: when for key, when in part.items() if when.wide == wide and when.due(round)}
+            return {key: when for key, when in part.items() if when.slow == wide and when.due(round)}
 
         return Plan(kept(self.lives), kept(self.moves), kept(self.hosts))
 
@@ -108,7 +95,7 @@ def _two() -> Plan:
     for place, host in enumerate((*FP32, *HALF)):
         made.hosts[host] = When() if host in FEW else When(place, TURNS)
     for place, host in enumerate(h for h in BF16 if h not in HALF):
-        made.hosts[host] = When(place, WIDE_TURNS, wide=True)
+        made.hosts[host] = When(place, WIDE_TURNS, slow=True)
     return made
 
 
@@ -133,7 +120,7 @@ def _wide_lives(lives: dict[Life, When]) -> None:
     hosts_in_turn = itertools.cycle(FP32[1:])  # each pair on two, so that every host meets every mixin
     rest += [(next(hosts_in_turn), p.name, p.bases[0]) for p in PAIRS.values() if isinstance(p, Case) for _ in range(2)]
     for place, life in enumerate(rest):
-        lives.setdefault(life, When(place, WIDE_TURNS, wide=True))
+        lives.setdefault(life, When(place, WIDE_TURNS, slow=True))
 
 
 def _three() -> Plan:
@@ -141,7 +128,7 @@ def _three() -> Plan:
     for place, host in enumerate(("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-persistent")):
         made.lives[host, MIX, "sgd"] = When(place, TURNS)
     for place, (host, case) in enumerate(itertools.product(FP32[1:], CASES)):
-        made.lives.setdefault((host, case.name, case.bases[0]), When(place, WIDE_TURNS, wide=True))
+        made.lives.setdefault((host, case.name, case.bases[0]), When(place, WIDE_TURNS, slow=True))
     _arrivals(made, [("zero3", "zero1"), ("ddp", "zero3"), ("zero1", "fsdp2")], [(MIX, "sgd")])
     for place, host in enumerate(("ddp", "fsdp2", "zero1", "zero3")):
         made.hosts[host] = When(place, TURNS)
@@ -166,7 +153,7 @@ def _arrivals(made: Plan, routes: list[tuple[str, str]], cases: list[tuple[str, 
 
 def _follow(source: When, place: int, wide: bool) -> When:
     """When a move may run: with the life that saves what it loads, or in turn where that one always runs."""
-    wide = wide or source.wide
+    wide = wide or source.slow
     if source.turns > 1:
         return When(source.place, source.turns, wide)
     return When(place, WIDE_TURNS if wide else TURNS, wide)

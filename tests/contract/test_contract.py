@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plans import plan
 
 from processes import Zygote
-from rotation import ROUND, takes_turn
+from rotation import ROUND
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(7500)]  # above all launches, which have limits of their own
 WORKER = Path(__file__).parent / "worker.py"
@@ -61,11 +61,7 @@ def launched(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Launch
 
 def promised(world: int) -> list[Any]:
     """A test for each key; those that only the wide plan has are slow."""
-    found = []
-    for key, when in plan(world).keys():
-        marks = [takes_turn(when.place, when.turns)] if when.turns > 1 else []
-        found.append(pytest.param(key, when.wide, id=key, marks=[*marks, *[pytest.mark.slow] * when.wide]))
-    return found
+    return [when.param(key, when.slow, id=key) for key, when in plan(world).keys()]
 
 
 def judge(results: dict[str, Any], key: str) -> None:

@@ -22,11 +22,6 @@ from everbatch.report.recorder import read_scalars
 from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
 from learning import Abandoned, Learner, buffers, everything, memory, stream, union, whole
 
-ENDS = (5, 9, 23)
-"""Steps after which a run is left: inside the first task, one step after a task boundary, inside the last task.
-
-A checkpoint is written every second step and after each task, so the run goes on from step 4, 8 and 22."""
-
 
 def cut(host: str, folder: Path, after: int, **options: Any) -> Any:
     """A run that is left after so many steps."""
@@ -51,11 +46,14 @@ def same_scalars(found: Outcome, one: Path, other: Path) -> None:
         found.require((one / "scalars.jsonl").read_bytes() == (other / "scalars.jsonl").read_bytes(), "scalars.jsonl differs")
 
 
-def resume(record: Record, store: Path, host: str) -> None:
-    """Left after some step and resumed by other objects, from other weights: everything as in the run that was not."""
+def resume(record: Record, store: Path, argument: str) -> None:
+    """HOST/STEP,STEP: left after some step and resumed by other objects, from other weights; everything as in the run that was
+    not. After 5: inside the first task, 9: one step after a task boundary, 23: inside the last task. A checkpoint is written
+    every second step and after each task, so the run goes on from step 4, 8 and 22."""
+    host, _, ends = argument.partition("/")
     folder = store / f"resume-{World.current().size}-{host}"
     expected = everything(full(host, folder / "whole"))
-    for after in ENDS:
+    for after in map(int, ends.split(",")):
         with record.check(f"resume/{host}/{after}") as found:
             cut(host, folder / str(after), after)
             again = full(host, folder / str(after), resume=True, model=learning.net(99))
@@ -65,11 +63,11 @@ def resume(record: Record, store: Path, host: str) -> None:
 
 
 def killed(record: Record, store: Path, argument: str) -> None:
-    """HOST/N: in attempt N of the launcher, rank N modulo 2 kills itself; in the next the run goes on and ends as one that was
+    """HOST/N/RANK: in attempt N of the launcher this rank kills itself; in the next the run goes on and ends as one that was
     never interrupted. Each has its own attempt, so one launch does for several hosts."""
-    host, _, number = argument.partition("/")
+    host, number, rank = argument.split("/")
     folder, attempt = store / f"killed-{host}", int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    recorder = learning.recorder(folder, 13 if attempt == int(number) else -1, signal.SIGKILL, rank=int(number) % 2)
+    recorder = learning.recorder(folder, 13 if attempt == int(number) else -1, signal.SIGKILL, rank=int(rank))
     t = learning.trainer(host, folder=folder / "checkpoints", recorder=recorder,
                          model=learning.net(max(0, attempt - int(number))))
     t.fit(stream(), resume=True)

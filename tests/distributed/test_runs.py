@@ -1,38 +1,77 @@
 """The trainer on every engine with real ranks: resumed, killed, moved to other numbers of ranks, divided differently.
 
-Each launch is forked once and does many checks; the tests read what it found.
+Each launch is forked once and does what is due in the round; the tests read what it found.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from processes import Zygote, torchrun
+from rotation import ROUND, Round, When
 
 WORKER = Path(__file__).parent / "worker.py"
-ENDS = (5, 9, 23)
 SHARDED = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 ROUNDED = ("ddp", "fsdp2", "zero1", "zero3")
 """Engines for what is to rounding, or about the trainer more than the engine."""
+ENDS = {9: When(), 5: When(0, 2), 23: When(1, 2)}
+"""Steps after which a run is left, and the rounds in which that is done on an engine that does it in every round."""
 
-LAUNCHES: dict[str, tuple[int, list[str]]] = {
-    "one": (1, [f"resume:{h}" for h in ("plain", *SHARDED)] + ["leave:ddp", "leave:plain", "bad_numbers:plain"]
-            + [f"invariance:{h}" for h in ROUNDED]),
-    "two": (2, [f"resume:{h}" for h in SHARDED] + [f"invariance:{h}" for h in ROUNDED]
-            + ["leave:ddp", "leave:zero2", "leave:zero3", "enter:1-ddp/ddp", "enter:1-plain/zero2", "enter:2-zero3/zero1"]
-            + [f"evaluation:{h}" for h in ("ddp", "fsdp2", "zero3")] + [f"bad_numbers:{h}" for h in SHARDED]
-            + [f"accumulation:{h}" for h in ROUNDED] + [f"half:{h}" for h in ("ddp", "fsdp2", "zero2-bf16")]
-            + ["disagreement", "refused"]),
-    "one again": (1, ["enter:2-zero2/plain", "enter:2-ddp/ddp"]),
-    "three": (3, ["enter:2-zero2/zero3", "enter:2-ddp/fsdp2"]),
-}
-"""Ranks and jobs, in this order: later launches go on from what earlier ones left."""
+
+def resumed(name: str, always: Sequence[str], others: Sequence[str]) -> dict[tuple[str, str, int], When]:
+    """Runs that are left and resumed: launch, engine, step. Of the others one engine in each round, after every step."""
+    found = {(name, host, after): when for host in always for after, when in ENDS.items()}
+    return found | {(name, host, after): When(i, len(others)) for i, host in enumerate(others) for after in ENDS}
+
+
+def in_turn(name: str, hosts: Sequence[str]) -> dict[tuple[str, str], When]:
+    """One engine of these in each round: launch, engine."""
+    return {(name, host): When(place, len(hosts)) for place, host in enumerate(hosts)}
+
+
+RESUMED = resumed("one", ("plain",), SHARDED) | resumed("two", ("ddp", "zero3"), ("fsdp2", "zero0", "zero1", "zero2"))
+DIVIDED = in_turn("two", ROUNDED)
+EVALUATED = in_turn("two", ("ddp", "fsdp2", "zero3"))
+HALF = in_turn("two", ("ddp", "fsdp2", "zero2-bf16"))
+SPOILT = {("one", "plain"): When(), ("two", "ddp"): When(), **in_turn("two", SHARDED[1:])}
+MOVED = {("one again", "2-zero2", "plain-1"): When(0, 3), ("two", "1-plain", "zero2-2"): When(0, 3),
+         ("one again", "2-ddp", "ddp-1"): When(1, 3), ("two", "1-ddp", "ddp-2"): When(1, 3),
+         ("two", "2-zero3", "zero1-2"): When(2, 3),
+         ("three", "2-zero2", "zero3-3"): When(0, 3, slow=True), ("three", "2-ddp", "fsdp2-3"): When(1, 3, slow=True)}
+"""Launch, what it goes on from, where; those that go on from one thing are due together."""
+KILLED = {("ddp",): When(0, 2), ("zero1",): When(1, 2), ("fsdp2", "zero0", "zero2", "zero3"): When(slow=True)}
+"""Engines of one launch, each with a rank that is killed in an attempt of its own."""
+
+RANKS = {"one": 1, "two": 2, "one again": 1, "three": 3}
 NEEDS = {"two": ["one"], "one again": ["two"], "three": ["two"]}
+"""Later launches go on from what earlier ones left."""
+
+
+def jobs(name: str, round: Round) -> list[str]:
+    """What a launch does in a round."""
+    def due(table: dict[Any, When]) -> list[Any]:
+        return [key[1:] for key, when in table.items() if key[0] == name and when.due(round)]
+
+    ends: dict[str, list[int]] = {}
+    for host, after in due(RESUMED):
+        ends.setdefault(host, []).append(after)
+    left = {source: when for (_, source, _), when in MOVED.items() if source.startswith(f"{RANKS[name]}-")}
+    found = [f"resume:{host}/{','.join(map(str, steps))}" for host, steps in ends.items()]
+    if name in ("one", "two"):
+        found += [f"invariance:{host}" for (_, host), when in DIVIDED.items() if when.due(round)]
+        found += [f"leave:{source.partition('-')[2]}" for source, when in left.items() if when.due(round)]
+    found += [f"enter:{source}/{target.rpartition('-')[0]}" for source, target in due(MOVED)]
+    found += [f"evaluation:{host}" for host, in due(EVALUATED)]
+    found += [f"bad_numbers:{host}" for host, in due(SPOILT)]
+    found += [f"accumulation:{host}" for host, in due(DIVIDED)]
+    found += [f"half:{host}" for host, in due(HALF)]
+    return found + (["disagreement", "refused"] if name == "two" else [])
+
 
 Results = dict[str, dict[str, Any]]
 
@@ -46,10 +85,9 @@ def launch(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable
         if name not in found:
             for before in NEEDS.get(name, []):
                 results(before)
-            ranks, jobs = LAUNCHES[name]
             out = folder / f"{name}.json"
-            job = zygote.run(WORKER, str(out), str(folder / "store"), *jobs, ranks=ranks, limit=900)
-            assert job.codes == [0] * ranks, job.err[-5000:]
+            job = zygote.run(WORKER, str(out), str(folder / "store"), *jobs(name, ROUND), ranks=RANKS[name], limit=900)
+            assert job.codes == [0] * RANKS[name], job.err[-5000:]
             found[name] = json.loads(out.read_text())
         return found[name]
 
@@ -61,47 +99,42 @@ def passes(results: Results, key: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("after", ENDS)
-@pytest.mark.parametrize(("name", "host"), [("one", h) for h in ("plain", *SHARDED)] + [("two", h) for h in SHARDED])
+@pytest.mark.parametrize(("name", "host", "after"), [when.param(*key) for key, when in RESUMED.items()])
 def test_resumed_equals_uninterrupted(launch: Callable[[str], Results], name: str, host: str, after: int) -> None:
     passes(launch(name), f"resume/{host}/{after}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("key", [
-    "one again: enter/2-zero2/plain-1", "one again: enter/2-ddp/ddp-1", "two: enter/1-ddp/ddp-2", "two: enter/1-plain/zero2-2",
-    "two: enter/2-zero3/zero1-2", pytest.param("three: enter/2-zero2/zero3-3", marks=pytest.mark.slow),
-    pytest.param("three: enter/2-ddp/fsdp2-3", marks=pytest.mark.slow)])
-def test_another_number_of_ranks_or_stage(launch: Callable[[str], Results], key: str) -> None:
-    name, _, check = key.partition(": ")
-    passes(launch(name), check)
+@pytest.mark.parametrize(("name", "source", "target"), [when.param(*key) for key, when in MOVED.items()])
+def test_another_number_of_ranks_or_stage(launch: Callable[[str], Results], name: str, source: str, target: str) -> None:
+    passes(launch(name), f"enter/{source}/{target}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("host", ROUNDED)
+@pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in DIVIDED.items()])
 @pytest.mark.parametrize("check", ["same_seed", "invariance", "accumulation"])
-def test_division_of_the_batch_does_not_matter(launch: Callable[[str], Results], check: str, host: str) -> None:
-    passes(launch("two"), f"{check}/{host}")
+def test_division_of_the_batch_does_not_matter(launch: Callable[[str], Results], check: str, name: str, host: str) -> None:
+    passes(launch(name), f"{check}/{host}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("host", ["ddp", "fsdp2", "zero3"])
+@pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in EVALUATED.items()])
 @pytest.mark.parametrize("check", ["traces", "once"])
-def test_evaluation(launch: Callable[[str], Results], host: str, check: str) -> None:
-    passes(launch("two"), f"evaluation/{host}/{check}")
+def test_evaluation(launch: Callable[[str], Results], name: str, host: str, check: str) -> None:
+    passes(launch(name), f"evaluation/{host}/{check}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("name", "host"), [("one", "plain"), *(("two", h) for h in SHARDED)])
+@pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in SPOILT.items()])
 @pytest.mark.parametrize("check", ["skipped", "stop"])
 def test_numbers_that_are_not_finite(launch: Callable[[str], Results], name: str, host: str, check: str) -> None:
     passes(launch(name), f"bad_numbers/{host}/{check}")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("host", ["ddp", "fsdp2", "zero2-bf16"])
-def test_half_precision(launch: Callable[[str], Results], host: str) -> None:
-    passes(launch("two"), f"half/{host}")
+@pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in HALF.items()])
+def test_half_precision(launch: Callable[[str], Results], name: str, host: str) -> None:
+    passes(launch(name), f"half/{host}")
 
 
 @pytest.mark.distributed
@@ -118,15 +151,31 @@ def test_ranks_that_disagree(launch: Callable[[str], Results]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("hosts", [("ddp", "zero1"), pytest.param(("fsdp2", "zero0", "zero2", "zero3"), marks=pytest.mark.slow)])
-def test_kill_9_and_restart(zygote: Zygote, tmp_path: Path, hosts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("hosts", [when.param(hosts) for hosts, when in KILLED.items()])
+def test_kill_9_and_restart(tmp_path: Path, hosts: tuple[str, ...]) -> None:
     """Rank 0 or 1 is killed in the middle of one run after the other; torchrun starts all ranks again, and each run ends as one
     that was never interrupted."""
     out = tmp_path / "out.json"
-    jobs = [f"killed:{host}/{number}" for number, host in enumerate(hosts)]
-    job = torchrun(2, WORKER, str(out), str(tmp_path / "store"), *jobs, limit=500, restarts=len(hosts))
+    todo = [f"killed:{host}/{number}/{(number + (host == 'zero1')) % 2}" for number, host in enumerate(hosts)]
+    job = torchrun(2, WORKER, str(out), str(tmp_path / "store"), *todo, limit=500, restarts=len(hosts))
     assert job.codes == [0], job.err[-5000:]
     results = json.loads(out.read_text())
     assert list(results) == [f"killed/{host}" for host in hosts]
     for key in results:
         passes(results, key)
+
+
+# ------------------------------------------------------------------------------------------------------- the rotation
+@pytest.mark.parametrize("round", [None, *range(60)])
+def test_what_a_launch_goes_on_from_was_left_before(round: int | None) -> None:
+    left: set[str] = set()
+    for name in RANKS:
+        todo = jobs(name, round)
+        for job in todo:
+            kind, _, argument = job.partition(":")
+            if kind == "leave":
+                left.add(f"{RANKS[name]}-{argument}")
+            if kind == "enter":
+                assert argument.partition("/")[0] in left, (name, job)
+        if name == "two":
+            assert [j for j in todo if j.startswith("inv")] == [j for j in jobs("one", round) if j.startswith("inv")] != []
