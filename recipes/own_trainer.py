@@ -20,9 +20,9 @@ from everbatch.checkpoint import export_weights
 from everbatch.data import Batch, Loader, Stream, Task, class_incremental, load
 from everbatch.distributed import World
 from everbatch.ends import guard
+from everbatch.evaluate.weights import built_as, metadata_texts
 from everbatch.nn import SmallConv
 from everbatch.train import Replay, StepRecord
-from everbatch.train.weights import built_as, metadata_texts
 
 
 class MyTrainer:

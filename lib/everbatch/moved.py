@@ -18,6 +18,7 @@ MOVED = {
     "plots": "report.plots", "objectives": "objective.bregman", "recipe": "experiment.recipe",
     "recipe_options": "experiment.options", "recipe_model": "experiment.model", "runs": "checkpoint.folder",
     "train.run": "experiment.run", "train.evaluate": "evaluate.evaluator", "train.replay": "train.memory.replay",
+    "train.export": "evaluate.export", "train.weights": "evaluate.weights",
     "train.conadv": "train.adversarial.conadv", "train.craft": "train.adversarial.craft",
     "train.adversary": "train.adversarial", "train.engines": "train.launch", "optim.shards": "engines.shards",
     "optim.objective": "engines.passes", "optim.hosts.base": "engines.host", "optim.hosts.local": "engines.local",

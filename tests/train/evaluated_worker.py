@@ -18,10 +18,10 @@ import learning
 from everbatch import compose
 from everbatch.distributed import init
 from everbatch.evaluate.evaluator import accuracies
+from everbatch.evaluate.export import whole_state
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.train import Trainer, WarmStart
-from everbatch.train.export import whole_state
 from learning import Abandoned, stream
 
 

@@ -17,7 +17,7 @@ from everbatch import checkpoint
 from everbatch.data import Batch, class_incremental, domain_incremental, task_incremental
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, CompositionError
-from everbatch.evaluate.evaluator import allowed_classes
+from everbatch.evaluate.candidates import allowed_classes
 from everbatch.report.recorder import Recorder
 from everbatch.train import Replay, Schedule, StepRecord, Trainer, TrainerMixin
 from everbatch.train.signals import StopOnSignal
@@ -238,10 +238,10 @@ def test_a_run_that_fails_in_its_first_step_keeps_the_scalars_of_the_last(tmp_pa
 
 def test_a_signal_that_comes_twice_at_once_asks_once(tmp_path: Path) -> None:
     t = learning.trainer("plain", cls=Trainer, folder=tmp_path)
-    with StopOnSignal(t):
+    with StopOnSignal(t.run.stop):
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
-        assert t._stop_asked
+        assert t.run.stop.asked
 
 
 def test_a_batch_that_no_task_can_fill() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -111,9 +112,9 @@ def test_data_is_the_stream_alone() -> None:
                 seen[-1].add(batch.part)
             return super().forward(batch)
 
-        def _micro(self, parts: tuple[Batch, ...]) -> Tensor:
+        def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:  # once a micro-batch
             seen.append(set())
-            return super()._micro(parts)
+            return super().forward_parts(parts)
 
     learner: Any = type("Learner", (Replay, Watched), {})
     trainer = learner(net(), functools.partial(compose(Refresh, base=torch.optim.SGD), lr=LR, loss="current_ce", every=1),

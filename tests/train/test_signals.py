@@ -9,12 +9,11 @@ import sys
 import textwrap
 import threading
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from everbatch.train.signals import StopOnSignal
+from everbatch.train.signals import StopFlag, StopOnSignal
 from processes import ENVIRONMENT, ROOT
 
 
@@ -38,7 +37,7 @@ def test_the_second_one_ends_a_rank_that_waits_for_another() -> None:
             def after_step(self, record):
                 super().after_step(record)
                 print("begun", flush=True)
-                while not self._stop_asked:
+                while not self.run.stop.asked:
                     time.sleep(0.01)
                 print("asked", flush=True)
                 store.wait(["never"])  # in C++, as a collective is
@@ -66,17 +65,16 @@ def test_the_second_one_ends_a_rank_that_waits_for_another() -> None:
 def test_those_of_a_forked_child_are_its_own() -> None:
     job = script("""
         import os, signal
-        from types import SimpleNamespace
-        from everbatch.train.signals import StopOnSignal
+        from everbatch.train.signals import StopFlag, StopOnSignal
 
         StopOnSignal.GRACE_S = 0.0
-        run = SimpleNamespace(folder="any", _stop_asked=False)
+        run = StopFlag()
         with StopOnSignal(run):
             for _ in range(2):
                 if not (child := os.fork()):
                     signal.raise_signal(signal.SIGTERM)
                     os._exit(0)
-                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run._stop_asked)
+                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), run.asked)
     """)
     assert job.communicate(timeout=120)[0] == "-15 False\n" * 2 and job.returncode == 0
 
@@ -93,13 +91,13 @@ def test_everything_is_put_back() -> None:
     before = signal.set_wakeup_fd(mine[1])
     try:
         kept = state()
-        outer, inner = (SimpleNamespace(folder="any", _stop_asked=False) for _ in range(2))
-        with StopOnSignal(outer):  # type: ignore[arg-type]
-            with StopOnSignal(inner):  # type: ignore[arg-type]
+        outer, inner = StopFlag(), StopFlag()
+        with StopOnSignal(outer):
+            with StopOnSignal(inner):
                 signal.raise_signal(signal.SIGUSR1)
-            assert (inner._stop_asked, outer._stop_asked) == (True, False)
+            assert (inner.asked, outer.asked) == (True, False)
             signal.raise_signal(signal.SIGTERM)
-            assert outer._stop_asked
+            assert outer.asked
         assert state() == kept
     finally:
         signal.set_wakeup_fd(before)
@@ -111,7 +109,7 @@ def test_nothing_is_touched_outside_the_main_thread() -> None:
     found = []
 
     def run() -> None:
-        with StopOnSignal(SimpleNamespace(folder="any")):  # type: ignore[arg-type]
+        with StopOnSignal(StopFlag()):
             found.append(StopOnSignal.innermost)
 
     thread = threading.Thread(target=run)

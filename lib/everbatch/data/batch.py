@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "split_parts"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,9 @@ class Batch:
         return [replace(self, inputs=self.inputs[at], targets=self.targets[at], ids=self.ids[at],
                         position=self.position[at], weight=w, extras={k: v[at] for k, v in self.extras.items()})
                 for at, w in zip(index.tensor_split(pieces), weight.tensor_split(pieces), strict=True)]
+
+
+def split_parts(parts: list[Batch], pieces: int) -> list[tuple[Batch, ...]]:
+    """Micro-batches of all parts of a batch: `pieces` tuples of one piece of each."""
+    cut = [part.split(pieces) for part in parts]
+    return list(zip(*cut, strict=True))

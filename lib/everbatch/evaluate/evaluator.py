@@ -4,34 +4,88 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, overload
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
-from everbatch.data import Stream, Task, evaluation_batches
+from everbatch.data import Batch, Stream, Task, evaluation_batches
 from everbatch.distributed import World
-from everbatch.nn import frozen_statistics
+from everbatch.evaluate.candidates import allowed_classes, best
 
-if TYPE_CHECKING:
-    from everbatch.train.trainer import Trainer
+__all__ = ["Evaluator", "accuracies", "evaluating", "mean_buffers"]
 
-__all__ = ["accuracies", "evaluating", "mean_buffers", "predict_inputs"]
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Predicts test samples on every rank, each once, and counts."""
+
+    module: nn.Module
+    """Put into evaluation mode meanwhile."""
+    predict: Callable[[Batch], Tensor]
+    """Logits (n, classes) of a batch whose inputs are ready."""
+    inputs_of: Callable[[Tensor], Tensor]
+    """Model inputs of samples as the source gives them."""
+    world: World
+    device: torch.device
+    rows: int
+    """Samples per rank and forward."""
+
+    @torch.no_grad()
+    def accuracies(
+        self, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
+    ) -> list[float] | None:
+        """See the function `accuracies`."""
+        counts = torch.zeros(len(tasks), 2, dtype=torch.float64, device=self.device)
+        begun = 0
+        with evaluating(self.module, self.world):
+            for i, task in enumerate(tasks):
+                allowed = allowed_classes(stream, seen, task).to(self.device)
+                for batch in evaluation_batches(stream, task, self.rows, self.world):
+                    if stop is not None and begun % 10 == 0 and stop(True):
+                        return None
+                    begun += 1
+                    counts[i] += self._count(batch, allowed)
+        right, total = self.world.sum(counts).cpu().unbind(1)
+        return (right / total).tolist()
+
+    def _count(self, batch: Batch, allowed: Tensor) -> Tensor:
+        """Weight of the rows that are right, and of all."""
+        ready = batch.to(self.device)
+        logits = self.predict(replace(ready, inputs=self.inputs_of(ready.inputs)))
+        assert ready.weight is not None
+        right = (best(logits, allowed) == ready.targets) * ready.weight
+        return torch.stack([right.sum(), ready.weight.sum()])
+
+
+class Predicts(Protocol):
+    """What `accuracies` needs of a trainer."""
+
+    module: nn.Module
+    world: World
+    device: torch.device
+    config: Any
+    """`eval_batch`: samples per rank and forward."""
+
+    def predict(self, batch: Batch) -> Tensor: ...
+
+    def inputs_of(self, raw: Tensor) -> Tensor: ...
 
 
 @overload
-def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task]) -> list[float]: ...
+def accuracies(trainer: Predicts, stream: Stream, seen: int, tasks: list[Task]) -> list[float]: ...
 
 
 @overload
-def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool],
-               ) -> list[float] | None: ...
+def accuracies(
+    trainer: Predicts, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool],
+) -> list[float] | None: ...
 
 
-@torch.no_grad()
-def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
-               ) -> list[float] | None:
+def accuracies(
+    trainer: Predicts, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
+) -> list[float] | None:
     """Accuracy on the test samples of each task, in [0, 1], counted exactly once each at any world size.
 
     Class-incremental: the prediction is among the classes of tasks 0 to `seen` (a task not yet seen: among its own as well).
@@ -42,39 +96,9 @@ def accuracies(trainer: Trainer, stream: Stream, seen: int, tasks: list[Task], *
     Cost: one forward of every test sample; one all-reduce for all tasks. Training flags, statistics and random streams are as
     before.
     """
-    counts = torch.zeros(len(tasks), 2, dtype=torch.float64, device=trainer.device)
-    begun = 0
-    with evaluating(trainer.module, trainer.world):
-        for i, task in enumerate(tasks):
-            allowed = allowed_classes(stream, seen, task).to(trainer.device)
-            for batch in evaluation_batches(stream, task, trainer.config.eval_batch, trainer.world):
-                if stop is not None and begun % 10 == 0 and stop(True):
-                    return None
-                begun += 1
-                ready = batch.to(trainer.device)
-                logits = trainer.predict(replace(ready, inputs=trainer.inputs_of(ready.inputs)))
-                guess = allowed[logits[:, allowed].argmax(1)]
-                assert ready.weight is not None
-                counts[i, 0] += ((guess == ready.targets) * ready.weight).sum()
-                counts[i, 1] += ready.weight.sum()
-    right, total = trainer.world.sum(counts).cpu().unbind(1)
-    return (right / total).tolist()
-
-
-def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
-    """Labels a prediction on `task` may take after training on tasks 0 to `seen`, ascending."""
-    if stream.kind == "task":
-        return torch.tensor(task.classes)
-    if stream.kind == "class":
-        return torch.tensor(stream.seen_classes(max(seen, task.id)))
-    return torch.arange(stream.num_classes)
-
-
-@torch.no_grad()
-def predict_inputs(trainer: Trainer, inputs: Tensor) -> Tensor:
-    """Logits of model inputs, in evaluation mode; modes, buffers and random numbers are as before. Collective."""
-    with frozen_statistics(trainer.module), evaluating(trainer.module, trainer.world):
-        return trainer._logits(trainer.engine.call, inputs.to(trainer.device))
+    evaluator = Evaluator(trainer.module, trainer.predict, trainer.inputs_of, trainer.world, trainer.device,
+                          trainer.config.eval_batch)
+    return evaluator.accuracies(stream, seen, tasks, stop=stop)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ The methods of `everbatch.methods` are imported when they are first used.
 from typing import TYPE_CHECKING
 
 from everbatch import methods
+from everbatch.evaluate.weights import load_model as load_model
+from everbatch.evaluate.weights import model_info as model_info
 from everbatch.train.begin import begin_from as begin_from
 from everbatch.train.mixin import TrainerMixin as TrainerMixin
 from everbatch.train.record import StepRecord as StepRecord
 from everbatch.train.schedule import Schedule as Schedule
 from everbatch.train.trainer import Trainer as Trainer
-from everbatch.train.weights import load_model as load_model
-from everbatch.train.weights import model_info as model_info
 
 if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` writes it from the table
     # <methods>

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from everbatch.distributed import World
 from everbatch.engines.nonfinite import nonfinite_weights
+from everbatch.optim.mixin import OptimizerMixin
 from everbatch.train.record import StepRecord
-
-if TYPE_CHECKING:
-    from everbatch.train.trainer import Trainer
 
 __all__ = ["where_not_finite"]
 
 
-def where_not_finite(trainer: Trainer, record: StepRecord) -> str:
+def where_not_finite(optimizer: OptimizerMixin, world: World, record: StepRecord) -> str:
     """What in a skipped step was not finite, in words, the same on every rank: of the first rank that has any, the samples and
     the first tensor on the way from inputs over weights and logits to gradients. One gather; host syncs."""
-    weights = nonfinite_weights(trainer.optimizer.host)
+    weights = nonfinite_weights(optimizer.host)
     mine = _inputs(record) or ((f"weight {weights[0]!r}", []) if weights else _logits(record))
     ids = [key for part in record.parts for key in part.ids.tolist()]
     if mine is None and not bool(torch.isfinite(record.loss).all()):
         mine = "the loss", ids
-    everywhere: list[Any] = trainer.world.gather((mine, ids, trainer.optimizer.last_nonfinite))
+    everywhere: list[Any] = world.gather((mine, ids, optimizer.last_nonfinite))
     gradient = next((name for *_, name in everywhere if name), None)
     tail = f", and the first gradient is that of {gradient!r}" if gradient else ""
     for rank, (found, all_ids, _) in enumerate(everywhere):

@@ -6,18 +6,16 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everbatch.checkpoint.manifest import json_problem
 from everbatch.contract import base_of, parts_of
 from everbatch.data import Loader, Stream, Task
 from everbatch.data.sources import digest, target_bytes
 from everbatch.errors import CheckpointMismatch, check
+from everbatch.train.step import Stepper
 
-if TYPE_CHECKING:
-    from everbatch.train.trainer import Trainer
-
-__all__ = ["changes", "check_plain", "described", "identity", "options_of", "parts", "steps_per_epoch"]
+__all__ = ["changes", "check_plain", "described", "identity", "parts", "steps_per_epoch"]
 
 FREE = ("keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation", "max_bad_steps")
 """Options of the Trainer that change nothing of what a run computes."""
@@ -25,20 +23,21 @@ CHANGEABLE = {"lr": "learning rate", "trainer.schedule": "schedule", "trainer.ep
 """What a resumed run may have otherwise, and what it is called when that is said."""
 
 
-def identity(trainer: Trainer) -> dict[str, Any]:
+def identity(trainer: Stepper) -> dict[str, Any]:
     """The configuration, stream, classes and their options, flat: what is compared when a run resumes."""
     check_plain(trainer.identity)
     config = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in FREE}
     mixins = {part.__name__: _binding(part, c) for part, c in getattr(trainer, "configs", {}).items()}
     optimizer = {part.__name__: repr(c) for part, c in trainer.optimizer.configs.items()}
     base = base_of(type(trainer.optimizer))
-    assert trainer.stream is not None and base is not None
+    assert trainer.run.stream is not None and base is not None
     classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(type(trainer.optimizer)), base)]]
-    values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | trainer._base_options, "classes": classes,
-              "lr": trainer._base_lr, "stream": trainer.stream.fingerprint(), "identity": trainer.identity,
-              "frozen": trainer._begun_frozen}
-    if trainer._begun_evaluation:  # older checkpoints, all of models in training mode, say nothing
-        values["evaluation"] = trainer._begun_evaluation
+    begun = trainer.begun
+    values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | begun.options, "classes": classes,
+              "lr": begun.rates, "stream": trainer.run.stream.fingerprint(), "identity": trainer.identity,
+              "frozen": begun.frozen}
+    if begun.evaluation:  # older checkpoints, all of models in training mode, say nothing
+        values["evaluation"] = begun.evaluation
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
 
@@ -52,7 +51,7 @@ def described(stream: Stream) -> dict[str, Any]:
                 for part, source in (("training", stream.train), ("test", stream.test))}}
 
 
-def changes(trainer: Trainer, meta: Mapping[str, Any], path: Any) -> list[str]:
+def changes(trainer: Stepper, meta: Mapping[str, Any], path: Any) -> list[str]:
     """What the run changes against a checkpoint, in words; empty where nothing is.
 
     Raises:
@@ -60,7 +59,7 @@ def changes(trainer: Trainer, meta: Mapping[str, Any], path: Any) -> list[str]:
     """
     ours, theirs = identity(trainer), {k: v for k, v in meta["identity"].items() if k.removeprefix("trainer.") not in FREE}
     differs = [k for k in {**ours, **theirs} if not _same(ours.get(k), theirs.get(k))]
-    stream, done = trainer.stream, meta["trainer"]
+    stream, done = trainer.run.stream, meta["trainer"]
     assert stream is not None
     words = _stream_words(meta.get("stream"), stream) if "stream" in differs else ""
     refused = [k for k in differs if k not in CHANGEABLE and k != "stream"]
@@ -83,15 +82,15 @@ def changes(trainer: Trainer, meta: Mapping[str, Any], path: Any) -> list[str]:
     return [f"{CHANGEABLE[k]} {_difference(theirs.get(k), ours.get(k))} from step {done['step']} on" for k in differs]
 
 
-def steps_per_epoch(trainer: Trainer, task: Task) -> int:
+def steps_per_epoch(trainer: Stepper, task: Task) -> int:
     """Steps that the trainer makes of one pass over a task."""
-    assert trainer.stream is not None
-    return Loader(trainer.stream, task, trainer.config.batch_size, 1, trainer.config.seed, trainer.world).steps_per_epoch
+    assert trainer.run.stream is not None
+    return Loader(trainer.run.stream, task, trainer.config.batch_size, 1, trainer.config.seed, trainer.world).steps_per_epoch
 
 
-def _epochs_problem(trainer: Trainer, done: Mapping[str, Any], before: Any) -> str:
+def _epochs_problem(trainer: Stepper, done: Mapping[str, Any], before: Any) -> str:
     """Why the epochs may not change, or "": they may in an unfinished task, and after the task of a one-task run."""
-    stream = trainer.stream
+    stream = trainer.run.stream
     assert stream is not None
     if type(before) is not int or before < 1:
         return "the checkpoint's is no number of epochs"
@@ -156,16 +155,10 @@ def check_plain(identity: Mapping[str, Any]) -> None:
               "be made of numbers, texts, lists and dicts", "give its text, or numbers that tell it from others")
 
 
-def options_of(optimizer: Any) -> dict[str, Any]:
-    """Options of the base optimizer, by name, one value per parameter group; without lr and what only picks an implementation."""
-    free = {"lr", "foreach", "fused", "capturable", "differentiable"}
-    return {name: [g.get(name) for g in optimizer.param_groups] for name in sorted(optimizer.defaults) if name not in free}
-
-
 PLAIN = (bool, int, float, str, type(None))
 
 
-def parts(trainer: Trainer, optimizer: Any) -> dict[str, Any]:
+def parts(trainer: Stepper, optimizer: Any) -> dict[str, Any]:
     """Classes and plain options of a trainer's mixins and of its optimizer: ranks that differ there would wait for each other."""
     if not isinstance(optimizer, functools.partial) or not isinstance(optimizer.func, type):
         return {}  # refused by name later on

@@ -26,6 +26,7 @@ class TrainerMixin(Contract):
     - `draw_batch(parts) -> parts`                 host side; may add parts (`Batch` with a name of its own)
     - `augment_batch(parts) -> parts`              device side, once per step
     - `forward(batch) -> outputs`                  one part
+    - `forward_parts(parts) -> outputs of each`    all parts of a micro-batch, in their order; optional
     - `loss_terms(outputs, batch) -> {name: scalar}`  one part; the sum of all terms of all parts is minimised
     - `after_step(record)`                         after an applied or skipped step
     - `consolidate(task)`                          after the last step of a task; may run loops of its own
@@ -37,7 +38,9 @@ class TrainerMixin(Contract):
     """
 
     verbs: ClassVar[tuple[str, ...]] = ("configure_model", "on_task_start", "draw_batch", "augment_batch", "forward",
-                                        "loss_terms", "after_step", "consolidate", "on_task_end", "predict")
+                                        "forward_parts", "loss_terms", "after_step", "consolidate", "on_task_end", "predict")
+    optional: ClassVar[tuple[str, ...]] = ("forward_parts",)
+    """Verbs that a trainer may lack: a part that extends one says itself when it needs it."""
     final: ClassVar[tuple[str, ...]] = ("training_step", "fit")
     world: World
     seed: int
@@ -49,7 +52,8 @@ class TrainerMixin(Contract):
         if base is None:
             return
         for part in parts_of(cls):
-            lacking = [v for v in cls.verbs if v in vars(part) and not hasattr(base, v)]
+            needed = [verb for verb in cls.verbs if verb not in cls.optional]
+            lacking = [verb for verb in needed if verb in vars(part) and not hasattr(base, verb)]
             if lacking:
                 raise CompositionError(f"{cls.__name__}: {part.__name__} extends {lacking[0]}(), which {base.__name__} "
                                        f"does not offer; define {', '.join(f'{v}()' for v in lacking)} there")
@@ -61,6 +65,13 @@ class TrainerMixin(Contract):
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             reject_unknown(type(self), rest, set(parameters) - {"self"} | option_names(type(self)))
         super().__init__(*args, **rest)
+
+    def before_fit(self) -> None:
+        """Called of each part by `Trainer.fit`, before anything of a run that begins anew. No verb: parts do not call super()."""
+
+    def notes(self) -> str:
+        """Called of each part by `Trainer.describe`: a line about what it does, with these options; "" for none."""
+        return ""
 
     def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, targets and positions of the global batch of which `batch` is this rank's part, the same on every rank."""

@@ -33,7 +33,7 @@ def warn_if_nothing_trains(model: nn.Module) -> None:
     """Warn of a model that is in evaluation mode as a whole, which a user may have forgotten."""
     if not any(module.training for module in model.modules()):
         warnings.warn("Trainer: the whole model is in evaluation mode and stays in it, so dropout is off and running "
-                      "statistics do not move; call model.train() before, if that is not meant", stacklevel=4)
+                      "statistics do not move; call model.train() before, if that is not meant", stacklevel=6)
 
 
 def _parents(name: str) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everbatch.errors import CompositionError, check
 
-__all__ = ["Pick", "check_output", "described", "foreign_errors", "picked"]
+__all__ = ["Pick", "check_output", "described", "picked", "told"]
 
 
 class Pick:
@@ -43,28 +43,23 @@ FOREIGN = (AssertionError, AttributeError, KeyError, IndexError, NotImplementedE
 """What models raise of inputs that they were not made for."""
 
 
-@contextmanager
-def foreign_errors(inputs: Tensor) -> Iterator[None]:
-    """Say which inputs a model raised an error of, where its own words are those of a programmer."""
-    try:
-        yield
-    except CompositionError:
-        raise
-    except FOREIGN as error:
+def told(error: Exception, inputs: Tensor) -> Exception:
+    """What a model raised, saying of which inputs, where its own words are those of a programmer; else the error itself."""
+    if isinstance(error, CompositionError):
+        return error
+    if isinstance(error, FOREIGN):
         said = (str(error).splitlines() or ["nothing"])[0]
         got = f"the model raised {type(error).__name__}: {said}, on inputs of shape {tuple(inputs.shape)} and {inputs.dtype}"
-        raise ValueError(f"Trainer: {got}; give it inputs as it takes them: see prepare=, and the model's own options") from error
-    except RuntimeError as error:
-        if "mixed torch.Tensor and DTensor" in str(error):
-            raise RuntimeError("Trainer: on fsdp2 the model reads a weight of a block without calling the block, so only a slice "
-                               "of it is there; call the block, or keep that weight outside of ModuleLists and Sequentials, or "
-                               f"use engine='ddp' or ZeRO: {str(error).splitlines()[0]}") from error
-        if "find_unused_parameters" not in str(error):
-            raise
-        raise RuntimeError("Trainer: the last step's passes did not reach every weight, and "
-                           "ddp={'find_unused_parameters': False} says that they do; leave it out of ddp=, or freeze such "
-                           "weights before the trainer is built: "
-                           f"{str(error).splitlines()[-1]}") from error
+        return ValueError(f"Trainer: {got}; give it inputs as it takes them: see prepare=, and the model's own options")
+    if "mixed torch.Tensor and DTensor" in str(error):
+        return RuntimeError("Trainer: on fsdp2 the model reads a weight of a block without calling the block, so only a slice "
+                            "of it is there; call the block, or keep that weight outside of ModuleLists and Sequentials, or "
+                            f"use engine='ddp' or ZeRO: {str(error).splitlines()[0]}")
+    if "find_unused_parameters" in str(error):
+        return RuntimeError("Trainer: the last step's passes did not reach every weight, and "
+                            "ddp={'find_unused_parameters': False} says that they do; leave it out of ddp=, or freeze such "
+                            f"weights before the trainer is built: {str(error).splitlines()[-1]}")
+    return error
 
 
 def check_output(output: Any) -> None:

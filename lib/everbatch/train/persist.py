@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +24,17 @@ from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
 from everbatch.optim.state_checks import like
 from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers
-from everbatch.train.identity import changes, check_plain, described, identity, options_of, parts, steps_per_epoch
+from everbatch.train.identity import changes, check_plain, described, identity, parts, steps_per_epoch
 from everbatch.train.modes import in_evaluation, put_into_evaluation
+from everbatch.train.step import Stepper
 
-if TYPE_CHECKING:
-    from everbatch.train.trainer import Trainer
-
-__all__ = ["agree", "check_plain", "identity", "layout", "load", "newest", "options_of", "parts", "save", "set_aside"]
+__all__ = ["agree", "check_plain", "identity", "layout", "load", "newest", "parts", "save", "set_aside"]
 
 LAYOUT = 2
 """Of what a trainer puts into a checkpoint. 1 held buffers that are not persistent as well, and no description of the stream."""
 
 
-def save(trainer: Trainer) -> None:
+def save(trainer: Stepper) -> None:
     """Write a checkpoint of the present step boundary. Collective.
 
     Raises:
@@ -56,17 +54,18 @@ def save(trainer: Trainer) -> None:
             pieces += [Piece(key, tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
         else:
             plain[key] = value
-    counters = {"step": trainer.step, "task_index": trainer.task_index, "task_step": trainer.task_step,
-                "bad_steps": trainer.bad_steps, "matrix": trainer.matrix, "mixins": plain, "changes": trainer.changes,
+    run, stream = trainer.run, trainer.run.stream
+    assert trainer.folder is not None and stream is not None
+    counters = {"step": trainer.step, "task_index": run.task_index, "task_step": run.task_step,
+                "bad_steps": run.bad_steps, "matrix": run.matrix, "mixins": plain, "changes": run.changes,
                 "evaluation": in_evaluation(trainer.module)}
-    assert trainer.folder is not None and trainer.stream is not None
     everything = {"optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
-                  "stream": described(trainer.stream), "seconds": trainer.seconds}
+                  "stream": described(stream), "seconds": run.seconds}
     checkpoint.save(trainer.folder, trainer.step, pieces, everything, world=trainer.world, keep_last=trainer.config.keep_last,
-                    healthy=trainer.bad_steps == 0)
+                    healthy=run.bad_steps == 0)
 
 
-def _refuse_nonfinite(trainer: Trainer) -> None:
+def _refuse_nonfinite(trainer: Stepper) -> None:
     """Weights that are not finite are the end of a run, and must not become what it is resumed from."""
     found: list[Any] = trainer.world.gather(nonfinite_weights(trainer.optimizer.host)[:5])
     if any(found):
@@ -76,7 +75,7 @@ def _refuse_nonfinite(trainer: Trainer) -> None:
                            "resume=true")
 
 
-def newest(trainer: Trainer) -> Checkpoint | None:
+def newest(trainer: Stepper) -> Checkpoint | None:
     """The checkpoint to go on from, or None; says so where a run ended in skipped steps and goes on from before them."""
     assert trainer.folder is not None
     kept = checkpoint.latest(trainer.folder, world=trainer.world)
@@ -89,7 +88,7 @@ def newest(trainer: Trainer) -> Checkpoint | None:
     return kept
 
 
-def say(trainer: Trainer, text: str) -> None:
+def say(trainer: Stepper, text: str) -> None:
     """Print a line on rank 0, above the bar of a recorder where there is one."""
     if trainer.recorder is not None:
         trainer.recorder.say(text)
@@ -97,7 +96,7 @@ def say(trainer: Trainer, text: str) -> None:
         print(f"Trainer: {text}", flush=True)
 
 
-def load(trainer: Trainer, kept: Checkpoint) -> None:
+def load(trainer: Stepper, kept: Checkpoint) -> None:
     """Restore a checkpoint: bit for bit at the same world size.
 
     Another world size or ZeRO stage gets the same weights, moments, mixin state and memory; buffers that differed by rank become
@@ -127,16 +126,18 @@ def load(trainer: Trainer, kept: Checkpoint) -> None:
     set_frozen(trainer.module, {n.removeprefix("frozen/"): kept.whole(n) for n in kept.names() if n.startswith("frozen/")})
     if "evaluation" in saved:
         put_into_evaluation(trainer.module, saved["evaluation"])
-    trainer.step, trainer.task_index, trainer.task_step = saved["step"], saved["task_index"], saved["task_step"]
-    trainer._seconds = float(kept.meta.get("seconds", 0.0))
-    trainer.bad_steps, trainer.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
-    assert trainer.stream is not None
-    if new and trainer.task_index == len(trainer.stream):  # a run of one task is prolonged: back into that task
-        before = steps_per_epoch(trainer, trainer.stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
-        trainer.task_index, trainer.task_step, trainer.matrix = 0, before, []
-    if len(trainer.matrix) < len(trainer.stream) and kept.world_size != trainer.world.size:
+    run, stream = trainer.run, trainer.run.stream
+    assert stream is not None
+    trainer.step = saved["step"]
+    run.task_index, run.task_step = saved["task_index"], saved["task_step"]
+    run.earlier_seconds = float(kept.meta.get("seconds", 0.0))
+    run.bad_steps, run.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
+    if new and run.task_index == len(stream):  # a run of one task is prolonged: back into that task
+        before = steps_per_epoch(trainer, stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
+        run.task_index, run.task_step, run.matrix = 0, before, []
+    if len(run.matrix) < len(stream) and kept.world_size != trainer.world.size:
         new.append(f"world_size {kept.world_size} -> {trainer.world.size} from step {trainer.step} on")
-    trainer.changes = [*saved.get("changes", []), *new]
+    run.changes = [*saved.get("changes", []), *new]
     for text in new:
         say(trainer, f"resumed with another {text}")
 
@@ -156,8 +157,8 @@ def _agreed(world: World, kept: Checkpoint) -> Iterator[None]:
         raise CheckpointMismatch(str(problem if problem is not None else found[0]))
 
 
-def _check_counters(trainer: Trainer, kept: Checkpoint) -> None:
-    saved, stream = kept.meta["trainer"], trainer.stream
+def _check_counters(trainer: Stepper, kept: Checkpoint) -> None:
+    saved, stream = kept.meta["trainer"], trainer.run.stream
     assert stream is not None
     limits = {"step": kept.step, "task_index": len(stream), "task_step": kept.step, "bad_steps": kept.step}
     for name, most in limits.items():
@@ -176,14 +177,14 @@ def _check_counters(trainer: Trainer, kept: Checkpoint) -> None:
         raise CheckpointMismatch(f"checkpoint {kept.path}: identity must be a table, changes and evaluation lists of texts")
 
 
-def _mixin_fields(trainer: Trainer) -> Iterator[tuple[str, Any, str, Any]]:
+def _mixin_fields(trainer: Stepper) -> Iterator[tuple[str, Any, str, Any]]:
     """(key, state, field, value) of all that the trainer's mixins keep."""
     for part, state in getattr(trainer, "states", {}).items():
         for field in dataclasses.fields(state):
             yield f"{part.__name__}.{field.name}", state, field.name, getattr(state, field.name)
 
 
-def _check_mixins(trainer: Trainer, kept: Checkpoint) -> None:
+def _check_mixins(trainer: Stepper, kept: Checkpoint) -> None:
     saved, names = kept.meta["trainer"]["mixins"], set(kept.names())
     for key, state, field, value in _mixin_fields(trainer):
         if isinstance(value, Tensor):
@@ -203,7 +204,7 @@ def _check_mixins(trainer: Trainer, kept: Checkpoint) -> None:
             raise CheckpointMismatch(f"checkpoint {kept.path}: holds no tensors {lacking[:5]}, which its meta names")
 
 
-def _load_mixins(trainer: Trainer, kept: Checkpoint) -> None:
+def _load_mixins(trainer: Stepper, kept: Checkpoint) -> None:
     saved = kept.meta["trainer"]["mixins"]
     for key, state, field, value in _mixin_fields(trainer):
         if hasattr(value, "load_state_dict"):

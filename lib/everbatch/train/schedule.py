@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -20,7 +22,7 @@ from torch.optim.lr_scheduler import (
 from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.layerwise.rules import lr_at
 
-__all__ = ["Schedule"]
+__all__ = ["Schedule", "set_rates", "task_schedule"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +106,25 @@ class Schedule:
             return main
         ramp = LinearLR(optimizer, start_factor=1.0 / (warm + 1), total_iters=warm)
         return SequentialLR(optimizer, [ramp, main], milestones=[warm])
+
+
+def task_schedule(
+    schedule: Schedule, rates: Sequence[float], *, epochs: int, steps_per_epoch: int, batch_size: int, done: int = 0,
+) -> LRScheduler:
+    """A task's scheduler, `done` steps on. Its groups are its own, one for each rate: each value is made from the last, and a
+    tensor, as an optimizer may hold, rounds. Put its rates into an optimizer with `set_rates`."""
+    like = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in rates])
+    made = schedule.build(like, epochs=epochs, steps_per_epoch=steps_per_epoch, batch_size=batch_size)
+    like._opt_called = True  # type: ignore[attr-defined]  # it warns of a schedule that is stepped before its optimizer
+    for _ in range(done):
+        made.step()
+    return made
+
+
+def set_rates(groups: Sequence[dict[str, Any]], schedule: LRScheduler) -> None:
+    """Give these parameter groups the rates that the schedule has now."""
+    for group, like in zip(groups, schedule.optimizer.param_groups, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(like["lr"])  # a captured graph may hold it
+        else:
+            group["lr"] = like["lr"]

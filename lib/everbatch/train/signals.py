@@ -11,14 +11,15 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
+
+from everbatch.distributed import World
 from everbatch.processes import end
 
-if TYPE_CHECKING:
-    from everbatch.train.trainer import Trainer
-
-__all__ = ["Interrupted", "StopOnSignal"]
+__all__ = ["Interrupted", "StopFlag", "StopOnSignal"]
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
@@ -34,6 +35,37 @@ class Interrupted(KeyboardInterrupt, SystemExit):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+@dataclass
+class StopFlag:
+    """Whether a run was asked to end: set by `StopOnSignal` on one rank, agreed on by all between two steps."""
+
+    asked: bool = False
+    """A signal came to this rank."""
+    sign: int = 0
+    """The signal; SIGINT on every rank, once they agreed, where it came to any."""
+    stopped: bool = False
+    """All ranks know that one was asked."""
+    watched: bool = False
+    """Signals come here at all."""
+    slow: bool = False
+    """A step takes a second or more."""
+    asked_at: tuple[int, float] = (0, 0.0)
+    """Step and time at which the ranks talked last."""
+
+    def agree(self, world: World, step: int, *, now: bool = False) -> bool:
+        """Whether a signal reached any rank. The answer is a collective, so it is asked for `now`, at every tenth step, and at
+        every step where one takes a second or more: launchers wait half a minute."""
+        due = now or world.size == 1 or self.slow or step % 10 == 0
+        if self.watched and due:
+            (begun, since), self.asked_at = self.asked_at, (step, time.monotonic())
+            spent = time.monotonic() - since
+            told = [self.asked, self.sign == signal.SIGINT, spent >= max(1, step - begun)]
+            some, ctrl_c, self.slow = (bool(n) for n in world.sum(torch.tensor([float(t) for t in told])))
+            self.stopped = some
+            self.sign = signal.SIGINT if ctrl_c else self.sign
+        return self.stopped
 
 
 class StopOnSignal:
@@ -56,16 +88,18 @@ class StopOnSignal:
     innermost: ClassVar[StopOnSignal | None] = None
     """The one that signals come to."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, flag: StopFlag, *, active: bool = True, rank: int = 0) -> None:
+        """Args: flag: what a signal sets. active: False leaves signals alone, for runs without a folder. rank: 0 says so."""
+        self.flag, self.active, self.rank = flag, active, rank
 
     def __enter__(self) -> None:
-        if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "everbatch.quiet" and self.trainer.folder is None \
-                and threading.current_thread() is threading.main_thread():
+        main = threading.current_thread() is threading.main_thread()
+        quiet = getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "everbatch.quiet"
+        if quiet and main and not self.active:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # the imports are over
-        if self.trainer.folder is None or threading.current_thread() is not threading.main_thread():
+        if not (main and self.active):
             return
-        self.trainer._signals = True
+        self.flag.watched = True
         self.ends = socket.socketpair()
         self.ends[0].settimeout(None)  # whatever socket.setdefaulttimeout says
         self.ends[1].setblocking(False)
@@ -77,10 +111,10 @@ class StopOnSignal:
         self.before = {sign: signal.signal(sign, self._ask) for sign in taken}
 
     def _ask(self, sign: int, _frame: object) -> None:
-        again = self.trainer._stop_asked and sign == signal.SIGINT
-        if not self.trainer._stop_asked:
-            self.trainer.stop_sign = sign
-        self.trainer._stop_asked = True
+        again = self.flag.asked and sign == signal.SIGINT
+        if not self.flag.asked:
+            self.flag.sign = sign
+        self.flag.asked = True
         if again and hasattr(sys, "ps1"):
             raise KeyboardInterrupt
 
@@ -102,7 +136,7 @@ class StopOnSignal:
 
     def _say(self, text: str) -> None:
         """A line from rank 0, whatever the main thread is at; a reader that is gone misses it."""
-        if self.trainer.world.rank == 0:
+        if self.rank == 0:
             with contextlib.suppress(OSError):
                 os.write(2, f"{text}\n".encode())
 

@@ -64,7 +64,7 @@ def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done
     def found() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return rows_of(trainer, task, samples, rows)
 
-    pick = getattr(trainer, "_pick", None)
+    pick = getattr(trainer, "pick", None)
     picking = pick.on() if pick is not None else nullcontext()
     with picking, mean_buffers(trainer.module, trainer.world):  # or importance would depend on which rank holds which sample
         for part in wanted:
@@ -103,7 +103,7 @@ def require_stable(trainer: Any) -> None:
         largest = max(float(str(value)) for value in trainer.world.gather(max(held, default=0.0)))
         strength = optimizer.configs[part].strength
         groups = optimizer.param_groups
-        lr = max(trainer._base_lr)
+        lr = max(trainer.begun.rates)
         room = min(2.0 * (1.0 + group.get("momentum", 0.0)) for group in groups)
         step = 2.0 * strength * largest * lr
         got = f"{part.__name__} with strength={strength:g} and importance up to {largest:.3g} at lr={lr:g}"

@@ -32,7 +32,7 @@ def save_sparse(
 
     Args:
         path: the file; replaced in one step. Call it on one rank.
-        state: whole tensors by name, as `model.state_dict()` or `everbatch.train.export.whole_state` give them.
+        state: whole tensors by name, as `model.state_dict()` or `everbatch.evaluate.export.whole_state` give them.
         masks: bool masks by name, as `opt.whole_masks()` gives them; all else is kept dense. What a mask leaves out is read as 0.
         metadata: further texts for the file.
 

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from everbatch import checkpoint
+from everbatch.data import Stream
+from everbatch.distributed import World
 from everbatch.engines.frozen import frozen_of
 from everbatch.engines.host import plain_name
 from everbatch.evaluate.evaluator import mean_buffers
+from everbatch.evaluate.weights import built_as, metadata_texts
 from everbatch.nn.split_bn import SplitBatchNorm
-from everbatch.train.weights import built_as, metadata_texts
+from everbatch.optim.mixin import OptimizerMixin
 from everbatch.version import __version__
-
-if TYPE_CHECKING:
-    from everbatch.train.trainer import Trainer
 
 __all__ = ["export", "whole_state"]
 
 
+class Exports(Protocol):
+    """What an export needs of a trainer."""
+
+    optimizer: OptimizerMixin
+    module: nn.Module
+    world: World
+    step: int
+
+    @property
+    def stream(self) -> Stream | None: ...
+
+    def inputs_of(self, raw: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
-def whole_state(trainer: Trainer) -> dict[str, Tensor]:
+def whole_state(trainer: Exports) -> dict[str, Tensor]:
     """The bare model's state dict on every rank: masters of trained parameters (fp32 also where the model computes in bf16),
     frozen parameters and persistent buffers (floating ones: their mean over ranks); what is tied under each of its names. Of
     layers that `convert_split_bn` split, the main branch, which is what predicts.
@@ -44,7 +58,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in state.items() if not name.startswith(split)}
 
 
-def export(trainer: Trainer, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+def export(trainer: Exports, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write `whole_state` to one safetensors file, atomically, from rank 0. The names are those of the bare model, so timm and
     `load_state_dict` take it as it is, and `everbatch.train.load_model` rebuilds the model from it. To write averaged weights:
     `with opt.averaged(): ...`.
@@ -68,7 +82,7 @@ def export(trainer: Trainer, path: str | Path, metadata: Mapping[str, Any] | Non
     return Path(path)
 
 
-def _known(trainer: Trainer) -> dict[str, Any]:
+def _known(trainer: Exports) -> dict[str, Any]:
     """What the trainer can say of its model by itself."""
     known: dict[str, Any] = {"format": "pt", "everbatch_version": __version__, "step": trainer.step, **built_as(trainer.module)}
     if trainer.stream is not None:

@@ -1,0 +1,213 @@
+"""The verbs of the Trainer, innermost, in the order in which a batch travels, and the step that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from everbatch import seeds
+from everbatch.data import Batch, Task
+from everbatch.data.batch import split_parts
+from everbatch.distributed import World
+from everbatch.errors import check
+from everbatch.evaluate.evaluator import evaluating
+from everbatch.nn import frozen_statistics
+from everbatch.optim.mixin import OptimizerMixin
+from everbatch.report.recorder import Recorder
+from everbatch.train.begun import Begun
+from everbatch.train.launch import Engine
+from everbatch.train.outputs import Pick, described, told
+from everbatch.train.passes import OutputFn, Passes
+from everbatch.train.record import StepRecord
+from everbatch.train.run import Run
+from everbatch.train.settings import TrainerConfig
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """What a step needs, its verbs, and the step. `Trainer` builds it and runs it over a stream."""
+
+    config: TrainerConfig
+    world: World
+    seed: int
+    device: torch.device
+    engine: Engine
+    optimizer: OptimizerMixin
+    module: nn.Module
+    """The bare model."""
+    begun: Begun
+    augment: Callable[[Tensor], Tensor] | None
+    prepare: Callable[[Tensor], Tensor] | None
+    output_fn: OutputFn | None
+    recorder: Recorder | None
+    folder: Path | None
+    identity: Mapping[str, Any]
+    needs: dict[str, str]
+    pick: Pick | None
+    """Makes the network return its logits, where it returns more."""
+    run: Run
+    step: int
+    """Steps begun, over all runs of this trainer."""
+    tells_end = True
+    """Whether `fit` says that nothing was left to train; a recipe says it itself."""
+
+    # -------------------------------------------------------------------------- verbs, innermost
+    def configure_model(self, model: nn.Module) -> nn.Module:
+        """Change the model before the engine is built."""
+        return model
+
+    def on_task_start(self, task: Task) -> None:
+        """Before the first step of a task; not called again when a run resumes inside it."""
+
+    def draw_batch(self, parts: list[Batch]) -> list[Batch]:
+        """On the host: add parts to the batch of the stream."""
+        return parts
+
+    def augment_batch(self, parts: list[Batch]) -> list[Batch]:
+        """Once per step: augment, move to the device, prepare. The stream part keeps its raw inputs in `extras`."""
+        return [self.ready(part, self.step) for part in parts]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of one part, (n, classes) float32."""
+        outputs = self.logits(self.engine.call, batch.inputs)
+        stream = self.run.stream
+        known = stream.num_classes if stream is not None else 0
+        wide = outputs.ndim == 2 and outputs.shape[1] >= known
+        if not (wide and len(outputs) == len(batch.inputs)):
+            shape = tuple(outputs.shape)
+            check(wide, "Trainer", f"logits of {shape}, {known} classes", "be (n, classes)",
+                  "give the model a head as wide as the stream")
+            check(False, "Trainer", f"logits of {shape} for {len(batch.inputs)} samples", "be one row for each")
+        return outputs
+
+    def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
+        """Logits of all parts of a micro-batch, one `forward` each; the losses of one are taken before the next runs."""
+        return (self.forward(part) for part in parts)
+
+    def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Named scalars of one part; cross-entropy for the stream."""
+        if batch.part != "stream":
+            return {}
+        smoothing = self.config.label_smoothing
+        rows = functional.cross_entropy(outputs, batch.targets, reduction="none", label_smoothing=smoothing)
+        return {"cross_entropy": batch.mean(rows)}
+
+    def after_step(self, record: StepRecord) -> None:
+        """After every step, applied or skipped."""
+
+    def consolidate(self, task: Task) -> None:
+        """After the last step of a task."""
+
+    def on_task_end(self, task: Task) -> None:
+        """After consolidation, before evaluation."""
+
+    def predict(self, batch: Batch | Tensor) -> Tensor:
+        """Logits of a batch whose inputs are ready, in evaluation mode.
+
+        Args:
+            batch: a batch, while the trainer evaluates; or model inputs (n, ...), at any time: then the model is put into
+                evaluation mode with the ranks' mean buffers, no gradient is kept, and modes and buffers are as before.
+
+        Collective for a tensor: call it on every rank; ranks may have different inputs.
+        """
+        check(isinstance(batch, Tensor | Batch), "Trainer", f"predict() of a {type(batch).__name__}", "get a tensor of inputs "
+              "(n, ...), or a Batch", "torch.as_tensor(...) makes one of arrays")
+        if isinstance(batch, Batch):
+            return self.forward(batch)
+        with torch.no_grad(), frozen_statistics(self.module), evaluating(self.module, self.world):
+            return self.logits(self.engine.call, batch.to(self.device))
+
+    # -------------------------------------------------------------------------------- the step
+    def training_step(self, batch: Batch) -> StepRecord:
+        """One step of one batch of the stream: draw, augment, passes, update. Collective."""
+        seeds.seed_step(self.seed, self.step, self.world.rank)
+        parts = self.augment_batch(self.draw_batch([batch]))
+        passes = Passes(self, parts, split_parts(parts, self.config.accumulation))
+        loss = self.optimizer.step(passes.loss, **passes.auxiliary())
+
+        found = passes.recorded
+        assert found is not None
+        outputs = {}
+        for part in parts:  # a part of fewer rows than micro-batches was filled up
+            outputs[part.part] = torch.cat(found.outputs[part.part])[: len(part.targets)]
+        applied = self.optimizer.last_applied
+        record = StepRecord(self.step, applied, loss, found.whole_terms(), parts, outputs)
+        self.after_step(record)
+        self.run.peeked.pop(self.step, None)
+        self.step += 1
+        return record
+
+    # ------------------------------------------------------------------------- what it is made of
+    def ready(self, part: Batch, step: int) -> Batch:
+        """One part as that step trains on it: augmented, on the device, prepared. The stream's is made once, also where it
+        was made before its step, for `peek`."""
+        if part.part != "stream":
+            return self._made(part, part.inputs, part.extras, step)
+        kept = self.run.peeked.get(step)
+        if kept is None or kept.extras["raw"] is not part.inputs:
+            kept = self._made(part, part.inputs, {**part.extras, "raw": part.inputs}, step)
+        return kept
+
+    def _made(self, part: Batch, raw: Tensor, extras: dict[str, Tensor], step: int) -> Batch:
+        inputs = raw
+        if self.augment is not None:
+            inputs = self._augmented(part, step, self.augment)
+        part = replace(part, inputs=inputs, extras=extras).to(self.device)
+        return replace(part, inputs=self.inputs_of(part.inputs))
+
+    def _augmented(self, part: Batch, step: int, augment: Callable[[Tensor], Tensor]) -> Tensor:
+        rows = []
+        with torch.random.fork_rng(devices=[]):
+            for row, key in zip(part.inputs, part.ids.tolist(), strict=True):
+                # Not torch.manual_seed, which seeds devices as well: their dropout follows the step.
+                seed = seeds.derive(self.seed, "augment", part.part, step, key)
+                torch.default_generator.manual_seed(seed)
+                rows.append(augment(row))
+        return torch.stack(rows)
+
+    def inputs_of(self, raw: Tensor) -> Tensor:
+        """Model inputs of samples as the source gives them, without augmentation."""
+        return self.prepare(raw) if self.prepare is not None else raw.float()
+
+    def logits(self, call: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
+        """What `call`, a way to run the network, gives of these inputs: its logits, in float32."""
+        half = self.config.precision == "bf16"
+        picking = self.pick.on() if self.pick is not None else nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half), picking:
+            try:
+                logits: Any = call(inputs)
+            except Exception as error:
+                better = told(error, inputs)
+                if better is error:
+                    raise
+                raise better from error
+        if not isinstance(logits, Tensor):
+            check(False, "Trainer", f"a network that returns {described(logits)}", "return logits",
+                  "name them: Trainer(..., output='logits'), or their index")
+        return logits.float()  # type: ignore[no-any-return]
+
+    def bare(self, inputs: Tensor) -> Tensor:
+        """Logits of the bare module, (n, classes) float32, for gradients of inputs: no parameter gradient is reduced."""
+        return self.logits(self.engine.bare, inputs)
+
+    def peek(self, ahead: int) -> Batch | None:
+        """Inside a step: the stream part of the step `ahead` steps from now, as that step will train on it; None past the end
+        of the task. Memory: the batches in between wait on the device."""
+        if not self.run.fetched(ahead):
+            return None
+        step = self.step + ahead
+        batch = self.run.peeked[step] = self.ready(self.run.ahead[ahead - 1], step)
+        return batch
+
+    def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, targets and positions of the whole global batch: a function of the step, without communication."""
+        assert self.run.loader is not None
+        return self.run.loader.global_rows(self.run.task_step)
