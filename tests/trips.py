@@ -20,6 +20,8 @@ class Trip:
     """What one call walked through. A hop is a call, or a return, from one file of the library to another one of it."""
 
     hops: int = 0
+    turns: int = 0
+    """Calls into another file than the call before: how often a reader who follows the calls turns to another file."""
     files: set[str] = field(default_factory=set)
     functions: set[CodeType] = field(default_factory=set)
     ways: Counter[str] = field(default_factory=Counter)
@@ -27,17 +29,22 @@ class Trip:
 
     def text(self, most: int = 0) -> str:
         """One line; and the `most` frequent calls between files."""
-        first = f"{self.hops} hops between {len(self.files)} files, {len(self.functions)} functions"
+        first = (f"{self.hops} hops between {len(self.files)} files, {len(self.functions)} functions; calls in their order "
+                 f"turn to another file {self.turns} times")
         return "\n".join([first, *(f"{count:>4} {way}" for way, count in self.ways.most_common(most))])
 
 
 def walk(action: Callable[[], Any]) -> Trip:
     """Run `action` and count its hops, on this thread. Frames of other libraries in between are not hops."""
-    trip = Trip()
+    trip, last = Trip(), ""
 
     def note(frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal last
         if event not in ("call", "return") or not _is_ours(frame):
             return
+        if event == "call":
+            trip.turns += last not in ("", frame.f_code.co_filename)
+            last = frame.f_code.co_filename
         trip.files.add(frame.f_code.co_filename)
         trip.functions.add(frame.f_code)
         caller = frame.f_back

@@ -77,8 +77,9 @@ class Buffer(ABC):
     def add(self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int) -> Slots:
         """Offer one global batch: (G,) ids, targets and stream positions, all of one task. The same on every rank."""
         keys, labels, places = _ints(ids), _ints(targets), _ints(positions)
-        check(keys.ndim == 1 and keys.shape == labels.shape == places.shape, type(self).__name__,
-              f"ids, targets and positions of shapes {keys.shape}, {labels.shape}, {places.shape}", "be (G,) each")
+        if not (keys.ndim == 1 and keys.shape == labels.shape == places.shape):
+            check(False, type(self).__name__,
+                  f"ids, targets and positions of shapes {keys.shape}, {labels.shape}, {places.shape}", "be (G,) each")
         if self.capacity == 0 or len(keys) == 0:
             return Slots(_NONE, _NONE, _NONE)
         return self._add(keys, labels, places, task)
@@ -95,14 +96,15 @@ class Buffer(ABC):
             balanced: take classes in turn instead of samples uniformly: every class present is drawn equally often, as
                 far as it has samples.
         """
-        check(count >= 1, type(self).__name__, f"draw of {count}", "be at least 1")
+        if count < 1:
+            check(False, type(self).__name__, f"draw of {count}", "be at least 1")
         slots, source = self.filled, generator(self.seed, "draw", *key)
         order = torch.randperm(len(slots), generator=source).numpy()
         if balanced and len(slots):
             present, label = np.unique(self.targets[slots[order]], return_inverse=True)
             turn = torch.randperm(len(present), generator=source).numpy()[label]
             order = order[np.lexsort((turn, _rank_within(label)))]
-        return _ints(slots[order[:count]])
+        return np.asarray(slots[order[:count]], dtype=np.int64)
 
     def _write(self, slots: Ints, ids: Ints, targets: Ints, positions: Ints, tasks: Ints | int) -> None:
         self.used[slots] = True

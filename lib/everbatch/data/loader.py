@@ -113,7 +113,8 @@ class Loader:
         return self.position0 + len(self) * self.global_batch
 
     def _global_ids(self, step: int) -> Tensor:
-        check(0 <= step < len(self), "Loader", f"step={step}", f"be in [0, {len(self)})")
+        if not 0 <= step < len(self):
+            check(False, "Loader", f"step={step}", f"be in [0, {len(self)})")
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             ids = self.task.train_ids

@@ -79,6 +79,8 @@ class ReplayStore:
             ValueError: names, shapes or types that differ from the first batch's.
         """
         keys = np.asarray(ids, dtype=np.int64)
+        if self.world.size == 1:
+            return self._add_alone(keys, targets, positions, task, rows)
         bounds = share(len(keys), self.world.size)
         low, high = int(bounds[self.world.rank]), int(bounds[self.world.rank + 1])
         self._check(rows, high - low)
@@ -96,6 +98,21 @@ class ReplayStore:
         packed = _pack({name: rows[name].detach()[leaving.to(rows[name].device)].cpu() for name in self._rows})
         arrived = self.world.exchange(packed, self._counts(owner[mine]), self._counts(holder[here]))
         self._write(kept.slots[here], self._unpack(arrived))
+        return kept
+
+    def _add_alone(
+        self, ids: Ints, targets: ArrayLike, positions: ArrayLike, task: int, rows: Mapping[str, Tensor],
+    ) -> Slots:
+        """`add` on one rank, to which every row belongs and which has it already."""
+        self._check(rows, len(ids))
+        kept = self.buffer.add(ids, targets, positions, task)
+        self._drop(kept.evicted)
+        if len(kept.rows) == 0:
+            return kept
+        if not self._rows:
+            self._allocate({name: value[:0].detach().cpu() for name, value in rows.items()})
+        chosen = torch.from_numpy(kept.rows)
+        self._write(kept.slots, {name: rows[name].detach()[chosen.to(rows[name].device)].cpu() for name in self._rows})
         return kept
 
     def draw(
@@ -117,8 +134,7 @@ class ReplayStore:
         slots, size = self.buffer.draw(count, purpose, step, balanced=balanced), self.world.size
         if len(slots) == 0:
             return None
-        bounds = share(len(slots), size)
-        parts = [slots[bounds[r] : bounds[r + 1]] for r in range(size)]
+        parts = self._parts(slots)
         wanted = [part if len(part) else slots[:1] for part in parts]
         mine = wanted[self.world.rank]
         result = self._fetch(wanted)
@@ -137,10 +153,10 @@ class ReplayStore:
             "index": the memory's state, replicated. "rows": this rank's contiguous part, by name, of the payload in
             ascending order of slots, which any number of ranks can split again. "start": its first row.
         """
-        slots = self.buffer.filled
-        bounds = share(len(slots), self.world.size)
-        rows = self._fetch([slots[bounds[r] : bounds[r + 1]] for r in range(self.world.size)]) if self._rows else {}
-        return {"index": self.buffer.state(), "start": int(bounds[self.world.rank]), "rows": rows}
+        parts = self._parts(self.buffer.filled)
+        rows = self._fetch(parts) if self._rows else {}
+        start = sum(len(part) for part in parts[: self.world.rank])
+        return {"index": self.buffer.state(), "start": start, "rows": rows}
 
     def load_state_dict(self, parts: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Take over the saved parts of all ranks, of any number of ranks, or one part that holds all rows. Local.
@@ -173,19 +189,28 @@ class ReplayStore:
             self._write(moved[start + take], {name: rows[chosen] for name, rows in part["rows"].items()})
 
     def _check(self, rows: Mapping[str, Tensor], count: int) -> None:
-        check(len(rows) > 0, "ReplayStore", "no payload", "be at least one named tensor")
-        check(not self._rows or rows.keys() == self._rows.keys(), "ReplayStore", f"payload {sorted(rows)}",
-              f"be {sorted(self._rows)} as in the first batch")
+        if not rows:
+            check(False, "ReplayStore", "no payload", "be at least one named tensor")
+        if self._rows and rows.keys() != self._rows.keys():
+            check(False, "ReplayStore", f"payload {sorted(rows)}", f"be {sorted(self._rows)} as in the first batch")
         clash = sorted({"ids", "targets", "position", "task", "weight"} & rows.keys())
-        check(not clash, "ReplayStore", f"payload named {clash}", "have other names: the memory keeps those itself")
+        if clash:
+            check(False, "ReplayStore", f"payload named {clash}", "have other names: the memory keeps those itself")
         for name, value in rows.items():
-            check(len(value) == count, "ReplayStore", f"{len(value)} rows of {name!r}",
-                  f"be this rank's {count} rows of the global batch")
-            if self._rows:
-                first = self._rows[name]
-                check(value.shape[1:] == first.shape[1:] and value.dtype == first.dtype, "ReplayStore",
-                      f"{name!r} of {tuple(value.shape[1:])} {value.dtype}",
+            if len(value) != count:
+                check(False, "ReplayStore", f"{len(value)} rows of {name!r}",
+                      f"be this rank's {count} rows of the global batch")
+            first = self._rows.get(name, value)
+            if value.shape[1:] != first.shape[1:] or value.dtype != first.dtype:
+                check(False, "ReplayStore", f"{name!r} of {tuple(value.shape[1:])} {value.dtype}",
                       f"be {tuple(first.shape[1:])} {first.dtype} as in the first batch")
+
+    def _parts(self, slots: Ints) -> list[Ints]:
+        """What each rank gets of these slots."""
+        if self.world.size == 1:
+            return [slots]
+        bounds = share(len(slots), self.world.size)
+        return [slots[bounds[r] : bounds[r + 1]] for r in range(self.world.size)]
 
     def _counts(self, ranks: Ints) -> list[int]:
         return [int(count) for count in np.bincount(ranks, minlength=self.world.size)]
@@ -225,6 +250,9 @@ class ReplayStore:
 
     def _fetch(self, wanted: Sequence[Ints]) -> dict[str, Tensor]:
         """The payload of the slots that this rank wants, in that order, given what every rank wants. A collective."""
+        if self.world.size == 1:
+            own = torch.from_numpy(self._local[wanted[0]])
+            return {name: rows[own] for name, rows in self._rows.items()}
         owners = [self.owner(self.buffer.ids[slots]) for slots in wanted]
         leaving = np.concatenate([s[o == self.world.rank] for s, o in zip(wanted, owners, strict=True)])
         place = torch.from_numpy(self._local[leaving])

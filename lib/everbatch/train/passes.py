@@ -24,18 +24,10 @@ class Pass:
     """What one run over the micro-batches gave, in their order; everything detached."""
 
     losses: list[Tensor] = field(default_factory=list)
-    terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """Summed over the micro-batches."""
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     """By part."""
-
-    @property
-    def loss(self) -> Tensor:
-        """This rank's share of the loss."""
-        return torch.stack(self.losses).sum()
-
-    def whole_terms(self) -> dict[str, Tensor]:
-        """Each term, summed over the micro-batches."""
-        return {name: sum(parts[1:], parts[0]) for name, parts in self.terms.items()}
 
 
 class Runs(Protocol):
@@ -110,7 +102,7 @@ class Passes:
         check(not odd, "Trainer", f"loss terms {odd} of one number",
               "be reduced by batch.mean(losses), which keeps rows here")
         if self.optimizer.recording:
-            means = {name: [term.detach().mean()] for name, term in terms.items()}
+            means = {name: term.detach().mean() for name, term in terms.items()}
             self.recorded = Pass([], means, {"stream": [outputs.detach()]})
         return torch.stack(list(terms.values())).sum(0)
 
@@ -121,7 +113,7 @@ class Passes:
             self.recorded = done
         for micro in self.optimizer.micro_batches(micros, average=False):
             self._micro(micro, done)
-        return done.loss
+        return torch.stack(done.losses).sum()
 
     def _micro(self, parts: Sequence[Batch], done: Pass) -> None:
         """Forward and backward of one micro-batch, all parts of it."""
@@ -136,7 +128,8 @@ class Passes:
         done.losses.append(loss.detach())
         if done is self.recorded:
             for name, term in terms.items():
-                done.terms.setdefault(name, []).append(term.detach())
+                term = term.detach()
+                done.terms[name] = done.terms[name] + term if name in done.terms else term
 
 
 class _ByRow(Batch):

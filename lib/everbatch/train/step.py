@@ -139,7 +139,7 @@ class Stepper:
         for part in parts:  # a part of fewer rows than micro-batches was filled up
             outputs[part.part] = torch.cat(found.outputs[part.part])[: len(part.targets)]
         applied = self.optimizer.last_applied
-        record = StepRecord(self.step, applied, loss, found.whole_terms(), parts, outputs)
+        record = StepRecord(self.step, applied, loss, found.terms, parts, outputs)
         self.after_step(record)
         self.run.peeked.pop(self.step, None)
         self.step += 1

@@ -119,12 +119,13 @@ class Replay(TrainerMixin):
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
         """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels), or both."""
+        added = Replay.terms(self)
         parts = super().draw_batch(parts)  # type: ignore[misc]
         config: Replay.Config = self.configs[Replay]
         store: ReplayStore | None = self.states[Replay].store
         if store is None:
             return parts
-        for term in Replay.terms(self):
+        for term in added:
             rows = store.draw(config.replay_batch, self.step, term.rows)
             if rows is None:  # nothing is stored yet
                 continue
@@ -138,16 +139,17 @@ class Replay(TrainerMixin):
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Add the term of a replay part."""
+        added = Replay.terms(self) if batch.part in ("dark", "replay") else ()
         terms: dict[str, Tensor] = super().loss_terms(outputs, batch)  # type: ignore[misc]
-        return terms | evaluate(Replay.terms(self), outputs, batch)
+        return terms | evaluate(added, outputs, batch) if added else terms
 
     def after_step(self, record: StepRecord) -> None:
         """Offer the stream's samples to the memory, with the logits of the recorded pass."""
+        batch = next(part for part in record.parts if part.part == "stream")
         super().after_step(record)  # type: ignore[misc]
         store: ReplayStore | None = self.states[Replay].store
         if store is None or not record.applied:
             return
-        batch = next(p for p in record.parts if p.part == "stream")
         rows = {"raw": batch.extras.get("raw", batch.inputs), "logits": record.outputs["stream"].float()}
         ids, targets, position = self.global_rows(batch)
         store.add(ids.numpy(), targets.numpy(), position.numpy(), batch.task, rows)
