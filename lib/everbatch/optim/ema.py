@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from everbatch.engines.shards import ByName, wide
 from everbatch.errors import check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "zero_averages"]
 
 
 class EMA(OptimizerMixin):
@@ -91,3 +91,10 @@ class EMA(OptimizerMixin):
     def cost(self) -> Cost:
         """One kept copy."""
         return Cost(state_bytes=4)
+
+
+def zero_averages(opt: OptimizerMixin, off: Mapping[str, torch.Tensor]) -> None:
+    """Set entries of the averages that EMA keeps in `opt` to zero: `off` is true there, slice by slice, by name."""
+    for name, average in opt.states[EMA].average.items():
+        if name in off:
+            average.masked_fill_(off[name], 0.0)

@@ -161,13 +161,14 @@ def _recorded_ties(base: type) -> type:
         epoch_end: int
 
         def _change(self, step: int, fraction: float) -> None:
-            used, masks, dense = self._used() or {}, dict(self.states[DynamicSparsity].masks), self._dense
-            kept = {s.name: (s.data.clone(), {k: m.clone() for k, m in s.moments.items()}) for s in self._masked()}
+            state = self.states[DynamicSparsity]
+            used, masks, dense = self._masks.used(state) or {}, dict(state.masks), self._scores.dense
+            shards = self._masks.shards(self.host, state)
+            kept = {s.name: (s.data.clone(), {k: m.clone() for k, m in s.moments.items()}) for s in shards}
             super()._change(step, fraction)
             if step + self.configs[DynamicSparsity].update_every <= self.epoch_end:
                 return  # not the change that left the recorded masks
-            state = self.states[DynamicSparsity]
-            for shard in self._masked():
+            for shard in shards:
                 name, want = shard.name, self.recorded[shard.name]
                 score = dense[name] * ~used[name] if name in used else dense[name]
                 odd = state.masks[name] != want

@@ -5,9 +5,9 @@ from everbatch.optim.sparsity.dynamic import DynamicSparsity
 from everbatch.optim.sparsity.export import SparseLinear, fits_two_four, sparsify, violations
 from everbatch.optim.sparsity.files import load_sparse, save_sparse
 from everbatch.optim.sparsity.flops import Account, account, layer_flops
+from everbatch.optim.sparsity.frozen import Capacity
 from everbatch.optim.sparsity.layers import maskable, weight_modules
 from everbatch.optim.sparsity.schedule import Schedule, drop_fraction, scaled_interval
-from everbatch.optim.sparsity.tasks import Capacity
 
 __all__ = [
     "Account", "Capacity", "DynamicSparsity", "Schedule", "SparseLinear", "account", "draw_mask", "drop_fraction",
