@@ -1,6 +1,6 @@
-"""Ranks of a launch that runs ConAdv: OUT.json STORE HOST [HOST ...] [--wide]; see test_conadv_hosts.py.
+"""Ranks of a launch that runs ConAdv: OUT.json STORE HOST/CHECK [HOST/CHECK ...] [--wide]; see test_conadv_hosts.py.
 
-With host "plain", on one rank, it leaves in STORE what the runs of all other hosts are compared with.
+With host "plain", on one rank, the parity checks leave in STORE what the runs of all other hosts are compared with.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import functools
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,10 +38,6 @@ MIXES: dict[str, tuple[tuple[type, ...], dict[str, Any]]] = {
     "DynamicSparsity": ((DynamicSparsity,), {"density": 0.5, "update_every": 2}),
     "ClipGradNorm+SAM": ((ClipGradNorm, SAM), {"rho": 0.05, "max_norm": 0.5}),
 }
-
-
-FEW = ("tau 1", "clean", "one forward", "SAM")
-"""What is compared by default; --wide: all."""
 TOLERANCE = 3e-6
 """Largest difference of any weight after 24 steps in fp32: sums over ranks in another order, at weights of about 0.5."""
 
@@ -101,37 +99,48 @@ def compared() -> dict[str, dict[str, Any]]:
     return {name: {"model": smooth(), **options} for name, options in runs.items()}
 
 
-def host_checks(record: Record, store: Path, host: str, wide: bool) -> None:
-    """What holds on every host."""
-    with record.check(f"placements/{host}") as found:  # dropout, running statistics, tau beyond one
+def placements(record: Record, store: Path, host: str, wide: bool) -> None:
+    """The same bits wherever crafting runs: with dropout, running statistics and tau beyond one."""
+    with record.check(f"placements/{host}") as found:
         for tau in (1, 3) if wide else (2,):
             inline = everything(run(host, tau=tau))
             for placement in ("process", "stream"):
                 other = run(host, tau=tau, placement=placement)
                 found.same_bits(everything(other), inline, f"{placement}, tau {tau}")
                 found.require(placement == "stream" or other.adversary_costs()["bytes_sent"] > 0, "nothing was sent")
-    for name, options in compared().items():
-        if not (wide or host == "plain" or name in FEW):
-            continue
-        with record.check(f"parity {name}/{host}", TOLERANCE) as found:
-            mine = whole(run(host, **options))
-            if host == "plain":
-                torch.save(mine, store.parent / f"{name}.pt")
-            one = torch.load(store.parent / f"{name}.pt", weights_only=True)
-            found.measure(max((mine[n] - one[n]).abs().max().item() for n in one if n.startswith("master")))
-    with record.check(f"batch norm in one forward/{host}", 1e-5) as found:  # rounding, which batch norm makes larger
+
+
+def parity(record: Record, store: Path, host: str, wide: bool, name: str) -> None:
+    """The steps of one process."""
+    with record.check(f"parity {name}/{host}", TOLERANCE) as found:
+        mine = whole(run(host, **compared()[name]))
+        if host == "plain":
+            torch.save(mine, store / f"{name}.pt")
+        one = torch.load(store / f"{name}.pt", weights_only=True)
+        found.measure(max((mine[n] - one[n]).abs().max().item() for n in one if n.startswith("master")))
+
+
+def one_forward(record: Record, store: Path, host: str, wide: bool) -> None:
+    """To rounding, which batch norm makes larger."""
+    with record.check(f"batch norm in one forward/{host}", 1e-5) as found:
         two, one = (everything(run(host, model=normed(), one_forward=both)) for both in (False, True))
         found.require(any("branches" in n and "running_var" in n for n in one), "no statistics of the branch")
         found.measure(max((one[n].double() - two[n].double()).abs().max().item() for n in two if n != "matrix"))
+
+
+def off(record: Record, store: Path, host: str, wide: bool) -> None:
+    """Absent at weight zero."""
     with record.check(f"off/{host}") as found:
-        off = everything(run(host, weight_adversarial=0.0))
-        plain = build_plain(host)
-        found.same_bits(off, plain, "weight_adversarial 0")
+        found.same_bits(everything(run(host, weight_adversarial=0.0)), build_plain(host), "weight_adversarial 0")
+
+
+def resume(record: Record, store: Path, host: str, wide: bool) -> None:
+    """Left with a full queue and resumed."""
     opt = functools.partial(compose(SAM, base=torch.optim.SGD), lr=0.1, momentum=0.9, rho=0.05)
     for placement in ("inline", "process") if host in ("ddp", "zero3") else ("inline",):
         with record.check(f"resume {placement}/{host}") as found:
             options = {"cls": Both, "optimizer": opt, "tau": 2, "placement": placement, "random_start": 0.5}
-            folder = store / f"{placement}-{host}-{World.current().size}"
+            folder = store / f"{'wide' if wide else 'default'}-{placement}-{host}-{World.current().size}"
             expected = run(host, folder=folder / "whole", **options)
             for after in (5, 11) if wide else (5,):
                 t = build(host, folder=folder / str(after), after=after, **options)
@@ -147,6 +156,10 @@ def host_checks(record: Record, store: Path, host: str, wide: bool) -> None:
                 again.recorder.close()
 
 
+CHECKS = {"placements": placements, "one forward": one_forward, "off": off, "resume": resume,
+          **{f"parity {name}": functools.partial(parity, name=name) for name in compared()}}
+
+
 def build_plain(host: str) -> dict[str, Tensor]:
     """The same run without the mixin."""
     options = {"batch_size": 8, "epochs": 2, "seed": 3}
@@ -157,18 +170,32 @@ def build_plain(host: str) -> dict[str, Tensor]:
     return everything(t)
 
 
+def fork_adversaries() -> None:
+    """Fork adversaries from a server that has imported everything, once per rank, where the library has each import anew."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["everbatch.train.adversarial.process"])
+    real = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: context if method == "spawn" else real(method)
+
+
 def main() -> None:
     out, store, wide = Path(sys.argv[1]), Path(sys.argv[2]), "--wide" in sys.argv
-    hosts = [h for h in sys.argv[3:] if h != "--wide"]
     store.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     init("cpu", timeout_s=60)
     record = Record()
-    for host in hosts:
-        host_checks(record, store / ("wide" if wide else "default"), host, wide)
+    if not wide:
+        fork_adversaries()
+    for name in sys.argv[3:]:
+        if name == "--wide":
+            continue
+        begin = time.monotonic()
+        host, _, check = name.partition("/")
+        CHECKS[check](record, store, host, wide)
         if dist.get_rank() == 0:
             out.write_text(json.dumps(record.results, indent=1))
+            print(f"{name} {time.monotonic() - begin:.1f} s", flush=True)
     dist.destroy_process_group()
 
 

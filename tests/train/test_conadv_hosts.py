@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,37 +10,73 @@ from typing import Any
 
 import pytest
 
-from processes import torchrun
+from processes import Zygote
+from rotation import ROUND, Round, When
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 WORKER = Path(__file__).parent / "conadv_worker.py"
 COMPARED = ("tau 1", "tau 0", "two steps", "clean", "one forward", "accumulation", "Replay", "LARS", "SAM",
             "StaleSAM", "DynamicSparsity", "ClipGradNorm+SAM")
-DEFAULT, REST = ("ddp", "zero3"), ("fsdp2", "zero0", "zero1", "zero2")
 FEW = ("tau 1", "clean", "one forward", "SAM")
-"""What the default launch compares; --wide compares all."""
+"""What is compared by default."""
+HOSTS = ("ddp", "zero3", "fsdp2", "zero0", "zero1", "zero2")
+"""The first two by default, in turn; all in the wide launch, two of them each time."""
+DEFAULT = HOSTS[:2]
+Key = tuple[str, str, bool]
+"""Host, check, whether it is the wide launch's."""
+
+
+def planned() -> dict[Key, When]:
+    """What runs when. A run has each check on one of the two hosts."""
+    found: dict[Key, When] = {}
+    for place, check in enumerate(("placements", "resume", "one forward", "off")):
+        found["plain", check, False] = When(place, 2)
+    for (i, host), (place, check) in itertools.product(enumerate(DEFAULT), enumerate(
+            ("placements", "resume", "one forward", "off", *(f"parity {name}" for name in FEW)))):
+        found[host, check, False] = When(i + place, 2)
+    for i, host in enumerate(HOSTS):
+        wide = When(i, 3, slow=True)
+        found |= {(host, f"parity {name}", True): wide for name in COMPARED}
+        if host not in DEFAULT:
+            found |= {(host, check, True): wide for check in ("placements", "resume", "one forward", "off")}
+    return found
+
+
+PLAN = planned()
 Results = dict[str, dict[str, Any]]
 
 
+LAUNCHES = {"plain": ("plain",), "plain wide": (), "default": DEFAULT, "wide": HOSTS}
+
+
+def jobs(name: str, round: Round) -> list[str]:
+    """What a launch does. Those of one process leave what the others are compared with."""
+    compared = {"plain": FEW, "plain wide": [case for case in COMPARED if case not in FEW]}.get(name, ())
+    return [f"plain/parity {case}" for case in compared] + [
+        f"{host}/{check}" for (host, check, wide), when in PLAN.items()
+        if host in LAUNCHES[name] and wide == (name == "wide") and when.due(round)]
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
+def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Results]:
     """Results of the launch that has a host in it."""
     folder, known = tmp_path_factory.mktemp("conadv"), dict[str, Results]()
 
-    def launch(name: str, ranks: int, *arguments: str) -> Results:
+    def launch(name: str, ranks: int, *more: str) -> Results:
         if name not in known:
             out = folder / f"{name}.json"
-            job = torchrun(ranks, WORKER, str(out), str(folder / "store"), *arguments, limit=1200.0)
-            assert job.codes == [0], job.err[-3000:]
+            job = zygote.run(WORKER, str(out), str(folder / "store"), *jobs(name, ROUND), *more, ranks=ranks, limit=1200.0)
+            assert not any(job.codes), job.err[-3000:]
             known[name] = json.loads(out.read_text())
         return known[name]
 
-    def get(host: str) -> Results:
-        wide = host not in ("plain", *DEFAULT)
-        launch("plain", 1, "plain")
-        return launch("wide", 2, *DEFAULT, *REST, "--wide") if wide else \
-            launch("plain", 1, "plain") if host == "plain" else launch("default", 2, *DEFAULT)
+    def get(host: str, wide: bool) -> Results:
+        plain = launch("plain", 1)
+        if wide:
+            launch("plain wide", 1)
+            return launch("wide", 2, "--wide")
+        return plain if host == "plain" else launch("default", 2)
 
     return get
 
@@ -48,35 +85,34 @@ def passes(results: Results, key: str) -> None:
     assert results[key]["passed"], f"{key}: error {results[key]['error']:.3g}: {results[key]['problem']}"
 
 
-@pytest.mark.parametrize("host", ["plain", *DEFAULT, *(pytest.param(h, marks=pytest.mark.slow) for h in REST)])
-def test_every_placement_gives_the_same_bits(found: Callable[[str], Results], host: str) -> None:
-    passes(found(host), f"placements/{host}")
+def hosts(check: str) -> pytest.MarkDecorator:
+    """The hosts of a check."""
+    return pytest.mark.parametrize(("host", "wide"), [
+        when.param(host, wide, id=host) for (host, name, wide), when in PLAN.items() if name == check])
 
 
-@pytest.mark.parametrize("host", ["plain", *DEFAULT, *(pytest.param(h, marks=pytest.mark.slow) for h in REST)])
-def test_resumed_with_a_full_queue(found: Callable[[str], Results], host: str) -> None:
-    passes(found(host), f"resume inline/{host}")
+@hosts("placements")
+def test_every_placement_gives_the_same_bits(found: Callable[[str, bool], Results], host: str, wide: bool) -> None:
+    passes(found(host, wide), f"placements/{host}")
+
+
+@hosts("resume")
+def test_resumed_with_a_full_queue(found: Callable[[str, bool], Results], host: str, wide: bool) -> None:
+    passes(found(host, wide), f"resume inline/{host}")
     if host in DEFAULT:
-        passes(found(host), f"resume process/{host}")
+        passes(found(host, wide), f"resume process/{host}")
 
 
-@pytest.mark.parametrize("host", ["plain", *DEFAULT, *(pytest.param(h, marks=pytest.mark.slow) for h in REST)])
-def test_absent_at_weight_zero(found: Callable[[str], Results], host: str) -> None:
-    passes(found(host), f"off/{host}")
+@hosts("off")
+def test_absent_at_weight_zero(found: Callable[[str, bool], Results], host: str, wide: bool) -> None:
+    passes(found(host, wide), f"off/{host}")
 
 
-@pytest.mark.parametrize("host", ["plain", *DEFAULT, *(pytest.param(h, marks=pytest.mark.slow) for h in REST)])
-def test_batch_norms_in_one_forward_are_those_of_two(found: Callable[[str], Results], host: str) -> None:
-    passes(found(host), f"batch norm in one forward/{host}")
+@hosts("one forward")
+def test_batch_norms_in_one_forward_are_those_of_two(found: Callable[[str, bool], Results], host: str, wide: bool) -> None:
+    passes(found(host, wide), f"batch norm in one forward/{host}")
 
 
-@pytest.mark.parametrize(("host", "name"), [(h, n) for h in DEFAULT for n in FEW])
-def test_steps_of_one_process(found: Callable[[str], Results], host: str, name: str) -> None:
-    passes(found(host), f"parity {name}/{host}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMPARED)
-@pytest.mark.parametrize("host", [*DEFAULT, *REST])
-def test_steps_of_one_process_in_every_mix(found: Callable[[str], Results], host: str, name: str) -> None:
-    passes(found("fsdp2"), f"parity {name}/{host}")
+@pytest.mark.parametrize(("host", "check", "wide"), [when.param(*key) for key, when in PLAN.items() if "parity" in key[1]])
+def test_steps_of_one_process(found: Callable[[str, bool], Results], host: str, check: str, wide: bool) -> None:
+    passes(found(host, wide), f"{check}/{host}")
