@@ -18,7 +18,7 @@ from everbatch.data import TensorSource, growing
 from everbatch.distributed import World
 from everbatch.experiment.recipe import Engine
 from everbatch.train import load_model, model_info
-from processes import ENVIRONMENT, ROOT, torchrun
+from processes import ENVIRONMENT, ROOT, Zygote
 
 RECIPE = ROOT / "recipes" / "growing_data.py"
 SHORT = ("trainer.epochs=1", "trainer.batch_size=32", "optimizer.lr=0.01", "width=4", "seeds=2", "rounds=3")
@@ -52,10 +52,10 @@ def test_a_short_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_short_run_on_two_ranks(tmp_path: Path) -> None:
+def test_a_short_run_on_two_ranks(zygote: Zygote, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    job = torchrun(2, RECIPE, *SHORT, f"output={tmp_path}", limit=200.0)
-    assert job.codes == [0], job.err[-3000:]
+    job = zygote.run(RECIPE, *SHORT, f"output={tmp_path}", limit=200.0)
+    assert job.codes == [0, 0], job.err[-3000:]
     assert json.loads((tmp_path / "result.json").read_text())["world_size"] == 2
 
 

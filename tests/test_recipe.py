@@ -21,6 +21,7 @@ from everbatch.distributed import World
 from everbatch.report.recorder import read_scalars
 from everbatch.train import load_model, model_info
 from processes import ROOT, Job, Zygote, torchrun
+from rotation import When
 
 RECIPE = ROOT / "recipes" / "class_incremental.py"
 SHORT = ("tasks=3", "trainer.epochs=3", "trainer.checkpoint_every=20", "optimizer.lr=0.05", "data.augment=none")
@@ -137,6 +138,7 @@ def wait_for_step(folder: Path, step: int, job: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.rotated(0, 2)
 def test_sigterm_writes_a_checkpoint_and_ends_with_143(finished: tuple[Path, Job], zygote: Zygote, tmp_path: Path) -> None:
     job = zygote.start(RECIPE, *SHORT, f"output={tmp_path}", limit=200)
     wait_for_step(tmp_path, 60, job)
@@ -159,6 +161,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_143(finished: tuple[Path, Job
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*") if path.is_file()}
 
 
+@pytest.mark.rotated(1, 2)
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(finished: tuple[Path, Job], zygote: Zygote, tmp_path: Path) -> None:
     job = zygote.start(RECIPE, *SHORT, f"output={tmp_path}", limit=200)
     wait_for_step(tmp_path, 20, job)
@@ -266,7 +269,7 @@ def bad_inputs(finished: tuple[Path, Job], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", [When(i, 4).param(case) for i, case in enumerate(BAD)])
 def test_bad_input(zygote: Zygote, bad_inputs: Path, finished: tuple[Path, Job], tmp_path: Path, case: str) -> None:
     given, texts = BAD[case]
     arguments: Sequence[str] = [a.replace("{folder}", str(bad_inputs)) for a in given]
@@ -279,13 +282,16 @@ def test_bad_input(zygote: Zygote, bad_inputs: Path, finished: tuple[Path, Job],
     assert job.killed == [] and job.seconds < 60, job
 
 
-@pytest.mark.parametrize(("extra", "texts"), [
+DIFFERENT = [
     (["trainer.seed=5"], ["trainer.seed is 0 on rank 0 and 5 on rank [1]"]),
     (["engine.stage=2"], ["engine is "]),
     (["model.name=resnet10t"], ["model is "]),
     (["optimizer.lr=0.1"], ["lr is [0.03] on rank 0 and [0.1]"]),
     (["data.source=npz:{folder}/other.npz"], ["stream is "]),
-])
+]
+
+
+@pytest.mark.parametrize(("extra", "texts"), [When(i, 5).param(*given) for i, given in enumerate(DIFFERENT)])
 def test_ranks_that_were_given_different_things(
     zygote: Zygote, bad_inputs: Path, tmp_path: Path, extra: list[str], texts: list[str],
 ) -> None:

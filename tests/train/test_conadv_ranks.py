@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from processes import Job, torchrun
+from rotation import When
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 WORKER = Path(__file__).parent / "conadv_ranks_worker.py"
@@ -26,7 +27,7 @@ def leftovers() -> str:
 
 
 @pytest.mark.parametrize(("host", "ranks", "adversaries"), [
-    ("ddp", 3, 1), pytest.param("fsdp2", 3, 1, marks=pytest.mark.slow), pytest.param("ddp", 4, 2, marks=pytest.mark.slow)])
+    When(0, 2).param("ddp", 3, 1), pytest.param("fsdp2", 3, 1, marks=pytest.mark.slow), pytest.param("ddp", 4, 2, marks=pytest.mark.slow)])
 def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, adversaries: int) -> None:
     job, found = launch(tmp_path, "same", host, ranks=ranks, adversaries=adversaries)
     assert job.codes == [0] and "Traceback" not in job.err, job.err[-3000:]
@@ -47,7 +48,7 @@ def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, 
     assert leftovers() == ""
 
 
-@pytest.mark.parametrize("mode", ["clean", pytest.param("inline", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", [When(1, 2).param("clean"), pytest.param("inline", marks=pytest.mark.slow)])
 def test_trainers_go_on_when_their_adversary_is_killed(tmp_path: Path, mode: str) -> None:
     job, found = launch(tmp_path, mode)
     assert job.codes == [0], job.err[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,8 +29,10 @@ def on_ranks(target: Callable[[Path, int, int], dict[str, Array]], path: Path, w
         RuntimeError: a rank raised, died, or had not finished after `LIMIT_S` seconds; no process is left then.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # A server imports torch once and forks every rank; without effect where one runs already.
+        multiprocessing.set_forkserver_preload(["torch", "golden.families"])
         context = start_processes(  # type: ignore[no-untyped-call]
-            _join, args=(target, path, world, folder), nprocs=world, join=False, start_method="spawn")
+            _join, args=(target, path, world, folder), nprocs=world, join=False, start_method="forkserver")
         assert context is not None
         try:
             deadline = time.monotonic() + LIMIT_S
