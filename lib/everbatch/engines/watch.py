@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from everbatch.nn.compiled import is_compiled
 from everbatch.nn.statistics import every_module, hold_statistics, put_back
 
 __all__ = ["Watch"]
@@ -62,7 +63,7 @@ class Watch:
         self._meet_all = meet
         self._looking = self._look or self._outside
         if self._look and self.root is not None:
-            self._compiled = any(map(_is_compiled, every_module(self.root)))
+            self._compiled = any(map(is_compiled, every_module(self.root)))
 
     def end_step(self) -> None:
         """After the last pass of a step, or one that raised."""
@@ -106,7 +107,7 @@ class Watch:
             seen.update(map(id, parts))
             if self._meet_all is not None:
                 self._meet_all(parts)
-            self._found_compiled = self._found_compiled or any(map(_is_compiled, parts))
+            self._found_compiled = self._found_compiled or any(map(is_compiled, parts))
         if not inside:
             self._outside = self._outside or any(p._buffers or isinstance(p, DistributedDataParallel) for p in parts)
         if self._recorded:
@@ -115,10 +116,6 @@ class Watch:
         for part in parts:
             if part._buffers or isinstance(part, DistributedDataParallel):
                 self._undo += hold_statistics(part)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _through_hook(watch: Watch) -> Callable[[], None]:
@@ -132,7 +129,7 @@ def _through_calls(watch: Watch) -> Callable[[], None]:
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         watch.meet(module)
-        if nn.Module.__call__ is not call or not _is_compiled(module):
+        if nn.Module.__call__ is not call or not is_compiled(module):
             return torchs(module, *args, **kwargs)
         nn.Module.__call__ = torchs  # type: ignore[method-assign]
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from everbatch.data import Batch, Stream, Task, evaluation_batches
 from everbatch.distributed import World
 from everbatch.evaluate.candidates import allowed_classes, best
+from everbatch.nn.compiled import is_compiled
 
 __all__ = ["Evaluator", "accuracies", "evaluating", "mean_buffers"]
 
@@ -103,10 +104,13 @@ def accuracies(
 
 @contextmanager
 def evaluating(module: nn.Module, world: World) -> Iterator[None]:
-    """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards."""
+    """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards.
+    What was compiled for training runs as it is: another mode, and batches of other sizes, would each be one more graph."""
     flags = [(m, m.training) for m in module.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with mean_buffers(module, world), torch.random.fork_rng(devices=devices):
+    compiled = any(map(is_compiled, module.modules()))
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with mean_buffers(module, world), torch.random.fork_rng(devices=devices), eager:
         module.eval()
         try:
             yield

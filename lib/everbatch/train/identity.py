@@ -17,8 +17,9 @@ from everbatch.train.step import Stepper
 
 __all__ = ["changes", "check_plain", "described", "identity", "parts", "steps_per_epoch"]
 
-FREE = ("keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation", "max_bad_steps")
-"""Options of the Trainer that change nothing of what a run computes."""
+FREE = ("keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation", "max_bad_steps",
+        "compile")
+"""Options of the Trainer that change nothing of what a run computes, but for rounding."""
 CHANGEABLE = {"lr": "learning rate", "trainer.schedule": "schedule", "trainer.epochs": "epochs"}
 """What a resumed run may have otherwise, and what it is called when that is said."""
 

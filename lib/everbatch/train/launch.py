@@ -15,7 +15,8 @@ from everbatch.distributed import World, init
 from everbatch.errors import UnsupportedHost, check, nearest
 from everbatch.optim.groups import groups
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.train.blocks import shard_blocks
+from everbatch.train.blocks import blocks_of, shard_blocks
+from everbatch.train.compiled import as_it_is, compile_blocks, compile_engine
 from everbatch.train.ddp import wrap
 
 __all__ = ["Engine", "check_optimizer", "launch", "shard_blocks"]
@@ -36,7 +37,7 @@ class Engine:
 
 def launch(
     model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any], *, world: World,
-    device: torch.device, decay_vectors: bool, seed: int, ddp: Mapping[str, Any] | None = None,
+    device: torch.device, decay_vectors: bool, seed: int, ddp: Mapping[str, Any] | None = None, compiled: bool = False,
 ) -> Engine:
     """Build the optimizer over `model` on `engine`.
 
@@ -45,27 +46,32 @@ def launch(
         optimizer: `functools.partial(Cls, **options)`, options of the base and of the mixins together.
         engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration.
         ddp: options of DDP; see `everbatch.train.ddp`.
+        compiled: have training passes compiled; see `everbatch.train.compiled`.
         decay_vectors: False puts parameters of fewer than two dimensions into a group with weight_decay 0.
     """
     cls: Any = optimizer.func
     options = dict(optimizer.keywords)
     if isinstance(engine, Mapping):
-        return _deepspeed(model, cls, options, engine, device, decay_vectors, seed)
+        return _deepspeed(model, cls, options, engine, device, decay_vectors, seed, compiled)
     check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}",
           "be plain, ddp, fsdp2 or a DeepSpeed configuration", nearest(str(engine), ("plain", "ddp", "fsdp2")))
     check(engine != "plain" or world.size == 1, "Trainer", f"engine='plain' on {world.size} ranks", "run on one rank",
           "use engine='ddp', 'fsdp2' or a DeepSpeed configuration")
     model.to(device)
     call: nn.Module = model
+    if compiled and engine != "fsdp2":
+        model.compile()
     if engine == "ddp":
         call = wrap(model, ddp)
     elif engine == "fsdp2":
+        if compiled:
+            compile_blocks(blocks_of(model) or [model])
         shard_blocks(model)
     target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
     made = cls(target, seed=seed, **options)
     # Given groups, it learns of modules in its first pass: too late for weights edited after an evaluation.
     made.host.meet(call.modules())
-    return Engine(made, model, call, model)
+    return Engine(made, model, call, as_it_is(model) if compiled else model)
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -107,7 +113,7 @@ def _short(value: Any) -> str:
 
 
 def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, Any], config: Mapping[str, Any],
-               device: torch.device, decay_vectors: bool, seed: int) -> Engine:
+               device: torch.device, decay_vectors: bool, seed: int, compiled: bool) -> Engine:
     try:
         import deepspeed
     except ImportError as error:
@@ -135,4 +141,6 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
     def call(inputs: Tensor) -> Any:
         return engine.module(inputs.bfloat16() if half and inputs.is_floating_point() else inputs)
 
-    return Engine(cls.on(engine, seed=seed, **flat), engine.module, call, call)
+    if compiled:
+        compile_engine(engine)
+    return Engine(cls.on(engine, seed=seed, **flat), engine.module, call, as_it_is(call) if compiled else call)

@@ -75,7 +75,8 @@ def picked(result: Any, output: str | int, *, training: bool) -> Tensor:
         ValueError: there is no such part, or it is no tensor; a tensor in training mode, of which nothing is to be named.
     """
     if isinstance(result, Tensor):
-        check(not training, "Trainer", f"output={output!r} and a network that returns {described(result)}", "be left out")
+        if training:
+            check(False, "Trainer", f"output={output!r} and a network that returns {described(result)}", "be left out")
         return result
     try:
         if isinstance(output, str):
@@ -84,8 +85,9 @@ def picked(result: Any, output: str | int, *, training: bool) -> Tensor:
             part = list(result.values() if isinstance(result, Mapping) else result)[output]
     except (KeyError, AttributeError, IndexError, TypeError):
         part = None
-    check(isinstance(part, Tensor), "Trainer", f"output={output!r} and a network that returns {described(result)}",
-          "name the tensor of logits in it")
+    if not isinstance(part, Tensor):
+        check(False, "Trainer", f"output={output!r} and a network that returns {described(result)}",
+              "name the tensor of logits in it")
     assert isinstance(part, Tensor)
     return part
 

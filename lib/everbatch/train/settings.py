@@ -44,6 +44,9 @@ class TrainerConfig:
     """Consecutive steps with a gradient that is not finite before the run stops; >= 1."""
     workers: int = 0
     """Processes per rank that fetch batches ahead; 0 fetches in the trainer's."""
+    compile: bool = False
+    """Run training passes through torch.compile, where that is sound: see `everbatch.train.compiled`. Weights, names and
+    checkpoints are as without; results differ by rounding."""
     label_smoothing: float = 0.0
     """Share of each target spread evenly over all classes, in the stream's cross-entropy; in [0, 1)."""
 
@@ -53,5 +56,6 @@ class TrainerConfig:
         for name in ("checkpoint_every", "workers"):
             check_whole("Trainer", name, getattr(self, name), 0)
         check_workers("Trainer", self.workers)
+        check(isinstance(self.compile, bool), "Trainer", f"compile={self.compile!r}", "be true or false")
         check(self.precision in ("fp32", "bf16"), "Trainer", f"precision={self.precision!r}", "be fp32 or bf16")
         check(0 <= self.label_smoothing < 1, "Trainer", f"label_smoothing={self.label_smoothing!r}", "be in [0, 1)")

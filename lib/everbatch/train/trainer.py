@@ -144,7 +144,7 @@ class Trainer(Stepper):
             "output": output, "ddp": ddp, "checkpoints": folder is not None, "model": persist.layout(model),
             **persist.parts(self, optimizer)})
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
-                             decay_vectors=self.config.decay_vectors, ddp=ddp)
+                             decay_vectors=self.config.decay_vectors, ddp=ddp, compiled=self.config.compile)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
         self.optimizer.complete_state = True
         self.begun = Begun.of(self.optimizer, self.module)
