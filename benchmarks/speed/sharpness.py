@@ -1,11 +1,14 @@
-"""Step time of the sharpness mixins against the bare optimizer, and against the widespread two-step SAM written as a naive loop.
+"""Step time of the sharpness mixins against torch's optimizer, and against each method written by hand as a flat loop.
 
-python benchmarks/speed/sharpness.py                                          plain torch
+python benchmarks/speed/sharpness.py                                          plain torch, a net that computes
+python benchmarks/speed/sharpness.py --net latency-bound                      a net of many small operators
+python benchmarks/speed/sharpness.py --net latency-bound --compile            the same under torch.compile
 torchrun --nproc-per-node 2 benchmarks/speed/sharpness.py --host ddp          DDP
 torchrun --nproc-per-node 2 benchmarks/speed/sharpness.py --host zero2        DeepSpeed ZeRO stage 2
 
-Prints the ratios, the limit by the number of passes, the target, and a verdict per method: by the ratio of the least times and by
-that of the medians, because on a machine that does other things they may disagree. JSON with --json FILE. One thread per process.
+Prints, for each method, the median over the rounds of its time to that of torch's optimizer in the same round, with a 95 %
+interval, beside the flat loop's and the limit. A limit is met at its number or at 1.05 times the flat loop, whichever is larger.
+JSON with --json FILE. One thread per process.
 
 glibc gives large blocks back to the system and faults them in again, an amount that differs from arm to arm and from run to run:
 set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 to measure the methods and not that. The output says so.
@@ -29,21 +32,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conadv_arms import mixer
-from timing import conv_net, deepspeed_engine, images, measure, ratios
+from flat_loops import LOOPS, Loop
+from timing import conv_net, deepspeed_engine, images, measure, paired, ratios
 
 from everbatch import compose
 from everbatch.distributed import init
 from everbatch.optim import SAM, GradientNorm, LookSAM, StaleSAM
 from everbatch.report.recorder import versions
 
-# arm: (mixins, options, passes per step, target ratio)
-ARMS: dict[str, tuple[tuple[type, ...], dict[str, Any], float, float]] = {
-    "bare step protocol": ((), {}, 1.0, 1.02),
-    "SAM": ((SAM,), {"rho": 0.05}, 2.0, 2.05),
-    "LookSAM k=5": ((LookSAM,), {"rho": 0.05, "every": 5}, 1.2, 1.25),
-    "StaleSAM": ((StaleSAM,), {"rho": 0.05}, 1.0, 1.08),
-    "GradientNorm": ((GradientNorm,), {"radius": 0.05}, 2.0, 2.10),
+# arm: (mixins, options, passes per step, limit where a net computes, limit where launches count)
+ARMS: dict[str, tuple[tuple[type, ...], dict[str, Any], float, float, float]] = {
+    "bare step": ((), {}, 1.0, 1.02, 1.04),
+    "SAM": ((SAM,), {"rho": 0.05}, 2.0, 2.05, 2.10),
+    "LookSAM k=5": ((LookSAM,), {"rho": 0.05, "every": 5}, 1.2, 1.25, 1.35),
+    "StaleSAM": ((StaleSAM,), {"rho": 0.05}, 1.0, 1.08, 1.22),
+    "GradientNorm": ((GradientNorm,), {"radius": 0.05}, 2.0, 2.10, 2.20),
 }
+BASE = "torch.optim.SGD"
+COMPILED = 2.1
+"""Limit of SAM of a compiled module, to torch's optimizer of a compiled module."""
+FLOOR = 1.05
+"""How far above a loop written by hand a method may be, where that is more than its limit."""
 NETS = {"compute-bound": conv_net, "latency-bound": mixer}
 LR = {"lr": 0.01, "momentum": 0.9}
 KEEPS = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} <= set(os.environ)
@@ -67,13 +76,19 @@ def naive_sam(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable
     optimizer.step()
 
 
-def build(host: str, batch: int, net: Callable[[], nn.Module]) -> dict[str, Callable[[], Any]]:
+def build(host: str, batch: int, net: Callable[[], nn.Module], compiled: bool) -> dict[str, Callable[[], Any]]:
     """An arm is a function that takes one step; every arm has a model of its own, from the same seed."""
     x, y = images(batch)
     arms: dict[str, Callable[[], Any]] = {}
 
     def wrap(model: nn.Module) -> nn.Module:
-        return DistributedDataParallel(model) if host == "ddp" else model
+        model = DistributedDataParallel(model) if host == "ddp" else model
+        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+
+    def by_hand(loop: Callable[[Loop], None], **more: Any) -> Callable[[], None]:
+        model = wrap(net())
+        mine = Loop(model, torch.optim.SGD(model.parameters(), **LR, **more), lambda: functional.cross_entropy(model(x), y))
+        return lambda: loop(mine)
 
     if host.startswith("zero"):
         engine = deepspeed_engine(model := net(), torch.optim.SGD(model.parameters(), **LR), int(host[-1]), batch)
@@ -82,33 +97,30 @@ def build(host: str, batch: int, net: Callable[[], nn.Module]) -> dict[str, Call
             engine.backward(functional.cross_entropy(engine(x), y))
             engine.step()
 
-        arms["torch.optim.SGD"] = bare
+        arms[BASE] = bare
     else:
-        plain = wrap(net())
-        sgd = torch.optim.SGD(plain.parameters(), **LR)
-
-        def bare() -> None:
-            sgd.zero_grad()
-            functional.cross_entropy(plain(x), y).backward()
-            sgd.step()
-
+        arms[BASE] = by_hand(Loop.sgd)
         twin = wrap(net())
         other = torch.optim.SGD(twin.parameters(), **LR)
-        arms["torch.optim.SGD"] = bare
         arms["naive two-step SAM"] = lambda: naive_sam(twin, other, lambda: functional.cross_entropy(twin(x), y), 0.05)
-    for name, (mixins, options, _, _) in ARMS.items():
-        arms[name] = _step(host, wrap, compose(*mixins, base=torch.optim.SGD), options, x, y, net)
-    return arms
+        arms |= {f"{name} by hand": by_hand(loop) for name, loop in LOOPS.items()}
+    for name, (mixins, options, *_) in ARMS.items():
+        arms[name] = _step(host, wrap, compose(*mixins, base=torch.optim.SGD), LR | options, x, y, net)
+    if host == "plain":
+        arms["fused SGD"] = by_hand(Loop.sgd, fused=True)
+        cls = compose(SAM, base=torch.optim.SGD)
+        arms["SAM over fused SGD"] = _step(host, wrap, cls, {**LR, "rho": 0.05, "fused": True}, x, y, net)
+    return {name: arm for name, arm in arms.items() if not compiled or name in (BASE, "SAM", "SAM by hand", "bare step")}
 
 
 def _step(host: str, wrap: Callable[[nn.Module], nn.Module], cls: Any, options: dict[str, Any], x: torch.Tensor, y: torch.Tensor,
           net: Callable[[], nn.Module]) -> Callable[[], Any]:
     if host.startswith("zero"):
         engine = deepspeed_engine(model := net(), torch.optim.SGD(model.parameters(), **LR), int(host[-1]), len(x))
-        opt, forward = cls.on(engine, **options), engine.module
+        opt, forward = cls.on(engine, **{k: v for k, v in options.items() if k not in LR}), engine.module
     else:
         forward = wrap(net())
-        opt = cls(forward, **LR, **options)
+        opt = cls(forward, **options)
 
     def closure() -> torch.Tensor:
         loss = functional.cross_entropy(forward(x), y)
@@ -118,42 +130,50 @@ def _step(host: str, wrap: Callable[[nn.Module], nn.Module], cls: Any, options: 
     return lambda: opt.step(closure)
 
 
-def verdict(row: dict[str, Any], target: float) -> str:
-    """Whether an arm keeps its target, by the least times and by the medians."""
-    least, middle = row["ratio_of_minima"], row["ratio_of_medians"]
-    met = {(True, True): "met", (False, False): "MISSED"}.get((least <= target, middle <= target), "undecided")
-    return f"{row['arm']:<22}{met}: {least:.3f} (least times) and {middle:.3f} (medians), target <= {target:.2f}"
+def verdict(name: str, found: float, limit: float, floor: float | None) -> str:
+    """Whether an arm keeps its limit."""
+    allowed = limit if floor is None else max(limit, FLOOR * floor)
+    by_hand = "" if floor is None else f", {floor:.3f} by hand"
+    return f"{name:<20}{'met' if found <= allowed else 'MISSED'}: {found:.3f}, limit {limit:.2f}{by_hand}"
 
 
 def main() -> None:
     """Measure one host."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", choices=["plain", "ddp", "zero0", "zero1", "zero2", "zero3"], default="plain")
-    parser.add_argument("--net", choices=list(NETS), default="compute-bound",
-                        help="targets are for compute-bound; latency-bound takes --batch 4")
-    parser.add_argument("--batch", type=int, default=32, help="samples per rank and step")
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5, help="steps per block; a multiple of 5, so that LookSAM's cycle fits")
+    parser.add_argument("--net", choices=list(NETS), default="compute-bound")
+    parser.add_argument("--compile", action="store_true", help="every model under torch.compile; SAM alone")
+    parser.add_argument("--batch", type=int, help="samples per rank and step; default 32, latency-bound 4")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=5, help="steps per round; a multiple of 5, so that LookSAM's cycle fits")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     world = init()
-    times = measure(build(args.host, args.batch, NETS[args.net]), blocks=args.blocks, steps=args.steps, discard=5)
+    thin = args.net == "latency-bound"
+    batch = args.batch or (4 if thin else 32)
+    times = measure(build(args.host, batch, NETS[args.net], args.compile), blocks=args.rounds, steps=args.steps, discard=1)
     if world.rank == 0:
-        rows = ratios(times, "torch.optim.SGD")
-        print(f"{args.net}, {args.host}, {world.size} rank(s), batch {args.batch} each, {args.blocks} blocks of {args.steps} "
-              f"steps, load {rows[0]['load_average']:.1f}, malloc {'keeps its memory' if KEEPS else 'as it comes'}")
-        print(f"{'arm':<22}{'ms (min)':>10}{'median':>9}{'max':>9}{'ratio min':>11}{'median':>8}{'passes':>8}{'target':>8}")
-        for row in rows:
-            _, _, passes, target = ARMS.get(row["arm"], ((), {}, 2.0 if "SAM" in row["arm"] else 1.0, float("nan")))
-            print(f"{row['arm']:<22}{1e3 * row['seconds_min']:>10.1f}{1e3 * row['seconds_median']:>9.1f}"
-                  f"{1e3 * row['seconds_max']:>9.1f}{row['ratio_of_minima']:>11.3f}{row['ratio_of_medians']:>8.3f}{passes:>8.2f}"
-                  f"{target:>8.2f}")
-        verdicts = {row["arm"]: verdict(row, ARMS[row["arm"]][3]) for row in rows if ARMS.get(row["arm"], ((),))[0]}
-        print("\n".join(verdicts.values()))
+        rows = {row["arm"]: row for row in ratios(times, BASE)}
+        for name, row in rows.items():
+            row["ratio"], row["low"], row["high"] = paired(times[name], times[BASE])
+        print(f"{args.net}, {args.host}{', compiled' * args.compile}, {world.size} rank(s), batch {batch} each, "
+              f"{args.rounds} rounds of {args.steps} steps, load {rows[BASE]['load_average']:.1f}, malloc "
+              f"{'keeps its memory' if KEEPS else 'as it comes'}")
+        print(f"{'arm':<22}{'ms (min)':>10}{'median':>9}{'ratio':>9}{'95 % interval':>18}")
+        for name, row in rows.items():
+            print(f"{name:<22}{1e3 * row['seconds_min']:>10.2f}{1e3 * row['seconds_median']:>9.2f}{row['ratio']:>9.3f}"
+                  f"{row['low']:>10.3f}-{row['high']:.3f}")
+        verdicts = []
+        for name, (*_, computing, launching) in ARMS.items():
+            limit = COMPILED if args.compile else launching if thin else computing
+            by_hand = rows[f"{name} by hand"]["ratio"] if f"{name} by hand" in rows else None
+            if name in rows and (name == "SAM" or not args.compile):
+                verdicts.append(verdict(name, rows[name]["ratio"], limit, by_hand))
+        print("\n".join(verdicts))
         if args.json:
-            result = {"host": args.host, "world": world.size, "malloc_keeps_memory": KEEPS, "rows": rows, "verdicts": verdicts,
-                      "versions": versions()}
+            result = {"host": args.host, "net": args.net, "compiled": args.compile, "world": world.size,
+                      "malloc_keeps_memory": KEEPS, "rows": list(rows.values()), "verdicts": verdicts, "versions": versions()}
             args.json.write_text(json.dumps(result, indent=1))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -40,7 +40,7 @@ TABLE: dict[str, str] = {
     "look_sam": "everbatch.optim.sharpness.looksam:LookSAM",
     "esam": "everbatch.optim.sharpness.esam:ESAM",
     "ignite": "everbatch.optim.sharpness.ignite:Ignite",
-    "stale_sam": "everbatch.optim.sharpness.looksam:StaleSAM",
+    "stale_sam": "everbatch.optim.sharpness.stale:StaleSAM",
     "lars": "everbatch.optim.layerwise.lars:LARS",
     "lamb": "everbatch.optim.layerwise.lamb:LAMB",
     "conadv": "everbatch.train.adversarial.conadv:ConAdv",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from everbatch.engines.scratch import Scratch
 from everbatch.engines.shards import Shard, Vector
 from everbatch.engines.watch import Watch
 from everbatch.errors import UnsupportedHost, check
@@ -86,6 +87,7 @@ class Host(abc.ABC):
 
     def __init__(self) -> None:
         self.dirty = False
+        self.scratch = Scratch()
         self.edits = 0
         """How often masters were edited other than by the base's update."""
         self.local = False
@@ -142,6 +144,9 @@ class Host(abc.ABC):
 
     def begin_step(self) -> None:  # noqa: B027
         """Before the first pass of a step. Gradients may be there already."""
+
+    def close_step(self) -> None:  # noqa: B027
+        """After a step, also one that raised."""
 
     def any_gradient(self) -> bool:
         """Whether any trained parameter has a gradient; True where another check tells, or nothing is trained."""
@@ -248,12 +253,14 @@ class Host(abc.ABC):
     def _bad(self) -> Tensor:
         """0-dim float64: > 0 where this rank holds a gradient or a master with an element that is not finite: an update that
         overflowed is found here, also in weights that no pass reaches."""
-        held = [t for s in self.shards for t in (s.data, s.grad) if t is not None and t.numel()]
+        held = self.weights().tensors + self.gradient().tensors
         bad = torch.zeros((), dtype=torch.float64, device=self.device)
-        for device in {t.device for t in held}:  # offload: masters on the CPU
+        devices = {t.device for t in held}
+        for device in devices:  # offload: masters on the CPU
+            here = held if len(devices) == 1 else [t for t in held if t.device == device]
             found, one = torch.zeros(1, device=device), torch.ones(1, device=device)
             # What GradScaler asks with: one kernel for all on GPUs, a fifth of aminmax's time on CPUs. Times one changes no bit.
-            torch._amp_foreach_non_finite_check_and_unscale_([t for t in held if t.device == device], found, one)
+            torch._amp_foreach_non_finite_check_and_unscale_(here, found, one)
             bad += found[0].to(bad)
         return bad
 
@@ -325,7 +332,14 @@ class Alone:
     """Stands in for a host under a vector that is this rank's own: sums stay here."""
 
     def __init__(self, host: Host) -> None:
-        self.device, self.names = host.device, host.names
+        self.device, self._host = host.device, host
+
+    @property
+    def names(self) -> list[str]:
+        return self._host.names
 
     def total(self, value: Tensor) -> Tensor:
         return value
+
+    def gather(self, pieces: Sequence[tuple[Shard, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+        return {s.name: t.clone() for s, t in pieces if s.name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +39,19 @@ if TYPE_CHECKING:
 __all__ = ["LocalHost"]
 
 
+@dataclass
+class _Present:
+    """The parameters that count at one time."""
+
+    flags: list[bool] | None
+    """Which are trained; None: those that are not count as well."""
+    names: list[str]
+    shards: list[Shard]
+    places: list[int] = field(default_factory=list)
+    """Where the weights in `data` are."""
+    data: list[Tensor] = field(default_factory=list)
+
+
 class LocalHost(Host):
     """Masters are `p` (plain, DDP: whole on every rank) or its local DTensor shard (FSDP2, sharded on dimension 0).
 
@@ -51,8 +65,12 @@ class LocalHost(Host):
         # The optimizer owns its host; a strong reference back would keep both alive until the garbage collector runs.
         self._optimizer = weakref.proxy(optimizer)
         self._frozen_too = False
-        self._built: dict[bool, tuple[list[str], list[Shard]]] = {}
-        """Without and with frozen parameters: the names that count, and their shards."""
+        self._built: dict[bool, _Present] = {}
+        """Without and with frozen parameters."""
+        self._stepping: _Present | None = None
+        """In a step: what counts in it."""
+        self._clean = False
+        """Whether the next `discard` has nothing to do."""
         self._outer = module
         self.watch = Watch(module)
         self.module = None if module is None else unwrap(module)
@@ -108,7 +126,7 @@ class LocalHost(Host):
 
     @property
     def names(self) -> list[str]:
-        return [n for n, _ in self._counted]
+        return self._now().names
 
     @property
     def _counted(self) -> list[tuple[str, Tensor]]:
@@ -127,10 +145,34 @@ class LocalHost(Host):
 
     @property
     def shards(self) -> list[Shard]:
-        names, kept = self.names, self._built.get(self._frozen_too)
-        if kept is None or kept[0] != names:
-            kept = self._built[self._frozen_too] = (names, self._build_shards())
-        return kept[1]
+        return self._now().shards
+
+    def _now(self) -> _Present:
+        """What counts at present: in a step as after its last pass, in which a closure may have frozen some."""
+        if self._stepping is not None and not self._frozen_too:
+            return self._stepping
+        flags = None if self._frozen_too else [p.requires_grad for _, p in self._named]
+        kept = self._built.get(self._frozen_too)
+        if kept is None or kept.flags != flags:
+            shards = self._build_shards()
+            kept = self._built[self._frozen_too] = _Present(flags, [n for n, _ in self._counted], shards)
+        return kept
+
+    def begin_step(self) -> None:
+        self._stepping = None
+        self._stepping = self._now()
+
+    def close_step(self) -> None:
+        self._stepping, self._clean = None, False
+
+    def weights(self) -> Vector:
+        now = self._now()
+        if self.sharded:
+            return super().weights()
+        places = [s.owner.data_ptr() for s in now.shards]
+        if places != now.places:  # `p.data = other` moves a weight
+            now.places, now.data = places, [s.data for s in now.shards]
+        return Vector(self, now.shards, now.data)
 
     def _build_shards(self) -> list[Shard]:
         index_of = self.group_index()
@@ -142,6 +184,16 @@ class LocalHost(Host):
                 result.append(Shard(name, p.shape, start, p, view=_local_view, grad=_grad_of(p),
                                     group=lambda i=index: self.groups()[i], state=self.state))  # type: ignore[misc]
         return result
+
+    def gradient(self) -> Vector:
+        if self.sharded:
+            return super().gradient()
+        shards = self.shards
+        gradients = [s.owner.grad for s in shards]
+        if all(g is not None for g in gradients):
+            return Vector(self, shards, gradients)  # type: ignore[arg-type]
+        pairs = [(s, g) for s, g in zip(shards, gradients, strict=True) if g is not None]
+        return Vector(self, [s for s, _ in pairs], [g for _, g in pairs])
 
     def state(self) -> dict[Any, Any]:
         return self._optimizer.state  # type: ignore[no-any-return]
@@ -162,15 +214,17 @@ class LocalHost(Host):
     def left_over(self) -> str:
         if any(unreduced(m) for m in self._met if isinstance(m, FSDPModule)):
             return self.names[0]
-        found = [(n, _local_view(p.grad)) for n, p in self._counted if p.grad is not None]
+        self._clean = all(p.grad is None for _, p in self._named)
+        found = [] if self._clean else [(n, _local_view(p.grad)) for n, p in self._counted if p.grad is not None]
         if not found:
             return ""
         sizes = torch.stack([(g.coalesce().values() if g.is_sparse else g).count_nonzero() for _, g in found]).tolist()
         return next((n for (n, _), size in zip(found, sizes, strict=True) if size), "")
 
     def discard(self) -> None:
-        for _, p in self._named:
+        for _, p in () if self._clean else self._named:
             p.grad = None
+        self._clean = False
         for module in self._met:
             if isinstance(module, FSDPModule):
                 forget_unreduced(module)
@@ -206,7 +260,10 @@ class LocalHost(Host):
     def end_pass(self) -> None:
         """Refuse sparse gradients, which a host given parameters alone sees here first. Unscale by hand: `GradScaler.unscale_`
         allows one call per step, and a step may have several passes."""
-        sparse = [n for n, p in self._named if p.grad is not None and p.grad.is_sparse]
+        if self._stepping is not None:
+            self.begin_step()
+        look = self.watch.looking or self.module is None
+        sparse = [n for n, p in self._named if p.grad is not None and p.grad.is_sparse] if look else []
         check(not sparse, self._optimizer.__class__.__name__, f"a sparse gradient of {sparse[:3]}", "be dense", SPARSE_CURE)
         if self.scaler is not None:
             inverse = 1.0 / self.scaler.scale(torch.ones((), device=self.device))
@@ -229,7 +286,7 @@ class LocalHost(Host):
         if self.sharded:
             return super().local_gradient()
         mine = self.gradient()
-        return Vector(Alone(self), mine.shards, mine.tensors)  # type: ignore[arg-type]
+        return Vector(Alone(self), mine.shards, mine.tensors)
 
     def finite(self) -> Tensor:
         """Whether every gradient element is finite. On FSDP2 the same all-reduce tells whether ranks reached the same parameters.
@@ -249,8 +306,7 @@ class LocalHost(Host):
         return torch.tensor(bad == 0)
 
     def any_gradient(self) -> bool:
-        counted = self._counted
-        return not counted or any(p.grad is not None for _, p in counted)
+        return any(p.grad is not None for _, p in self._named if p.requires_grad) or not self._counted
 
     def _check_reduced(self) -> None:
         """DDP that was not told of unused parameters waits for them: what shares a bucket with one is left unreduced."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from everbatch.engines.host import Host
-
-__all__ = ["ByName", "Shard", "Vector", "inner", "wide"]
+__all__ = ["ByName", "Shard", "Sums", "Vector", "inner", "wide"]
 
 
 def wide(t: Tensor) -> torch.dtype:
@@ -21,6 +19,25 @@ def wide(t: Tensor) -> torch.dtype:
 
 COUNTERS = ("step", "mu_product", "eta", "mu")
 """State of torch's optimizers that is one number per parameter: of a parameter of one number, only the name tells it apart."""
+ANYWHERE = -2
+CHUNK = 2**20
+"""Elements of one tensor that are summed in fp32 at most, before sums go on in float64."""
+
+
+class Sums(Protocol):
+    """What a vector needs of a host: where its sums are taken, and over which parameters."""
+
+    device: torch.device
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all trained parameters, the same list on every rank."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over the ranks that share one copy of the model, in place."""
+
+    def gather(self, pieces: Sequence[tuple[Shard, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+        """Whole tensors from slices, on every rank."""
 
 
 class Shard:
@@ -33,7 +50,7 @@ class Shard:
         owner: the tensor the base optimizer updates; its key in the optimizer's state.
     """
 
-    __slots__ = ("_grad", "_group", "_state", "_view", "name", "owner", "shape", "start")
+    __slots__ = ("_data", "_grad", "_group", "_place", "_state", "_view", "name", "owner", "shape", "start")
 
     def __init__(
         self, name: str, shape: Sequence[int], start: int, owner: Tensor, *, view: Callable[[Tensor], Tensor],
@@ -41,11 +58,19 @@ class Shard:
     ) -> None:
         self.name, self.shape, self.start, self.owner = name, tuple(shape), start, owner
         self._view, self._grad, self._group, self._state = view, grad, group, state
+        self._data: Tensor | None = None
+        self._place = ANYWHERE if isinstance(owner, DTensor) else -1  # a DTensor's local part may be replaced
+        """Where in memory the owner was when `_data` was made."""
 
     @property
     def data(self) -> Tensor:
         """The master weights: a writable view, of any shape and memory format with this slice's elements."""
-        return self._view(self.owner)
+        if self._place == ANYWHERE:
+            return self._view(self.owner)
+        place = self.owner.data_ptr()
+        if self._data is None or place != self._place:  # `p.data = other` moves it
+            self._data, self._place = self._view(self.owner), place
+        return self._data
 
     @property
     def grad(self) -> Tensor | None:
@@ -80,19 +105,45 @@ class Vector:
 
     Elementwise operations are local and in place (names end in `_`); `norm`, `norms` and `inner` are collectives where the
     weights are sharded, one all-reduce each, and count every element once. Scalars stay on the device: no host sync.
+
+    Copies lie in one tensor where all have one type and device: then a norm, a sum or a product is one operation, and the
+    tensors of single shards are views that are made when somebody asks for them.
     """
 
-    __slots__ = ("host", "shards", "tensors")
+    __slots__ = ("_tensors", "flat", "host", "lent", "shards")
 
-    def __init__(self, host: Host, shards: Sequence[Shard], tensors: Sequence[Tensor]) -> None:
-        self.host, self.shards, self.tensors = host, list(shards), list(tensors)
+    def __init__(
+        self, host: Sums, shards: Sequence[Shard], tensors: Sequence[Tensor] | None, *, flat: Tensor | None = None,
+        lent: bool = False,
+    ) -> None:
+        self.host, self.shards = host, list(shards)
+        self._tensors = None if tensors is None else list(tensors)
+        self.flat = flat
+        """The one tensor of which `tensors` are views, in order and without gaps, if they are."""
+        self.lent = lent
+        """Whether `Scratch` wants its memory back."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """One tensor per shard, in the order of `shards`."""
+        if self._tensors is None:
+            assert self.flat is not None
+            like = [s.data if s._data is None else s._data for s in self.shards]  # for their shapes
+            self._tensors = list(torch._C._nn.unflatten_dense_tensors(self.flat, like))
+        return self._tensors
 
     def __iter__(self) -> Iterator[tuple[Shard, Tensor]]:
         return iter(zip(self.shards, self.tensors, strict=True))
 
-    def clone(self) -> Vector:
-        """A copy with its own memory."""
-        return Vector(self.host, self.shards, [t.clone() for t in self.tensors])
+    def clone(self, dtype: torch.dtype | None = None) -> Vector:
+        """A copy with its own memory, in another type if one is given."""
+        if self.flat is not None:
+            return Vector(self.host, self.shards, None, flat=self.flat.to(dtype or self.flat.dtype, copy=True))
+        tensors = self.tensors
+        kinds = {(t.dtype, t.device) for t in tensors}
+        if len(kinds) != 1 or len(tensors) == 1 or dtype not in (None, tensors[0].dtype):
+            return Vector(self.host, self.shards, [t.to(dtype or t.dtype, copy=True) for t in tensors])
+        return Vector(self.host, self.shards, None, flat=torch._C._nn.flatten_dense_tensors(tensors))
 
     def norm(self) -> Tensor:
         """Euclidean norm over the whole model: 0-dim float64."""
@@ -110,44 +161,77 @@ class Vector:
 
     def add_(self, other: Vector, scale: float | Tensor = 1.0) -> Vector:
         """self += scale * other."""
-        tensors = other.tensors if isinstance(scale, float) else [t * _like(scale, t) for t in other.tensors]
-        if self.tensors:
-            torch._foreach_add_(self.tensors, tensors, alpha=scale if isinstance(scale, float) else 1.0)
+        mine, theirs = self._alike(other)
+        if isinstance(scale, Tensor):
+            theirs = _times(theirs, scale)
+        if mine:
+            torch._foreach_add_(mine, theirs, alpha=scale if isinstance(scale, float) else 1.0)
         return self
 
     def mul_(self, scale: float | Tensor) -> Vector:
         """self *= scale."""
-        if isinstance(scale, float) and self.tensors:
+        if self.flat is not None:
+            self.flat.mul_(_like(scale, self.flat))
+        elif isinstance(scale, float) and self.shards:
             torch._foreach_mul_(self.tensors, scale)
         elif len({(t.device, t.dtype) for t in self.tensors}) == 1:
-            torch._foreach_mul_(self.tensors, _like(scale, self.tensors[0]))  # type: ignore[arg-type]
+            torch._foreach_mul_(self.tensors, _like(scale, self.tensors[0]))
         else:
             for t in self.tensors:
-                t.mul_(_like(scale, t))  # type: ignore[arg-type]
+                t.mul_(_like(scale, t))
         return self
+
+    def copy_into(self, tensors: Sequence[Tensor]) -> None:
+        """Copy each shard's tensor into another one."""
+        if self.shards:
+            torch._foreach_copy_(list(tensors), self.tensors)
 
     def map_(self, function: Callable[[Shard, Tensor], Tensor]) -> Vector:
         """Replace each tensor by `function(shard, tensor)`."""
-        self.tensors = [function(s, t) for s, t in self]
+        self._tensors, self.flat = [function(s, t) for s, t in self], None
         return self
+
+    def _alike(self, other: Vector) -> tuple[list[Tensor], list[Tensor]]:
+        """The tensors of both, as few as both can be seen as."""
+        if self.flat is not None and other.flat is not None and self.shards == other.shards:
+            return [self.flat], [other.flat]
+        return self.tensors, other.tensors
 
     def whole(self, name: str) -> Tensor:
         """The whole tensor of one parameter, gathered on every rank, in the parameter's shape (a copy)."""
         return self.host.gather([(s, t) for s, t in self if s.name == name], [name])[name]
 
 
-def inner(host: Host, *pairs: tuple[Vector, Vector]) -> Tensor:
+def inner(host: Sums, *pairs: tuple[Vector, Vector]) -> Tensor:
     """Inner products over the whole model of several pairs of vectors: (number of pairs,) float64, one collective for all."""
     local = torch.zeros(len(pairs), dtype=torch.float64, device=host.device)
     for i, (a, b) in enumerate(pairs):
-        if a.tensors:
-            parts = _local_squares(a.tensors, host.device) if a is b else _local_dots(a.tensors, b.tensors, host.device)
-            local[i] = parts.sum()
+        if a.shards:
+            local[i] = _local_inner(a, b, host.device)
     return host.total(local)
 
 
-def _like(scale: Tensor, t: Tensor) -> Tensor:
-    return scale.to(device=t.device, dtype=t.dtype)
+def _local_inner(a: Vector, b: Vector, device: torch.device) -> Tensor:
+    """This rank's part of one inner product: 0-dim float64."""
+    if a is b:
+        parts = a.tensors if a.flat is None else _chunks(a.flat)
+        return _local_squares(parts, device).sum()
+    return _local_dots(*a._alike(b), device).sum()
+
+
+def _chunks(flat: Tensor) -> list[Tensor]:
+    return list(torch.split(flat, CHUNK))
+
+
+def _like(scale: float | Tensor, t: Tensor) -> Any:
+    return scale if isinstance(scale, float) else scale.to(device=t.device, dtype=t.dtype)
+
+
+def _times(tensors: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """New tensors: each times a scalar in its own type."""
+    if len({(t.device, t.dtype) for t in tensors}) == 1:
+        return list(torch._foreach_mul(tensors, _like(scale, tensors[0])))
+    return [t * _like(scale, t) for t in tensors]
 
 
 def _local_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -164,3 +248,22 @@ def _local_dots(a: list[Tensor], b: list[Tensor], device: torch.device) -> Tenso
 
 class ByName(dict[str, Tensor]):
     """State of a mixin that is per element: parameter name to this rank's slice. Saved whole, by name."""
+
+    _vector: Vector | None = None
+
+    @classmethod
+    def of(cls, vector: Vector) -> ByName:
+        """The tensors of a vector, which stays in one piece; its tensors may be edited in place, and not be replaced."""
+        result = cls({s.name: t for s, t in vector})
+        result._vector = vector
+        return result
+
+    def over(self, host: Sums, shards: Sequence[Shard]) -> Vector:
+        """A vector of what is kept for these shards: the one it was made of, or after loading a new one over the same memory."""
+        if self._vector is None or self._vector.host is not host or self._vector.shards != shards:
+            self._vector = Vector(host, shards, [self[s.name] for s in shards])
+        return self._vector
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
+        """Copies and pickles hold the tensors alone."""
+        return type(self), (dict(self),)

@@ -45,7 +45,8 @@ class Watch:
         self._compiled = root is None
         """Whether some part may be compiled."""
         self._found_compiled = False
-        self._looking = False
+        self.looking = False
+        """Whether the step under way looks."""
         self._recorded = False
         """Whether the pass under way is the one that moves statistics."""
         self._seen: set[int] | None = None
@@ -61,7 +62,7 @@ class Watch:
     def begin_step(self, meet: Meet) -> None:
         """Before the first pass of a step. `meet` is called with all modules of every outermost one that is found."""
         self._meet_all = meet
-        self._looking = self._look or self._outside
+        self.looking = self._look or self._outside
         if self._look and self.root is not None:
             self._compiled = any(map(is_compiled, every_module(self.root)))
 
@@ -75,7 +76,7 @@ class Watch:
     @contextmanager
     def over(self, *, recorded: bool) -> Iterator[None]:
         """Around the closure of one pass."""
-        if self._looking and self._stop is None:
+        if self.looking and self._stop is None:
             self._found_compiled = False
             self._stop = _through_calls(self) if self._compiled else _through_hook(self)
         self._recorded, self._seen, self._undo = recorded, set(), []
@@ -102,8 +103,10 @@ class Watch:
         """Hold, or copy, what a module and those below it keep; whatever else is called of them is known then."""
         seen = self._seen
         assert seen is not None
-        parts = [m for m in every_module(module) if id(m) not in seen] if seen else every_module(module)
-        if self._looking:
+        parts = every_module(module)
+        if seen:
+            parts = [m for m in parts if id(m) not in seen]
+        if self.looking:
             seen.update(map(id, parts))
             if self._meet_all is not None:
                 self._meet_all(parts)
@@ -135,11 +138,11 @@ def _through_calls(watch: Watch) -> Callable[[], None]:
         try:
             return torchs(module, *args, **kwargs)
         finally:
-            if watch._looking:
+            if watch.looking:
                 nn.Module.__call__ = call  # type: ignore[method-assign]
 
     def stop() -> None:
-        watch._looking = False
+        watch.looking = False
         nn.Module.__call__ = torchs  # type: ignore[method-assign]
 
     nn.Module.__call__ = call  # type: ignore[method-assign]

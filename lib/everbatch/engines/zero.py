@@ -355,7 +355,7 @@ class ZeroHost(Host):
         if self.stage == 3:
             return super().local_gradient()
         shards = [s for s in self.working_shards() if s.name in self._own]
-        return Vector(Alone(self), shards, [self._own[s.name] for s in shards])  # type: ignore[arg-type]
+        return Vector(Alone(self), shards, [self._own[s.name] for s in shards])
 
     def update(self) -> None:
         self.engine.set_gradient_accumulation_boundary(True)

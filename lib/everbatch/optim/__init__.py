@@ -37,9 +37,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.optim.sharpness.gsam import GSAM as GSAM
     from everbatch.optim.sharpness.ignite import Ignite as Ignite
     from everbatch.optim.sharpness.looksam import LookSAM as LookSAM
-    from everbatch.optim.sharpness.looksam import StaleSAM as StaleSAM
     from everbatch.optim.sharpness.sam import ASAM as ASAM
     from everbatch.optim.sharpness.sam import SAM as SAM
+    from everbatch.optim.sharpness.stale import StaleSAM as StaleSAM
     from everbatch.optim.sparsity.dynamic import DynamicSparsity as DynamicSparsity
     from everbatch.optim.subspace.projection import SubspaceProjection as SubspaceProjection
     # </methods>

@@ -47,6 +47,8 @@ class OptimizerMixin(Contract):
     """Whether the recorded pass runs at weights that this part has moved; what reads weights in that pass must know."""
     final: ClassVar[tuple[str, ...]] = ("step", "backward", "zero_grad", "state_dict", "load_state_dict")
     host: Host
+    param_groups: list[dict[str, Any]]
+    state: Any
     metrics: dict[str, Tensor]
     """What mixins logged during the last step: 0-dim tensors, still on the device."""
 
@@ -147,36 +149,20 @@ class OptimizerMixin(Contract):
         if host is not None and not isinstance(host, LocalHost):
             raise UnsupportedHost(f"{host.title}: a built engine takes no more parameters; initialise it with all of them")
         if host is not None:
-            self._check_direction([self.defaults | param_group])  # type: ignore[attr-defined]
+            self._check_direction([self.defaults | param_group])
         super().add_param_group(param_group)  # type: ignore[misc]
         if host is not None:
             self.host = LocalHost(self, *host.recipe())
             self._accumulation = Accumulation(type(self).__name__, self.host)
             self._accumulation.excused = True  # earlier passes may have reached the new ones
 
-    def _own(self, name: str) -> Any:
-        if name not in self.__dict__:  # a wrapper that imitates this type, and forwards what it lacks
-            raise AttributeError(f"{type(self).__name__} has no {name}")
-        return self.__dict__[name]
 
-    # The engine's inner optimizer owns these on DeepSpeed; elsewhere this instance does.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        inner = getattr(self.__dict__.get("host"), "inner", None)
-        return inner.param_groups if inner is not None else self._own("param_groups")  # type: ignore[no-any-return]
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.__dict__["param_groups"] = value
-
-    @property
-    def state(self) -> Any:
-        inner = getattr(self.__dict__.get("host"), "inner", None)
-        return inner.state if inner is not None else self._own("state")
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.__dict__["state"] = value
+    def __getattr__(self, name: str) -> Any:
+        """On DeepSpeed the engine's inner optimizer owns `param_groups` and `state`; elsewhere this instance has them."""
+        inner = getattr(self.__dict__.get("host"), "inner", None) if name in ("param_groups", "state") else None
+        if inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
 
     # ------------------------------------------------------------------------------------------------- the step
     @torch.no_grad()
@@ -236,6 +222,7 @@ class OptimizerMixin(Contract):
                 self.skipped_count += 1
         finally:
             self.host.watch.end_step()
+            self.host.close_step()
             self._on_apply, self._on_skip, self._objective, self._held = [], [], None, frozenset()
         self.host.end_step(applied)
         self.host.discard()
@@ -339,17 +326,17 @@ class OptimizerMixin(Contract):
         raises (locally then: no collective on the exception path). Cost: one copy of the owned masters."""
         vector = self.displacement(vector)
         weights = Vector(self.host, vector.shards, [s.data for s in vector.shards])
-        saved = weights.clone()
+        saved = self.host.scratch.copy(weights)
         masters = vector.host is self.host  # else working copies of this rank, which publishing would overwrite
         try:
-            weights.add_(vector)
+            self.host.scratch.write_sum(weights, saved, vector)
             if masters:
                 self._watch_precision(vector, saved)
                 self.host.touch()
             yield
         finally:
-            if saved.tensors:
-                torch._foreach_copy_([s.data for s in saved.shards], saved.tensors)
+            saved.copy_into([s.data for s in saved.shards])
+            self.host.scratch.give(saved)
             if masters:
                 self.host.touch()
 

@@ -33,7 +33,7 @@ class Begun:
     def of(cls, optimizer: OptimizerMixin, module: nn.Module) -> Begun:
         """As they are now."""
         groups = optimizer.param_groups
-        names = [name for name in sorted(optimizer.defaults) if name not in FREE]  # type: ignore[attr-defined]
+        names = [name for name in sorted(optimizer.defaults) if name not in FREE]
         return cls(
             rates=[float(group["lr"]) for group in groups],
             options={name: [group.get(name) for group in groups] for name in names},

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from everbatch.engines.host import Host
 from everbatch.engines.shards import Vector, inner
 from everbatch.errors import UnsupportedHost, check, check_whole
 
@@ -15,14 +16,17 @@ if TYPE_CHECKING:
     from everbatch.engines.passes import Objective
     from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["Scope", "adaptive_ascent", "ascent", "check_interval", "check_scope", "combine_", "first_gradient", "gap_direction",
-           "masters_copy", "paired"]
+__all__ = ["Scope", "adaptive_ascent", "ascent", "by_tensor", "check_interval", "check_scope", "combine_", "first_gradient",
+           "gap_direction", "masters_copy", "paired"]
 
 Scope = Literal["global", "local", "group"]
 
 
 def masters_copy(vector: Vector) -> Vector:
     """A copy of a vector in the masters' dtype."""
+    masters = {s.owner.dtype for s in vector.shards}
+    if len(masters) == 1:
+        return vector.clone(masters.pop())
     return Vector(vector.host, vector.shards, [t.to(s.data.dtype, copy=True) for s, t in vector])
 
 
@@ -59,7 +63,9 @@ def ascent(gradient: Vector, rho: float | Tensor, delta: float = 1e-12) -> Vecto
 
     Source: Foret et al. 2021, arXiv 2010.01412, eq. 2.
     """
-    return masters_copy(gradient).mul_(_step_length(rho, gradient.norm(), delta))
+    copy = masters_copy(gradient)
+    # The norm of the gradient as it came: a narrower type's copy is wider, and has the same one.
+    return copy.mul_(_step_length(rho, copy.norm(), delta))
 
 
 @torch.no_grad()
@@ -85,6 +91,17 @@ def adaptive_ascent(
     return scaled.map_(lambda s, t: t * scale(s.name, s.data)).mul_(factor)
 
 
+def by_tensor(host: Host, *pairs: tuple[Vector, Vector]) -> list[dict[str, Tensor]]:
+    """Inner products by parameter, one collective for all."""
+    names = host.names
+    place = {n: i for i, n in enumerate(names)}
+    table = torch.zeros(len(pairs), len(names), dtype=torch.float64, device=host.device)
+    for row, (a, b) in enumerate(pairs):
+        for (shard, x), (_, y) in zip(a, b, strict=True):
+            table[row, place[shard.name]] += (x.to(y.dtype) * y).sum(dtype=torch.float64).to(table.device)
+    return [dict(zip(names, row.unbind(), strict=True)) for row in host.total(table)]
+
+
 @torch.no_grad()
 def gap_direction(g: Vector, h: Vector, delta: float = 1e-12) -> Vector:
     """The part of g that is orthogonal to h: g - <g,h>/||h||^2 h, over the parameters of both; one all-reduce of three scalars
@@ -96,18 +113,24 @@ def gap_direction(g: Vector, h: Vector, delta: float = 1e-12) -> Vector:
 
 
 @torch.no_grad()
-def combine_(target: Vector, other: Vector, keep: float, add: float) -> None:
+def combine_(host: Host, target: Vector, other: Vector, keep: float, add: float) -> None:
     """target <- keep * target + add * other, by parameter, where target is the host's gradient: edited in place, and parameters
     that only `other` has get their share of it as gradient (none if add is 0: they take no part then)."""
-    more = {s.name: (s, t) for s, t in other}
     if add:
-        target.host.mix_passes()
+        host.mix_passes()
+    kinds = {t.dtype for t in (*target.tensors, *other.tensors)}
+    if target.shards == other.shards and len(kinds) == 1:
+        mixed, share = host.scratch.copy(target), host.scratch.copy(other)
+        mixed.mul_(keep).add_(share.mul_(add)).copy_into(target.tensors)
+        host.scratch.give(mixed, share)
+        return
+    more = {s.name: (s, t) for s, t in other}
     for shard, t in target:
         t.mul_(keep)
         if shard.name in more:
             t.add_(more.pop(shard.name)[1].to(t.dtype) * add)
     if more and add:
-        target.host.set_gradient(Vector(target.host, [s for s, _ in more.values()], [t * add for _, t in more.values()]))
+        host.set_gradient(Vector(host, [s for s, _ in more.values()], [t * add for _, t in more.values()]))
 
 
 def check_interval(who: str, interval: int) -> None:

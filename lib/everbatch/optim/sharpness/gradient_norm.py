@@ -51,7 +51,7 @@ class GradientNorm(OptimizerMixin):
             with self.displaced(ascent(g, config.radius)):
                 objective()
             if config.mix < 1:
-                combine_(self.host.gradient(), g, config.mix, 1 - config.mix)
+                combine_(self.host, self.host.gradient(), g, config.mix, 1 - config.mix)
         return loss
 
     def cost(self) -> Cost:
@@ -92,7 +92,7 @@ class WSAM(OptimizerMixin):
             g, weight = masters_copy(self.host.gradient()), config.gamma / (1 - config.gamma)
             with self.displaced(ascent(g, config.rho)):
                 objective()
-            combine_(self.host.gradient(), g, weight, 1 - weight)
+            combine_(self.host, self.host.gradient(), g, weight, 1 - weight)
         return loss
 
     def cost(self) -> Cost:

@@ -73,7 +73,7 @@ class GSAM(OptimizerMixin):
                 objective()
             h = self.host.gradient()
             if config.alpha:
-                combine_(h, gap_direction(g, h), 1.0, -config.alpha)
+                combine_(self.host, h, gap_direction(g, h), 1.0, -config.alpha)
         return loss
 
     def _gsam_radius(self) -> float:
