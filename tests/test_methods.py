@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from everbatch import methods
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "one_method.py"
 
 
@@ -20,11 +22,21 @@ def recipe() -> Any:
     return module
 
 
-@pytest.mark.parametrize("words", [
-    "SAM rho=0.05", "ASAM rho=0.2", "GSAM rho=0.05", "GradientNorm", "WSAM rho=0.02", "LookSAM rho=0.05", "StaleSAM rho=0.02",
-    "ESAM rho=0.02", "Ignite rho=0.01", "ClipGradNorm EMA", "LARS weight_decay=1e-4 trust_coeff=0.1",
-    "LAMB base=AdamW lr=0.01 weight_decay=0.01", "DynamicSparsity density=0.5 update_every=10", "EWC", "SI", "MAS",
-    "Refresh gamma=0.0001", "ClipGradNorm DynamicSparsity StaleSAM density=0.5 rho=0.02"])
+def words(key: str) -> str:
+    """A method at the first values of its search space, where tuning begins."""
+    part = methods.load(key)
+    base = f" base={part.bases[0]}" if part.bases else ""
+    rate = " lr=0.01" if base.endswith("AdamW") else ""
+    given = "".join(f" {name}={values[0]}" for name, values in part.search.items() if isinstance(values, tuple))
+    return f"{part.__name__}{base}{rate} weight_decay=1e-4{given}"
+
+
+ALONE = [words(key) for key, part in methods.optimizer_mixins().items() if not part.in_code]
+MIXED = ["ClipGradNorm EMA", "LARS weight_decay=1e-4 trust_coeff=0.1", "Refresh gamma=0.0001",
+         "DynamicSparsity density=0.5 update_every=10", "ClipGradNorm DynamicSparsity StaleSAM density=0.5 rho=0.02"]
+
+
+@pytest.mark.parametrize("words", ALONE + MIXED)
 def test_a_method_learns_digits_in_a_plain_loop(recipe: Any, words: str) -> None:
     assert recipe.main(*words.split()) > 0.3  # chance is 0.1
 

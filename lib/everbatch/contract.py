@@ -64,7 +64,7 @@ Options: TypeAlias = "Mapping[str, Any] | Made"
 Space: TypeAlias = "Mapping[str, tuple[Any, ...] | Range]"
 """Values to try, by field; the first of a tuple is where to begin."""
 DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks", "from_data", "asked",
-            "idle", "at_task_end")
+            "wants", "idle", "at_task_end")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
 
@@ -124,6 +124,11 @@ class Contract:
         """Whether these options alone ask for the part. Where its default options do not, a recipe composes it with the parts
         that are `called_by` it."""
         return True
+
+    @classmethod
+    def wants(cls, config: Any) -> tuple[str, ...]:
+        """Auxiliary objectives that these options use, beside those that the class `needs` whatever its options."""
+        return ()
 
     @classmethod
     def idle(cls, config: Any) -> dict[str, str]:

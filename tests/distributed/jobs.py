@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trainers
 from record import Outcome, Record, Tensors
 from torch import Tensor
 
@@ -300,6 +301,25 @@ def refused(record: Record, store: Path) -> None:
         except UnsupportedHost as error:
             text = str(error)
             found.require("keeps its running statistics in fp32" in text and "trainer.precision=bf16" in text, text)
+
+
+def method(record: Record, store: Path, argument: str) -> None:
+    """KEY/HOST: the contract of one trainer mixin."""
+    trainers.live(record, store, *argument.split("/"))
+
+
+def told(record: Record, store: Path, key: str) -> None:
+    """What a method has by its line in the table alone."""
+    import added  # it builds every case of the contract suite
+
+    added.told(record, store, key)
+
+
+def case(record: Record, store: Path, argument: str) -> None:
+    """NAME/HOST: the contract of one optimizer mixin."""
+    import added
+
+    added.case(record, store, argument)
 
 
 def disagreement(record: Record, store: Path) -> None:

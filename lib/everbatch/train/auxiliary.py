@@ -6,7 +6,7 @@ from typing import Any
 
 from everbatch.contract import parts_of
 from everbatch.errors import check
-from everbatch.optim import OptimizerMixin, Refresh
+from everbatch.optim import OptimizerMixin
 from everbatch.train.passes import OutputFn
 
 __all__ = ["check_objectives", "needed"]
@@ -45,9 +45,8 @@ def check_objectives(
 def needed(optimizer: OptimizerMixin) -> dict[str, str]:
     """The auxiliary objectives that an optimizer asks for, by its class and options, and the part that does."""
     names = _declared(type(optimizer))
-    refresh = optimizer.configs.get(Refresh)
-    if getattr(refresh, "loss", "") == "current_ce":  # an option of it needs one, not the class
-        names["data"] = Refresh.__name__
+    for part, config in optimizer.configs.items():
+        names |= dict.fromkeys(part.wants(config), part.__name__)  # type: ignore[attr-defined]
     return names
 
 

@@ -103,7 +103,7 @@ def _epochs_problem(trainer: Stepper, done: Mapping[str, Any], before: Any) -> s
     if trainer.config.epochs * per_epoch < steps or (finished and trainer.config.epochs <= before):
         return f"the task has had {steps} steps, more than {trainer.config.epochs} epochs of {per_epoch} have"
     ended = [part.__name__ for part in parts_of(type(trainer)) if {"consolidate", "on_task_end"} & set(vars(part))]
-    ended += [part.__name__ for part in parts_of(type(trainer.optimizer)) if part.__name__ in ("EWC", "SI", "MAS", "Refresh")]
+    ended += [part.__name__ for part in parts_of(type(trainer.optimizer)) if "at_task_end" in vars(part)]
     if finished and ended:
         return f"{', '.join(ended)} acted at the end of the task, which cannot be undone"
     return ""

@@ -147,6 +147,11 @@ class Refresh(OptimizerMixin):
             """Whether weights are moved at all."""
             return bool(self.gamma if self.form == "sde" else self.delta)
 
+    @classmethod
+    def wants(cls, config: Refresh.Config) -> tuple[str, ...]:
+        """The loss of the stream alone, to unlearn it."""
+        return ("data",) if config.loss == "current_ce" else ()
+
     @dataclass
     class State:
         fisher: ByName = field(default_factory=ByName)

@@ -48,7 +48,7 @@ class SI(OptimizerMixin):
     joey-wang123/CL-refresh-learning (grad_square).
     """
 
-    left_of = ("LARS", "LAMB")
+    left_of = ("trust ratio",)
     called_by = "consolidate"
     between_tasks = True
     example = {"strength": 0.5, "xi": 0.1}

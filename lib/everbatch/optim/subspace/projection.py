@@ -65,7 +65,7 @@ class SubspaceProjection(OptimizerMixin):
     arXiv 2601.16905), OSFT (joint; Nayak et al. 2025, arXiv 2504.07097).
     """
 
-    left_of = ("LARS", "LAMB")
+    left_of = ("trust ratio",)
 
     minimizes = False
     in_code = "its matrices are tensors, which no option can name"

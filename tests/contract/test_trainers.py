@@ -1,0 +1,74 @@
+"""The contract of every trainer mixin of the table: in one process, and in turn on two ranks of each engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import trainers
+from record import Record
+
+from everbatch import methods
+from processes import Zygote
+from rotation import ROUND, When
+
+HERE = Path(__file__).parent
+KEYS = list(methods.trainer_mixins())
+HOSTS = ("ddp", "fsdp2", "zero2", "zero3")
+ALONE, TOGETHER = ("absent", "acts", "resume"), ("absent", "acts", "parity", "resume")
+WHEN = {(key, host): When(i + j, len(HOSTS)) for i, key in enumerate(KEYS) for j, host in enumerate(HOSTS)}
+"""Each round has every mixin on one host, each on another."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trainers")
+
+
+@pytest.fixture(scope="module")
+def alone(store: Path) -> Record:
+    """What one process found."""
+    record = Record()
+    for key in KEYS:
+        trainers.live(record, store, key, "plain")
+    return record
+
+
+@pytest.fixture(scope="module")
+def launched(alone: Record, store: Path, zygote: Zygote) -> Callable[[], dict[str, Any]]:
+    """What two ranks found of what is due in this round; launched once."""
+    found: dict[str, Any] = {}
+
+    def results() -> dict[str, Any]:
+        if not found:
+            jobs = [f"method:{key}/{host}" for (key, host), when in WHEN.items() if when.due(ROUND)]
+            job = zygote.run(HERE.parent / "distributed" / "worker.py", str(store / "out.json"), str(store), *jobs, limit=300)
+            assert job.codes == [0, 0], job.err[-3000:]
+            found.update(json.loads((store / "out.json").read_text()))
+        return found
+
+    return results
+
+
+def passes(found: dict[str, Any], key: str) -> None:
+    assert found[key]["passed"], f"{key}: error {found[key]['error']:.3g}: {found[key]['problem']}"
+
+
+@pytest.mark.parametrize("check", ALONE)
+@pytest.mark.parametrize("key", KEYS)
+def test_one_process(alone: Record, key: str, check: str) -> None:
+    passes(alone.results, f"{check}/plain/{key}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("key", "host"), [when.param(*pair) for pair, when in WHEN.items()])
+def test_two_ranks(launched: Callable[[], dict[str, Any]], key: str, host: str) -> None:
+    for check in TOGETHER:
+        passes(launched(), f"{check}/{host}/{key}")

@@ -1,0 +1,109 @@
+"""CONTRIBUTING's examples are true: added to a copy of the package, a file and a line are all that a method takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import processes
+from processes import ROOT, torchrun
+
+COPIED = ("lib", "launch", "recipes", "tests", "README.md")
+TABLE = "lib/everbatch/methods.py"
+WRITTEN = ["README.md", "lib/everbatch/optim/__init__.py", "lib/everbatch/train/__init__.py"]
+"""By launch/methods.py."""
+FEW, ALL = ("ddp", "zero2"), ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+
+
+def blocks() -> list[tuple[str, str]]:
+    """The examples: (path or "a line ...", contents)."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.findall(r"^```python\n# (.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert len(found) == 4
+    return found
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout with both examples added, a file and a line each."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.npz", "assets"))
+        else:
+            shutil.copy(source, folder / name)
+    before = contents(folder)
+    lines = (folder / TABLE).read_text().splitlines()
+    for title, body in blocks():
+        if title.startswith("lib/"):
+            (folder / title).write_text(body)
+            continue
+        assert body.count("\n") == 1 and title == f"a line of TABLE in {TABLE}"
+        at = next(i for i, line in enumerate(lines) if line.startswith("TABLE"))
+        lines.insert(at + 1, body.rstrip("\n"))
+    (folder / TABLE).write_text("\n".join(lines) + "\n")
+    touched = changed(before, contents(folder))
+    print(f"\nfiles that two methods touch: {touched}")
+    assert touched == sorted([TABLE, *(title for title, _ in blocks() if title.startswith("lib/"))])
+    assert len((folder / TABLE).read_text().splitlines()) == len((ROOT / TABLE).read_text().splitlines()) + 2
+    return folder
+
+
+def jobs(copy: Path, store: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
+    """What jobs of the copy's own worker found."""
+    monkeypatch.setitem(processes.ENVIRONMENT, "PYTHONPATH", str(copy / "lib"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    out = store / f"{ranks}.json"
+    job = torchrun(ranks, copy / "tests" / "distributed" / "worker.py", str(out), str(store), *names, limit=240)
+    assert job.codes == [0], job.err[-3000:]
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("hosts", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_a_file_and_a_line_are_all(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]) -> None:
+    before = contents(copy)
+    found = jobs(copy, tmp_path, 1, monkeypatch, "told:centralise", "told:confidence", "case:GradientCentralisation/plain",
+                 "method:confidence/plain")
+    two = [job.format(host) for job in ("case:GradientCentralisation/{}", "method:confidence/{}") for host in hosts]
+    found |= jobs(copy, tmp_path, 2, monkeypatch, *two)
+    bad = {key: value["problem"] for key, value in found.items() if not value["passed"]}
+    assert bad == {}
+    assert {key for key in found if key.startswith("told/")} == {
+        *(f"told/{key}/{what}" for key in ("centralise", "confidence") for what in ("package", "option", "command", "search")),
+        "told/centralise/plain loop"}
+    assert len([key for key in found if "GradientCentralisation" in key]) == 4 * 2 * (1 + len(hosts))  # checks, bases, hosts
+    assert len([key for key in found if key.endswith("/confidence")]) == 3 + 4 * len(hosts)
+    assert changed(before, contents(copy)) == []
+
+
+def test_the_written_blocks_are_all_that_a_command_changes(copy: Path) -> None:
+    before = contents(copy)
+    command = [sys.executable, "-B", str(copy / "launch" / "methods.py")]
+    assert subprocess.run([*command, "--check"], timeout=60, capture_output=True).returncode == 1
+    assert subprocess.run(command, timeout=60, capture_output=True).returncode == 0
+    assert changed(before, contents(copy)) == WRITTEN
+    assert "| `GradientCentralisation` | optimizer mixin | Take the mean out" in (copy / "README.md").read_text()
+    line = "    from everbatch.train.confidence import ConfidencePenalty as ConfidencePenalty\n"
+    assert line in (copy / WRITTEN[2]).read_text()
+    assert subprocess.run([*command, "--check"], timeout=60, capture_output=True).returncode == 0
