@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from everbatch.experiment import recipe
-from everbatch.train import ConAdv, Consolidate, Replay, Trainer, WarmStart
+from everbatch.train import Trainer
 from processes import ROOT
 
 INFINITE = {("ClipGradNorm.Config", "max_norm"), ("LAMB.Config", "max_ratio")}
@@ -23,7 +23,7 @@ INFINITE = {("ClipGradNorm.Config", "max_norm"), ("LAMB.Config", "max_ratio")}
 def classes() -> dict[str, type]:
     """Every dataclass of options, the recipes' own among them."""
     roots: list[type] = [part.Config for part in recipe.MIXINS.values()]  # type: ignore[attr-defined]
-    roots += [part.Config for part in (Trainer, Replay, Consolidate, WarmStart, ConAdv)]
+    roots += [Trainer.Config, *(part.Config for part in recipe.TRAINER_MIXINS.values())]  # type: ignore[attr-defined]
     for path in sorted((ROOT / "recipes").glob("*.py")):
         spec = importlib.util.spec_from_file_location(f"bounds_{path.stem}", path)
         assert spec is not None and spec.loader is not None
