@@ -124,6 +124,10 @@ def _serve() -> None:
     from torch.utils import tensorboard  # noqa: F401
 
     import everbatch.train  # noqa: F401
+    from everbatch import methods
+
+    for key in methods.TABLE:  # packages import a method when it is used: here once, not in every rank
+        methods.load(key)
 
     build_shm_op()  # compiled on the first use on a machine, a minute or more that no case shall be charged with
     answers.write("ready\n")
