@@ -31,7 +31,7 @@ from processes import ENVIRONMENT, ROOT
 def test_signs_from_a_checkpoint_follow_the_inputs_to_their_device() -> None:
     t = learner()
     t.training_step()
-    attack: Attack = t._ConAdv__attack
+    attack: Attack = t._conadv.attack
     x = batches()[0][0]
     assert attack.finish(torch.ones(x.shape, dtype=torch.int8), x.to("meta"))[0].device.type == "meta"
 
