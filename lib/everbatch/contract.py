@@ -29,6 +29,7 @@ class Contract:
     A part may nest `Config` (a frozen, keyword-only dataclass of options) and `State` (a dataclass of what must be saved),
     and may set `left_of` (parts, or owners of a resource, that must stand to its right) and `owns` (resources with one owner).
     What it declares beside that is all that recipes, the contract suite, the README and `everbatch methods` know of it.
+    A part that adds to the loss may define `terms()`: its terms of `everbatch.objective.terms`, which `describe()` prints.
     """
 
     verbs: ClassVar[tuple[str, ...]] = ()

@@ -115,13 +115,12 @@ class DynamicSparsity(OptimizerMixin):
                     gradients.append(gradient)
 
         # Before the mask: scores are of the dense gradient.
-        step, schedule, scores = self.step_count + 1 - state.task_start, self._schedule(), self._scores
-        scoring = scores.gradients and schedule.scoring(step)
+        scores = self._scores
+        counts, self._due = self._schedule().events(self.step_count + 1 - state.task_start)
+        scoring = counts and scores.gradients
         if scoring or scores.averages:
             scores.note(shards, gradients, state, scoring=scoring)
         self._masks.mask_gradient_(shards, gradients, state)
-
-        self._due = schedule.due(step)
         if self._due and self._instead:
             self.replace_update("a change of topology")
 

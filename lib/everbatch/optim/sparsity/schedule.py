@@ -86,6 +86,10 @@ class Schedule:
         upcoming = -step % self.interval
         return upcoming < self.score_steps and self.due(step + upcoming)
 
+    def events(self, step: int) -> tuple[bool, bool]:
+        """Whether this step's gradient counts for the next update, and whether the topology changes at it."""
+        return self.scoring(step), self.due(step)
+
     def fraction(self, step: int) -> float:
         """Share of the active weights that an update at this step drops."""
         return drop_fraction(step, self.end, self.start, anneal=self.anneal, floor=self.floor)
