@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from everbatch.optim.subspace.second_moment import (
-    LowRankSecondMoment,
+from everbatch.optim.subspace.second_moment import LowRankSecondMoment, SecondMoment
+from everbatch.optim.subspace.splits import (
     NoFreeSubspace,
     NonFiniteStatistics,
-    SecondMoment,
     free_split,
     spectral_split,
 )

@@ -15,8 +15,8 @@ from everbatch.optim.memory.fisher import output_sensitivity as output_sensitivi
 from everbatch.optim.mixin import OptimizerMixin as OptimizerMixin
 from everbatch.optim.subspace.second_moment import LowRankSecondMoment as LowRankSecondMoment
 from everbatch.optim.subspace.second_moment import SecondMoment as SecondMoment
-from everbatch.optim.subspace.second_moment import free_split as free_split
-from everbatch.optim.subspace.second_moment import spectral_split as spectral_split
+from everbatch.optim.subspace.splits import free_split as free_split
+from everbatch.optim.subspace.splits import spectral_split as spectral_split
 from everbatch.optim.subspace.transforms import Projection as Projection
 from everbatch.optim.subspace.transforms import Subspace as Subspace
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everbatch.optim.subspace.second_moment import SecondMoment, spectral_split
+from everbatch.optim.subspace.second_moment import SecondMoment
+from everbatch.optim.subspace.splits import spectral_split
 from everbatch.optim.subspace.transforms import Projection, damped, high_block, inverse, null_space, rows, window_damped
 from golden.comparison import Array, Comparison, Vectors
 

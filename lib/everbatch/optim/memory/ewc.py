@@ -14,7 +14,7 @@ from everbatch.engines.shards import ByName
 from everbatch.errors import check, check_real
 from everbatch.objective.table import ewc, online_ewc
 from everbatch.objective.terms import WeightTerm
-from everbatch.optim.memory.fisher import Estimator, Factory, Rows, require_replica
+from everbatch.optim.memory.fisher import Estimator, Factory, Rows
 from everbatch.optim.memory.importance import (
     accumulate,
     check_estimator,
@@ -22,6 +22,7 @@ from everbatch.optim.memory.importance import (
     slices,
 )
 from everbatch.optim.memory.pull import penalty, pull, weights_now
+from everbatch.optim.memory.replica import require_replica
 from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["EWC", "merge_quadratics"]

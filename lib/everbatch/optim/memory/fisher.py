@@ -8,37 +8,28 @@ numbers of rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
+from torch.func import grad, vmap
 from torch.nn import functional
 
 from everbatch import seeds
 from everbatch.distributed import World
-from everbatch.engines.host import plain_name, unwrap
 from everbatch.engines.shards import wide
-from everbatch.errors import UnsupportedHost, check
-
-if TYPE_CHECKING:
-    from everbatch.engines.host import Host
-    from everbatch.optim.mixin import OptimizerMixin
+from everbatch.errors import check
+from everbatch.optim.memory.replica import Call, Factory, Weights, evaluating, replica, require_replica
+from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
-           "require_replica", "sensitivity_sums"]
+           "sensitivity_sums"]
 
 Rows = tuple[Tensor, ...]
 """(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented; ids int64, unique in the data."""
 Estimator = Literal["reference", "empirical", "sampled", "exact", "batch"]
 ESTIMATORS = ("reference", "empirical", "sampled", "exact", "batch")
-Factory = Callable[[], nn.Module]
-Weights = dict[str, Tensor]
-Call = Callable[[Weights, Tensor], Tensor]
-"""Maps weights by name and a batch of inputs (n, ...) to logits (n, C), differentiably."""
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -217,11 +208,11 @@ def _estimate(
     host, world = opt.host, World.current()
     host.publish_if_dirty()
     require_replica(host, factory, "importance")
-    call, weights, root = _replica(host, factory)
+    call, weights, root = replica(host, factory)
     dtype = next(iter(weights.values())).dtype
     totals = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     problem = ""
-    with _evaluating(root):
+    with evaluating(root):
         try:
             for rows in batches:
                 moved = tuple(r.to(host.device, dtype if r.is_floating_point() else None) for r in rows)
@@ -242,75 +233,3 @@ def _estimate(
     odd = [n for n, t in result.items() if not bool(torch.isfinite(t).all())]
     check(not odd, "importance", f"entries of {odd[:5]} are not finite", "be", "look at the weights and the inputs")
     return result
-
-
-def require_replica(host: Host, factory: Factory | None, who: str) -> None:
-    """Raise `UnsupportedHost` unless the model can be called as a function of whole weights."""
-    if host.module is None:
-        raise UnsupportedHost(f"{who}: the optimizer was built without its module, and importance needs it; pass the module, not "
-                              "its parameters")
-    if factory is None and any(_is_partitioned(p) for p in host.module.parameters()):
-        raise UnsupportedHost(f"{who}: on {host.title} the weights are sharded, so importance is estimated on a plain replica "
-                              "with gathered weights, one per rank; pass factory=lambda: make_model(), or a deep copy taken "
-                              "before sharding")
-
-
-def _is_partitioned(p: Tensor) -> bool:
-    return isinstance(p, DTensor) or hasattr(p, "ds_tensor")
-
-
-def _replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Module]:
-    """The model as a function of its trained weights, those weights whole, and the module that is called.
-
-    The module's own weights where they are whole and in the masters' dtype; else the masters, gathered.
-    """
-    assert host.module is not None
-    own = unwrap(host.module)
-    apart = any(_is_partitioned(p) for p in own.parameters())
-    root = own
-    if apart:
-        assert factory is not None
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            root = factory().to(host.device)
-    trained = {plain_name(n): p for n, p in own.named_parameters() if p.requires_grad}
-    layout = host.master_layout()
-    if apart or any(trained[n].dtype != layout[n][0] for n in host.names):
-        weights = host.gather(list(host.weights()), host.names)
-    else:
-        weights = {n: trained[n].detach() for n in host.names}
-    dtype = next(iter(weights.values())).dtype
-    keys = {plain_name(n): n for n, _ in root.named_parameters()}
-    missing = [n for n in weights if n not in keys]
-    check(not missing, "importance", f"the factory's model lacks parameters {missing[:3]}", "be the same model")
-    fixed = {keys[plain_name(n)]: _whole(p).to(dtype) for n, p in own.named_parameters() if not p.requires_grad}
-    places = {plain_name(n): n for n, _ in root.named_buffers()}
-    fixed |= {places[plain_name(n)]: b.to(dtype) if b.is_floating_point() else b for n, b in own.named_buffers()}
-
-    def call(w: Weights, x: Tensor) -> Tensor:
-        return functional_call(root, {**{keys[n]: t for n, t in w.items()}, **fixed}, (x,))  # type: ignore[no-any-return]
-
-    return call, weights, root
-
-
-def _whole(p: Any) -> Tensor:
-    """A frozen parameter, whole. Collective where it is sharded."""
-    if isinstance(p, DTensor):
-        return p.full_tensor().detach()
-    if hasattr(p, "ds_tensor"):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([p]):
-            return p.data.clone()  # type: ignore[no-any-return]
-    return p.detach()  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every module's own mode after it."""
-    modes = [(m, m.training) for m in root.modules()]
-    root.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

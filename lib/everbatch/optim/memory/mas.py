@@ -13,9 +13,10 @@ from everbatch.engines.shards import ByName
 from everbatch.errors import check_real, check_whole
 from everbatch.objective import table
 from everbatch.objective.terms import WeightTerm
-from everbatch.optim.memory.fisher import Factory, Rows, output_sensitivity, require_replica
+from everbatch.optim.memory.fisher import Factory, Rows, output_sensitivity
 from everbatch.optim.memory.importance import slices
 from everbatch.optim.memory.pull import penalty, pull, weights_now
+from everbatch.optim.memory.replica import require_replica
 from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["MAS"]

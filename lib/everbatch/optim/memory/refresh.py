@@ -15,8 +15,9 @@ from everbatch.engines.host import Host
 from everbatch.engines.passes import Objective
 from everbatch.engines.shards import ByName, Shard, Vector
 from everbatch.errors import check, check_real, check_whole
-from everbatch.optim.memory.fisher import Estimator, Factory, Rows, require_replica
+from everbatch.optim.memory.fisher import Estimator, Factory, Rows
 from everbatch.optim.memory.importance import accumulate, check_estimator, chosen_importance, slices
+from everbatch.optim.memory.replica import require_replica
 from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["Refresh", "normalized_move", "sde_move"]
