@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 
 import everbatch.optim
 import everbatch.train
-from everbatch import cli, methods
+from everbatch import cli, config, methods
 from everbatch.contract import Made, Range
 from everbatch.experiment.data import Data
+from everbatch.experiment.options import Parts
 from everbatch.optim import OptimizerMixin
 from everbatch.train import TrainerMixin
 
@@ -86,12 +88,26 @@ def test_a_package_gives_its_methods_when_asked(package: Any) -> None:
         _ = package.Nothing
 
 
-def test_a_method_is_imported_when_it_is_used() -> None:
-    code = ("import sys, everbatch, everbatch.methods; print('torch' in sys.modules); import everbatch.optim\n"
-            "print([m for m in sys.modules if m.endswith(('.looksam', '.lars'))]); from everbatch.optim import LookSAM\n"
-            "print([m for m in sys.modules if m.endswith(('.looksam', '.lars'))])")
-    out = subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60, env={"PYTHONPATH": str(ROOT / "lib")})
-    assert out.splitlines() == ["False", "[]", "['everbatch.optim.sharpness.looksam']"]
+def test_a_method_is_imported_when_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "__init__.py").write_text("from everbatch import methods\n__getattr__ = methods.lazily(__name__)\n")
+    (tmp_path / "room" / "chair.py").write_text("class Chair: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(methods.TABLE, "chair", "room.chair:Chair")
+    room: Any = importlib.import_module("room")
+    assert "room.chair" not in sys.modules
+    assert room.Chair is sys.modules["room.chair"].Chair and "Chair" in vars(room)
+    for name in ("room", "room.chair"):
+        monkeypatch.delitem(sys.modules, name)
+    for package in ("optim", "train"):  # and nothing else in the package's own file imports one
+        text = unwritten(LIB / package / "__init__.py")
+        assert [path for path in methods.TABLE.values() if re.search(rf"\b{path.split(':')[1]}\b", text)] == []
+
+
+@functools.cache
+def unwritten(path: Path) -> str:
+    """A file without the block that launch/methods.py writes."""
+    return re.sub(r"# <methods>.*?# </methods>", "", path.read_text(), flags=re.DOTALL)
 
 
 def places(key: str) -> Iterator[str]:
@@ -102,8 +118,10 @@ def places(key: str) -> Iterator[str]:
     for path in sorted(LIB.rglob("*.py")):
         if path in (own, LIB / "methods.py"):
             continue
-        text = re.sub(r"# <methods>.*?# </methods>", "", path.read_text(), flags=re.DOTALL)
-        yield from (f"{path.relative_to(LIB)}: {line.strip()}" for line in text.splitlines() if word.search(line))
+        text = unwritten(path)
+        for line in text.splitlines() if name in text or key in text else ():
+            if (name in line or key in line) and word.search(line):
+                yield f"{path.relative_to(LIB)}: {line.strip()}"
 
 
 def test_a_method_is_named_in_its_file_and_in_the_table_alone() -> None:
@@ -130,3 +148,21 @@ def test_a_search_space_speaks_a_recipes_language() -> None:
     space = methods.search_space(["sam", "replay", "consolidate"])
     assert list(space) == ["optimizer.sam.rho", "replay.replay_batch", "replay.alpha", "replay.beta"]
     assert space["optimizer.sam.rho"] == (0.05, 0.02, 0.1, 0.2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(Parts):
+    """Every method by its key."""
+
+
+@pytest.mark.parametrize("key", [key for key in methods.TABLE if not methods.load(key).in_code])
+def test_a_recipe_takes_every_value_of_a_search_space(key: str) -> None:
+    space = methods.search_space([key])
+    for turn in range(max((len(v) for v in space.values() if isinstance(v, tuple)), default=0)):
+        words = {path: values[turn % len(values)] for path, values in space.items() if isinstance(values, tuple)}
+        chosen = config.parse(Recipe, [f"{path}={value}" for path, value in words.items()])
+        for path, value in words.items():
+            found: Any = chosen
+            for name in path.split("."):
+                found = getattr(found, name)
+            assert found == value, path
