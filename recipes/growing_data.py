@@ -30,8 +30,7 @@ from everbatch.contract import base_of, parts_of
 from everbatch.data import Source, Stream, TensorSource, growing
 from everbatch.distributed import World, init
 from everbatch.errors import check, check_real, check_whole
-from everbatch.experiment.recipe import Data, Engine, Model, Optimizer, check_together, guard, unused_together
-from everbatch.experiment.run import Run
+from everbatch.experiment import Data, Engine, Job, Model, Optimizer, check_together, guard, unused_together
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.report.plots import compare_curves
@@ -137,14 +136,14 @@ def main() -> None:
 
 def run(options: Recipe) -> None:
     """All runs, alone in their folder."""
-    with Run.of(options, init(), shared=False) as job:
+    with Job.of(options, init(), shared=False) as job:
         if not options.dry_run:
             compare(options, job)
         elif job.world.rank == 0:
             print(dump_text(config.resolved(options)))
 
 
-def compare(options: Recipe, job: Run) -> None:
+def compare(options: Recipe, job: Job) -> None:
     """All arms, and the report."""
     world, folder = job.world, job.folder
     train, test = (noisy(source, options.pixel_noise, options.data.source) for source in options.data.open())

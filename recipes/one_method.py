@@ -24,7 +24,7 @@ from everbatch import compose, methods
 from everbatch.config.words import plain_numbers
 from everbatch.data import load
 from everbatch.errors import check, nearest
-from everbatch.experiment.recipe import guard
+from everbatch.experiment import guard
 from everbatch.nn import SmallConv
 
 DEFAULTS = {torch.optim.SGD: {"lr": 0.1, "momentum": 0.9}}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from everbatch.experiment import recipe
+from everbatch import experiment as recipe
 from everbatch.train import Trainer
 from processes import ROOT
 

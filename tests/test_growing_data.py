@@ -16,7 +16,7 @@ import torch
 
 from everbatch.data import TensorSource, growing
 from everbatch.distributed import World
-from everbatch.experiment.recipe import Engine
+from everbatch.experiment import Engine
 from everbatch.train import load_model, model_info
 from processes import ENVIRONMENT, ROOT, Zygote
 

@@ -21,7 +21,7 @@ from everbatch import checkpoint, config
 from everbatch.config.strict_yaml import load_file
 from everbatch.data import Batch
 from everbatch.distributed import World
-from everbatch.experiment.recipe import Data
+from everbatch.experiment import Data
 from everbatch.optim.layerwise.rules import conadv_peak
 from everbatch.report.recorder import read_scalars
 from everbatch.train import Trainer, load_model, model_info

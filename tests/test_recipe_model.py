@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everbatch.experiment.recipe import Factory, Model
+from everbatch.experiment import Factory, Model
 
 timm = pytest.importorskip("timm")
 

@@ -16,19 +16,8 @@ from everbatch.config.strict_yaml import load_text
 from everbatch.contract import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
-from everbatch.experiment.recipe import (
-    MIXINS,
-    Data,
-    Engine,
-    Factory,
-    Model,
-    Optimizer,
-    Parts,
-    learner,
-    recorded,
-    restarted,
-    unused_together,
-)
+from everbatch.experiment import MIXINS, Data, Engine, Factory, Model, Optimizer, Parts, learner, unused_together
+from everbatch.experiment.job import recorded, restarted
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
 from everbatch.train import Replay, Trainer
 

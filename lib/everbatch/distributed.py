@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from everbatch.errors import check
 from everbatch.processes import end_with_parent
 
-__all__ = ["World", "attempt_store", "enlist", "init"]
+__all__ = ["World", "attempt_store", "enlist", "init", "leave"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,7 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0,
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=0, world_size=1,
                                 store=dist.HashStore())  # type: ignore[attr-defined]
-        _settle_at_exit()
-        atexit.register(_leave)
+        _leave_at_exit()
     if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
         end_with_parent(signal.SIGTERM)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -169,15 +169,26 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0,
         store = PrefixStore(f"group-{next(_groups)}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size - spare,
                                 timeout=datetime.timedelta(seconds=timeout_s))
-        _settle_at_exit()  # runs after what is registered later
-        atexit.register(_leave)
+        _leave_at_exit()
     return World.current()
 
 
-def _leave() -> None:
-    """Leave the group while Python is whole; NCCL warns of groups left open."""
-    if dist.is_initialized():
+def leave() -> None:
+    """Leave the process group, if there is one; `init` may make another. NCCL warns of groups that are open at the end."""
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    theirs = sys.modules.get("deepspeed.comm.comm")
+    if theirs is not None and theirs.is_initialized():
+        theirs.destroy_process_group()  # torch's, and what DeepSpeed keeps of it
+    else:
         dist.destroy_process_group()
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Leave whatever group there is at the end, and let its threads settle after that."""
+    _settle_at_exit()  # runs after what is registered later
+    atexit.register(leave)
 
 
 @functools.cache

@@ -15,9 +15,9 @@ __all__ = ["MOVED", "install"]
 
 MOVED = {
     "strict_yaml": "config.strict_yaml", "zero_config": "config.deepspeed", "logging": "report.recorder",
-    "plots": "report.plots", "objectives": "objective.bregman", "recipe": "experiment.recipe",
+    "plots": "report.plots", "objectives": "objective.bregman", "recipe": "experiment",
     "recipe_options": "experiment.options", "recipe_model": "experiment.model", "runs": "checkpoint.folder",
-    "train.run": "experiment.run", "train.evaluate": "evaluate.evaluator", "train.replay": "train.memory.replay",
+    "train.evaluate": "evaluate.evaluator", "train.replay": "train.memory.replay",
     "train.export": "evaluate.export", "train.weights": "evaluate.weights",
     "train.conadv": "train.adversarial.conadv", "train.craft": "train.adversarial.craft",
     "train.adversary": "train.adversarial", "train.engines": "train.launch", "optim.shards": "engines.shards",

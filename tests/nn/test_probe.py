@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everbatch.experiment.recipe import Model
+from everbatch.experiment import Model
 from everbatch.nn.probe import check_input
 
 

@@ -27,7 +27,7 @@ from record import equal_bits
 
 import learning
 from everbatch.distributed import attempt_store
-from everbatch.experiment.recipe import guard
+from everbatch.experiment import guard
 from everbatch.train import StepRecord
 from everbatch.train.adversarial import ranks, serve, split_ranks
 from learning import everything, stream

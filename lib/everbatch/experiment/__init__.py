@@ -1,1 +1,32 @@
-"""One run of a recipe: its options, its data, model, optimizer and engine, its folder and its end."""
+"""Experiments: a run as a function of its options, in a process of its own or in yours.
+
+>>> from everbatch.experiment import ClassIncremental, run       # doctest: +SKIP
+>>> run(ClassIncremental(tasks=5, output="runs/mine")).values["average_accuracy"]       # doctest: +SKIP
+"""
+
+from everbatch.ends import guard
+from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.class_incremental import ClassIncremental
+from everbatch.experiment.job import Job, would_refuse
+from everbatch.experiment.large_batch import LargeBatch
+from everbatch.experiment.main import main
+from everbatch.experiment.model import Factory, Model
+from everbatch.experiment.options import (
+           MEMORY,
+           MIXINS,
+           TRAINER_MIXINS,
+           Data,
+           Engine,
+           Optimizer,
+           Parts,
+           check_together,
+           learner,
+           unused_together,
+)
+from everbatch.experiment.run import Result, run
+
+__all__ = [
+    "MEMORY", "MIXINS", "TRAINER_MIXINS", "ClassIncremental", "Data", "Engine", "Experiment", "Factory", "Finished", "Job",
+    "LargeBatch", "Model", "Optimizer", "Parts", "Result", "check_together", "guard", "learner", "main", "run",
+    "unused_together", "would_refuse",
+]

@@ -1,147 +1,138 @@
-"""One run of a recipe in its output folder: agreed on by all ranks, alone in the folder, stopped and resumed with a word."""
+"""`run`: a run is a function of its options."""
 
 from __future__ import annotations
 
-import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from everbatch.checkpoint import folder as runs
-from everbatch.config.layers import resolved
+from everbatch import config
+from everbatch.config.strict_yaml import dump_text
 from everbatch.data import Stream
-from everbatch.distributed import World
-from everbatch.experiment.recipe import recorded, restarted, resumable
-from everbatch.report.recorder import Recorder
-from everbatch.train import persist
-from everbatch.train.begin import begin_from
-from everbatch.train.signals import Interrupted
-from everbatch.train.trainer import Trainer
+from everbatch.distributed import init
+from everbatch.engines.release import release
+from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.job import Job, would_refuse
+from everbatch.experiment.model import Factory
+from everbatch.experiment.options import learner
+from everbatch.experiment.state import as_found
+from everbatch.report.recorder import versions
+from everbatch.train import Trainer
+from everbatch.train.persist import agree
 
-__all__ = ["Run", "would_refuse"]
-
-COMPARED_BY_TRAINER = ("data", "model", "optimizer", "engine", "trainer")
-
-
-def would_refuse(trainer: Trainer, stream: Stream) -> str:
-    """For a dry run: a line with what `Trainer.fit` would say of these data and options before its first step; or nothing."""
-    try:
-        trainer.validate(stream)
-    except ValueError as error:
-        return f"\nthe run itself would be refused: {error}"
-    return ""
+__all__ = ["Result", "run"]
 
 
-class Run:
-    """What a recipe does around `Trainer.fit`. Make one with `Run.of`, on every rank, right after `init`.
+@dataclass(frozen=True)
+class Result:
+    """What a run gave; the same on every rank."""
 
-    Attributes:
-        recorder: None for a dry run.
-        checkpoints: folder for `Trainer`; None for a dry run.
-        resume: whether to go on from a checkpoint: asked for, or started again by a launcher, on any rank.
-        goes_on: whether there is one.
+    values: dict[str, Any]
+    """What result.json holds; empty for a dry run and for one that was stopped."""
+    folder: Path
+    steps: int
+    """Steps taken so far, by this run and those it went on from."""
+    stop_sign: int = 0
+    """The signal that stopped it, with a checkpoint in the folder; 0 for none."""
+    unchanged: bool = False
+    """Whether the run in the folder had ended before: nothing was done, `values` are those of the file."""
+
+
+def run(options: Experiment, *, signals: bool = False) -> Result:
+    """Train, evaluate and report, in this process: one rank, one of a process group that is there, or one of torchrun's.
+
+    Nothing of the process is changed for good: generators of torch, numpy and Python, the environment, modes of torch and the
+    handlers of signals are as before; a process group made here is left; the process never ends here. The same options give the
+    same bits, also twice in one process.
+
+    Args:
+        options: of this run; the same on every rank.
+        signals: take SIGTERM, SIGUSR1 and Ctrl-C during training: a checkpoint is written, and `Result.stop_sign` says so. For
+            scripts; needs the main thread. Without it a Ctrl-C is a KeyboardInterrupt, as anywhere.
+
+    Raises:
+        ValueError: options that do not go together, differ between ranks, or name what is not there; another run in the folder.
+        CheckpointMismatch: a run to resume that is another.
+        RuntimeError: training that diverged; a folder that cannot be written.
     """
+    with as_found():
+        world = init()
+        with Job.of(options, world) as job:
+            return _run(options.settled(), job, signals)
 
-    def __init__(self, options: Any, world: World) -> None:
-        self.options, self.world, self.folder = options, world, Path(options.output)
-        self.resume = bool(getattr(options, "resume", False)) or not world.all(not restarted())
-        self.recorder = None if options.dry_run else Recorder(self.folder, world.rank)
-        self.checkpoints = None if options.dry_run else self.folder / "checkpoints"
-        there = self.resume and resumable(self.folder) and not runs.half_moved(self.folder)
-        self.goes_on = bool(world.gather(there)[0])
 
-    @classmethod
-    @contextmanager
-    def of(cls, options: Any, world: World, *, shared: bool = True) -> Iterator[Run]:
-        """Agree on what steers the run, and own its folder inside the block.
-
-        Raises:
-            ValueError: on every rank: options that differ, another run in the folder, a folder that cannot be written.
-        """
-        given = {key: value for key, value in resolved(options).items() if key not in COMPARED_BY_TRAINER}
-        persist.agree(world, given, "options")
+def _run(options: Experiment, job: Job, signals: bool) -> Result:
+    """`run`, on ranks that agree and own the folder."""
+    job.options = options
+    world, stream = job.world, options.stream()
+    trainer, sample = build(options, job, stream)
+    trainer.handles_signals = signals
+    try:
         if options.dry_run:
-            yield cls(options, world)
-            return
-        with runs.claimed(options.output, world, shared=shared):
-            yield cls(options, world)
+            if world.rank == 0:
+                print(_preview(options, trainer, stream))
+            return Result({}, job.folder, 0)
+        return _trained(options, job, trainer, stream, sample)
+    finally:
+        job.close(trainer)
+        release(getattr(trainer.optimizer.host, "engine", None))
 
-    def start(self, model: nn.Module) -> nn.Module:
-        """The bare model as this run begins with it: with the weights of `init`, where a new run names one. Collective."""
-        if self.options.init is not None and not self.goes_on:
-            begin_from(model, self.options.init, self.world)
-            if self.recorder is not None:
-                self.recorder.say(f"begins with the weights of {self.options.init}")
-        return model
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must repeat of how this one began."""
-        return {} if self.options.init is None else {"init": self.options.init}
+def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
+    """The trainer of an experiment, and one sample (C, H, W) of its data. Collective."""
+    sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+    made = options.trainer_config(job.world)
+    options.check_stream(stream, job.world)
+    made_of = learner({**options.more_mixins(job.world), **options.mixins()})
+    model = options.model.build(sample, stream.num_classes, options.trainer.seed)
+    factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)
+    trainer = made_of(
+        job.start(model),
+        replace(options.optimizer, lr=options.peak_lr()).build(factory),
+        options.engine.build(made.batch_size, made.accumulation, job.world.size),
+        config=made, ddp=options.engine.ddp, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
+        folder=job.checkpoints, recorder=job.recorder, num_tasks=len(stream), identity=options.data.identity | job.identity)
+    return trainer, sample
 
-    def begin(self) -> None:
-        """Make the folder ready: where the run does not go on from a checkpoint there, everything of an earlier run is moved to
-        previous/N. Everything is tried for writing. Collective."""
-        runs.together(self.world, self.folder, self._ready)
-        runs.try_writing(self.folder, self.world, checkpoints=self.checkpoints is not None)
 
-    def _ready(self) -> None:
-        moved = None if self.goes_on or self.world.rank else runs.set_aside(self.folder)
-        assert self.recorder is not None
-        if moved is not None:
-            self.recorder.say(f"what an earlier run left in {self.folder} is in {moved} now")
-        if self.resume and not self.goes_on:
-            self.recorder.say(f"nothing to resume in {self.folder}: this run begins anew")
+def _preview(options: Experiment, trainer: Trainer, stream: Stream) -> str:
+    """What a dry run prints."""
+    heading = options.heading(trainer.world)
+    lines = [trainer.describe() + would_refuse(trainer, stream)]
+    return dump_text(config.resolved(options)) + "\n".join([heading, *lines] if heading else lines)
 
-    def fit(self, trainer: Trainer, stream: Stream) -> list[list[float]] | None:
-        """`Trainer.fit` in the folder. None where nothing was left to do: the run had ended, and its results are untouched.
 
-        Raises:
-            SystemExit: stopped by a signal, with a checkpoint and a line that says so; 130 after a Ctrl-C, else 143.
-        """
-        trainer.validate(stream)
-        self.begin()
-        assert self.recorder is not None
-        first = self.world.rank == 0
-        with recorded(self.options, self.folder / "config.yaml", resume=self.goes_on, write=first) as kept:
-            try:
-                trainer.tells_end = False  # told below, once it is known whether the results are there
-                matrix = trainer.fit(stream, resume=self.goes_on)
-            except Interrupted:
-                matrix = trainer.matrix
-            if trainer.had_ended and self._told(trainer):
-                kept.unchanged = True
-            elif trainer.had_ended:
-                self.recorder.say(f"the training is finished, after {trainer.step} steps; only its results are written")
-        if trainer.stopped:
-            who = "Ctrl-C" if trainer.stop_sign == signal.SIGINT else "a signal"
-            self.recorder.say(f"stopped by {who} after step {trainer.step}; a checkpoint was written; go on with resume=true")
-            self.close(trainer)
-            raise SystemExit(128 + (signal.SIGINT if trainer.stop_sign == signal.SIGINT else signal.SIGTERM))
-        if kept.unchanged:
-            self.recorder.say(f"this run has ended already: nothing was done or written after its "
-                              f"{trainer.step} steps; see {self.folder / 'result.json'}")
-            self.close(trainer)
-            return None
-        return matrix
+def _trained(options: Experiment, job: Job, trainer: Trainer, stream: Stream, sample: Any) -> Result:
+    """Train and report."""
+    world, recorder = job.world, job.recorder
+    assert recorder is not None
+    agree(world, {"stream": stream.fingerprint()})
+    heading = options.heading(world)
+    if heading:
+        recorder.say(heading)
+    before = options.before(trainer, stream)
+    matrix = job.fit(trainer, stream)
+    if trainer.stopped:
+        return Result({}, job.folder, trainer.step, stop_sign=trainer.stop_sign)
+    if matrix is None:
+        return Result(job.results(), job.folder, trainer.step, unchanged=True)
+    seconds = trainer.seconds
+    done = Finished(trainer, stream, matrix, before, sample, job.folder, recorder, world)
+    own, lines = options.finish(done)
+    trainer.export(job.folder / "model.safetensors", options.data.described(sample, options.model))
+    values = {
+        "test_samples": [len(task.test_ids) for task in stream.tasks], "seconds": seconds, "steps": trainer.step,
+        "skipped_steps": trainer.optimizer.skipped_count, "seed": options.trainer.seed, "world_size": world.size,
+        "changes": trainer.changes, "describe": trainer.describe(), "stream": stream.fingerprint(), "versions": versions(),
+        "configuration": config.resolved(options), **own}
+    kept: Any = world.gather(values)[0]  # seconds differ by rank
+    recorder.result(kept)
+    recorder.say("\n".join([*lines, f"{trainer.step} steps in {seconds:.0f} s; see {_written(job.folder)}"]))
+    return Result(kept, job.folder, trainer.step)
 
-    def close(self, trainer: Trainer | None = None) -> None:
-        """Close the recorder, and end what works for the trainer."""
-        if self.recorder is not None:
-            self.recorder.close()
-        if trainer is not None and hasattr(trainer, "close"):
-            trainer.close()
 
-    def _told(self, trainer: Trainer) -> bool:
-        """Whether the results of this very state lie in the folder."""
-        def steps() -> Any:
-            try:
-                return json.loads((self.folder / "result.json").read_text())["steps"] if self.world.rank == 0 else None
-            except (OSError, ValueError, KeyError, TypeError):
-                return None
-
-        return bool(self.world.gather(steps())[0] == trainer.step)
+def _written(folder: Path) -> str:
+    """Where the results are, in words."""
+    figures = [str(path) for path in sorted((folder / "figures").glob("*.png"))]
+    files = [f"{folder}/result.json", f"{folder}/model.safetensors", *figures]
+    return f"{', '.join(files)}, and tensorboard --logdir {folder}"

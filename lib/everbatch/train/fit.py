@@ -6,6 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ def fit(trainer: Stepper, stream: Stream, *, resume: bool) -> None:
         if trainer.recorder is not None:
             trainer.recorder.rewind(trainer.step - 1)
     try:
-        with StopOnSignal(run.stop, active=trainer.folder is not None, rank=trainer.world.rank):
+        watched = StopOnSignal(run.stop, active=trainer.folder is not None, rank=trainer.world.rank)
+        with watched if trainer.handles_signals else nullcontext():
             _train(trainer, run, stream)
     except BaseException as error:
         _keep_scalars(trainer, error)

@@ -58,6 +58,8 @@ class Stepper:
     """Steps begun, over all runs of this trainer."""
     tells_end = True
     """Whether `fit` says that nothing was left to train; a recipe says it itself."""
+    handles_signals = True
+    """Whether `fit` takes the signals that ask a run to end, in the main thread and with a folder."""
 
     # -------------------------------------------------------------------------- verbs, innermost
     def configure_model(self, model: nn.Module) -> nn.Module:

@@ -1,0 +1,116 @@
+"""What every experiment is asked: its options, its stream, its mixins, and what it reports at the end."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from everbatch.data import Stream
+from everbatch.distributed import World
+from everbatch.errors import check
+from everbatch.experiment.options import Parts, check_together, unused_together
+from everbatch.report.recorder import Recorder
+from everbatch.train import Trainer
+from everbatch.train.adversarial import Role, serve, split_ranks
+
+__all__ = ["Experiment", "Finished"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Parts):
+    """Options that every run has. A subclass adds its own, and says what stream it trains on and what it reports.
+
+    `everbatch.experiment.run` runs one; `everbatch.experiment.main` makes a script of it.
+    """
+
+    title: ClassVar[str] = "experiment"
+    """What messages begin with."""
+
+    output: str = "runs/experiment"
+    """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
+    init: str | None = None
+    """Begin a new run with the weights of another: its folder, one of its checkpoints, or a .safetensors file."""
+    resume: bool = False
+    """Go on from the newest good checkpoint in the output folder; workers that torchrun restarts do so anyway."""
+    dry_run: bool = False
+    """Print the resolved configuration and what a step costs, and stop. Opens the data, for its shape."""
+
+    def __post_init__(self) -> None:
+        check_together(self)
+
+    def unused(self) -> dict[str, str]:
+        """Options without an effect beside the others, and why; `everbatch.config.parse` refuses them where a user gives them."""
+        return unused_together(self)
+
+    # ------------------------------------------------------------------------------------------------ what a subclass says
+    def stream(self) -> Stream:
+        """The stream to train on, the same on every rank. No collective."""
+        raise NotImplementedError(f"{type(self).__name__}.stream() is not there, must return the stream to train on")
+
+    def check_stream(self, stream: Stream, world: World) -> None:
+        """Refuse options that do not go with the stream, the same on every rank."""
+
+    def settled(self) -> Experiment:
+        """The same options with what follows from others written out: what config.yaml and result.json hold."""
+        return self
+
+    def trainer_config(self, world: World) -> Trainer.Config:
+        """What the trainer is given, where it follows from other options too."""
+        config: Trainer.Config = self.trainer
+        return config
+
+    def peak_lr(self) -> float:
+        """The highest learning rate of the schedule."""
+        return float(self.optimizer.lr)
+
+    def more_mixins(self, world: World) -> dict[type, Any]:
+        """Trainer mixins to the left of those that options name, and the options of each."""
+        return {}
+
+    def heading(self, world: World) -> str:
+        """A line to say before training; "" for none."""
+        return ""
+
+    def set_aside(self) -> Role | None:
+        """This rank's role, where the last ranks of a launch craft adversarial samples; before anything joins a process group."""
+        if self.conadv is None or self.conadv.placement != "ranks":
+            return None
+        check("WORLD_SIZE" in os.environ, self.title, "conadv.placement=ranks in one process", "be started by torchrun")
+        return split_ranks(self.conadv.adversaries)
+
+    def serve(self, role: Role) -> None:
+        """Craft for the ranks that train."""
+        stream = self.stream()
+        sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+        serve(role, self.model.build(sample, stream.num_classes, self.trainer.seed))
+
+    def before(self, trainer: Trainer, stream: Stream) -> Any:
+        """What is measured before the first step, for `finish`. Collective."""
+
+    def finish(self, done: Finished) -> tuple[dict[str, Any], list[str]]:
+        """Evaluate, draw, export what this experiment has beside the others. Collective.
+
+        Returns:
+            What result.json holds of it, and the lines to print.
+        """
+        return {}, []
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run whose training has ended."""
+
+    trainer: Trainer
+    stream: Stream
+    matrix: list[list[float]]
+    before: Any
+    """What `Experiment.before` gave."""
+    sample: Tensor
+    """One sample as the source gives it."""
+    folder: Path
+    recorder: Recorder
+    world: World

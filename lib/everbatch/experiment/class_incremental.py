@@ -1,0 +1,75 @@
+"""Class- and task-incremental learning: the classes of one data set, divided into tasks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from everbatch.data import Stream, class_incremental, task_incremental
+from everbatch.data.memory import check_memory
+from everbatch.distributed import World
+from everbatch.errors import check, check_whole
+from everbatch.evaluate.evaluator import accuracies
+from everbatch.experiment.base import Experiment, Finished
+from everbatch.metrics import summary
+from everbatch.report.plots import accuracy_heatmap
+from everbatch.train import Replay, Trainer
+
+__all__ = ["ClassIncremental"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassIncremental(Experiment):
+    """Options of this recipe."""
+
+    title: ClassVar[str] = "class_incremental"
+
+    replay: Replay.Config | None = field(default_factory=Replay.Config)
+    """Rehearsal; null for plain fine-tuning."""
+    tasks: int = 5
+    """Tasks into which the classes are divided; >= 1."""
+    scenario: Literal["class", "task"] = "class"
+    """class: no task id at test; task: the task id is given at test."""
+    output: str = "runs/class_incremental"
+    """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("class_incremental", "tasks", self.tasks)
+        check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
+              "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
+
+    def stream(self) -> Stream:
+        """The classes of `data`, divided."""
+        split = {"class": class_incremental, "task": task_incremental}[self.scenario]
+        samples, test = self.data.open()
+        return split(samples, test, tasks=self.tasks, seed=self.trainer.seed)
+
+    def check_stream(self, stream: Stream, world: World) -> None:
+        """Refuse a memory that a machine cannot hold: never more rows than samples, divided among the machines."""
+        if self.replay is None:
+            return
+        machines = max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        rows = min(self.replay.capacity, sum(len(task.train_ids) for task in stream.tasks)) / machines
+        sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+        check_memory("replay", f"capacity={self.replay.capacity}", int(rows * sample.nbytes), "lower replay.capacity")
+
+    def before(self, trainer: Trainer, stream: Stream) -> list[float] | None:
+        """Accuracy by task of the untrained network, where forward transfer is asked for."""
+        return accuracies(trainer, stream, 0, list(stream.tasks)) if self.trainer.eval_future else None
+
+    def finish(self, done: Finished) -> tuple[dict[str, Any], list[str]]:
+        """The accuracy matrix, its figure and the field's figures of it; weights of isolated tasks."""
+        trainer: Any = done.trainer
+        tasks = done.stream.tasks
+        figures = summary(done.matrix, counts=[len(task.test_ids) for task in tasks], random_init=done.before)
+        heatmap = accuracy_heatmap(done.matrix, title=f"{done.stream.train.name}: {trainer.title}")
+        done.recorder.figure("accuracy_matrix", heatmap, trainer.step)
+        about = self.data.described(done.sample, self.model)
+        for task in tasks if self.consolidate.isolate else ():  # each predicts with a mask and weights of its own
+            with trainer.optimizer.task(task.id + 1):
+                trainer.export(done.folder / f"model-task-{task.id + 1}.safetensors", {**about, "task": task.name})
+        lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}"
+                 for name, value in figures.items()]
+        return {"accuracy_matrix": done.matrix, **figures, "classes": done.stream.classes}, lines
