@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 from everbatch import config
+from everbatch.distributed import init
 from everbatch.ends import guard
 from everbatch.experiment.base import Experiment
 from everbatch.experiment.run import run
@@ -25,6 +26,7 @@ def main(recipe: type[Experiment], script: str | os.PathLike[str]) -> None:
         if role is not None and role.adversary:
             options.serve(role)
             return
+        init()  # not left by `run` then: ranks that wait in it must not end before an error has been told
         stop_sign = run(options, signals=True).stop_sign
         if stop_sign:
             raise SystemExit(128 + (signal.SIGINT if stop_sign == signal.SIGINT else signal.SIGTERM))
