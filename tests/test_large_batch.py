@@ -21,7 +21,8 @@ from everbatch import checkpoint, config
 from everbatch.config.strict_yaml import load_file
 from everbatch.data import Batch
 from everbatch.distributed import World
-from everbatch.experiment import Data
+from everbatch.experiment import Data, run
+from everbatch.experiment.large_batch import micro_batches
 from everbatch.optim.layerwise.rules import conadv_peak
 from everbatch.report.recorder import read_scalars
 from everbatch.train import Trainer, load_model, model_info
@@ -114,7 +115,7 @@ def test_micro_batches_add_up_to_the_same_steps(recipe: ModuleType, tmp_path: Pa
             "model": {"name": "small_conv"}, "data": {"image_size": 8}, "engine": {"kind": "plain"}, "conadv": None,
             "global_batch": 128, "micro_batch": micro, "output": str(folder), "eval_every": 0, "optimizer": {"ema": {}},
             "trainer": {"epochs": 1, "schedule": {"warmup_epochs": 0.3}}})
-        recipe.run(options, spare=0)
+        run(options)
         assert result(folder)["accumulation"] == 128 // micro and result(folder)["accuracy_averaged"] is not None
         kept = checkpoint.latest(folder / "checkpoints", world=World())
         assert kept is not None
@@ -125,18 +126,18 @@ def test_micro_batches_add_up_to_the_same_steps(recipe: ModuleType, tmp_path: Pa
 
 
 def test_sizes_that_do_not_fit_name_those_that_do(recipe: ModuleType) -> None:
-    assert recipe.micro_batches(98304, 96, 1024) == 1 and recipe.micro_batches(512, 128, 2) == 2
+    assert micro_batches(98304, 96, 1024) == 1 and micro_batches(512, 128, 2) == 2
     with pytest.raises(ValueError, match=r"global_batch=100 in micro-batches of 24 on 2 ranks, must be a multiple of 48; "
                        r"nearest: global_batch=96 or 144, or micro_batch=10 or 25"):
-        recipe.micro_batches(100, 24, 2)
+        micro_batches(100, 24, 2)
     with pytest.raises(ValueError, match=r"global_batch=5 in .* on 3 ranks, must be a multiple of 12; nearest: global_batch=12$"):
-        recipe.micro_batches(5, 4, 3)
+        micro_batches(5, 4, 3)
 
 
 @pytest.mark.parametrize(("given", "text"), [
     ({"trainer": {"batch_size": 32}}, "trainer.batch_size=32, must be left out; set global_batch"),
     ({"trainer": {"accumulation": 2}}, "trainer.accumulation=2, must be left out; set micro_batch"),
-    ({"conadv": {"mean": [0.1]}}, "they follow data.mean and data.std"), ({"micro_batch": 0}, "micro_batch=0, must be >= 1"),
+    ({"conadv": {"mean": [0.1]}}, "it follows data.mean"), ({"micro_batch": 0}, "micro_batch=0, must be >= 1"),
     ({"trainer": {"label_smoothing": 1.0}}, r"label_smoothing=1.0, must be in \[0, 1\)"),
     ({"data": {"std": [0.5, 0.0]}}, "must be > 0"), ({"data": {"mean": [1, 2], "std": [1, 1, 1]}}, "as many channels"),
     ({"data": {"augment": "rand", "policy": "original"}}, "must begin with rand"), ({"lr_rule": "cubic"}, "lr_rule"),
@@ -159,12 +160,12 @@ def test_published_settings(recipe: ModuleType, path: Path, tmp_path: Path, caps
     assert (options.peak_lr, options.trainer.schedule.warmup_epochs) == (peak.lr, peak.warmup_epochs)
     assert options.micro_batch * {16384: 128, 32768: 256, 98304: 1024}[options.global_batch] == options.global_batch
     with pytest.raises(ValueError, match="no folder 'PATH'"):
-        recipe.run(config.build(recipe.Recipe, load_file(path), {"dry_run": True}), spare=0)
+        run(config.build(recipe.Recipe, load_file(path), {"dry_run": True}))
     root = pictures(tmp_path / "pictures", per_class=4)
     # Weights in bf16 with batch norm are refused on CPUs, and the model is a small one here; the rest is the file's.
-    recipe.run(config.build(recipe.Recipe, load_file(path), {
+    run(config.build(recipe.Recipe, load_file(path), {
         "dry_run": True, "data": {"source": f"imagefolder:{root}", "image_size": 32}, "model": {"name": "test_resnet"},
-        "engine": {"kind": "plain", "stage": None, "precision": None}}), spare=0)
+        "engine": {"kind": "plain", "stage": None, "precision": None}}))
     shown = capsys.readouterr().out
     count = options.global_batch // options.micro_batch
     assert f"1 rank x {count} micro-batches x {options.micro_batch}; peak learning rate {peak.lr:g}" in shown
@@ -174,7 +175,7 @@ def test_published_settings(recipe: ModuleType, path: Path, tmp_path: Path, caps
 def test_adversaries_on_ranks_of_their_own_need_ranks(recipe: ModuleType) -> None:
     options = config.build(recipe.Recipe, {"conadv": {"placement": "ranks"}})
     with pytest.raises(ValueError, match="conadv.placement=ranks in one process, must be started by torchrun"):
-        recipe.divided(options)
+        options.set_aside()
 
 
 @pytest.mark.distributed
@@ -241,6 +242,6 @@ def test_means_of_channels() -> None:
 
 def test_a_dry_run_says_what_the_run_would_refuse(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     change = {"dry_run": True, "engine": {"kind": "plain"}, "global_batch": 2048, "micro_batch": 2048}
-    recipe.run(config.build(recipe.Recipe, change), spare=0)
+    run(config.build(recipe.Recipe, change))
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith("the run itself would be refused: Loader: global_batch=2048 and task 0 with"), said

@@ -12,7 +12,7 @@ from torch import Tensor
 from everbatch.data import Stream
 from everbatch.distributed import World
 from everbatch.errors import check
-from everbatch.experiment.options import Parts, check_together, unused_together
+from everbatch.experiment.options import TRAINER_MIXINS, Parts, check_together, unused_together
 from everbatch.report.recorder import Recorder
 from everbatch.train import Trainer
 from everbatch.train.adversarial import Role, serve, split_ranks
@@ -41,6 +41,13 @@ class Experiment(Parts):
 
     def __post_init__(self) -> None:
         check_together(self)
+        part: Any
+        for key, part in TRAINER_MIXINS.items():
+            config = getattr(self, key)
+            for name, source in part.from_data.items() if config is not None else ():
+                allowed = [getattr(part.Config(), name), *([getattr(self.data, source)] if source else [])]
+                check(getattr(config, name) in allowed, self.title, f"{key}.{name}={getattr(config, name)}", "be left out",
+                      f"it follows data.{source.removesuffix('s')}" if source else "the trainer knows it")
 
     def unused(self) -> dict[str, str]:
         """Options without an effect beside the others, and why; `everbatch.config.parse` refuses them where a user gives them."""
@@ -63,6 +70,7 @@ class Experiment(Parts):
         config: Trainer.Config = self.trainer
         return config
 
+    @property
     def peak_lr(self) -> float:
         """The highest learning rate of the schedule."""
         return float(self.optimizer.lr)

@@ -55,9 +55,6 @@ class LargeBatch(Experiment):
         idle = self.optimizer.between_tasks()
         check(not idle, "large_batch", f"optimizer.{', optimizer.'.join(idle)} beside a single task", "be null",
               "they act when a task ends or begins; see recipes/class_incremental.py and recipes/growing_data.py")
-        own = None if self.conadv is None else (self.conadv.mean, self.conadv.std)
-        check(own in (None, ((0.0,), (1.0,)), (self.data.means, self.data.stds)), "large_batch",
-              f"conadv.mean and conadv.std = {own}", "be left out", "they follow data.mean and data.std")
 
     def unused(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why."""
@@ -66,6 +63,7 @@ class LargeBatch(Experiment):
             found["base_batch"] = "lr_rule=linear or sqrt scale the rate from it"
         return found
 
+    @property
     def peak_lr(self) -> float:
         """The highest rate of the schedule."""
         if self.lr_rule == "none":
@@ -93,7 +91,7 @@ class LargeBatch(Experiment):
         """How the batch is made up."""
         count = micro_batches(self.global_batch, self.micro_batch, world.size)
         return (f"global batch {self.global_batch} = {world.size} rank{'s' * (world.size > 1)} x {count} micro-batches x "
-                f"{self.micro_batch}; peak learning rate {self.peak_lr():g}")
+                f"{self.micro_batch}; peak learning rate {self.peak_lr:g}")
 
     def finish(self, done: Finished) -> tuple[dict[str, Any], list[str]]:
         """Accuracy, that of the averaged weights, the curve, throughput."""
@@ -110,7 +108,7 @@ class LargeBatch(Experiment):
         values = {
             "accuracy": accuracy, "accuracy_averaged": averaged, "accuracy_by_epoch": curve,
             "throughput": trainer.throughput, "test_samples": len(done.stream.tasks[0].test_ids),
-            "peak_lr": self.peak_lr(), "accumulation": trainer.config.accumulation}
+            "peak_lr": self.peak_lr, "accumulation": trainer.config.accumulation}
         return values, _lines(accuracy, averaged, trainer.throughput)
 
 

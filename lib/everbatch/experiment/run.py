@@ -88,7 +88,7 @@ def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
     factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)
     trainer = made_of(
         job.start(model),
-        replace(options.optimizer, lr=options.peak_lr()).build(factory),
+        replace(options.optimizer, lr=options.peak_lr).build(factory),
         options.engine.build(made.batch_size, made.accumulation, job.world.size),
         config=made, ddp=options.engine.ddp, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
         folder=job.checkpoints, recorder=job.recorder, num_tasks=len(stream), identity=options.data.identity | job.identity)
