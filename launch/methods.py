@@ -1,4 +1,4 @@
-"""Write what is made of the table of methods: the README's table, and the imports that type checkers read.
+"""Write what is made of the table of methods: the README's table, and imports for type checkers.
 
     python launch/methods.py            rewrite the blocks
     python launch/methods.py --check    change nothing; exit with 1 where a block is old
@@ -29,14 +29,17 @@ def readme() -> str:
     rows = [["method", "kind", "what it does", "what it costs", "source"], ["---"] * 5]
     for fact in methods.table():
         rows.append([f"`{fact.name}`", f"{fact.family} mixin", fact.does, fact.cost, fact.source])
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def imports(package: str) -> str:
     """The methods of a package, each under its own name."""
-    found = [(methods.TABLE[key].split(":")[0], name) for name, key in methods.names(package).items()]
-    found.sort(key=lambda pair: (pair[0], not pair[1].isupper(), pair[1]))  # as the linter wants imports sorted
-    return "".join(f"    from {module} import {name} as {name}\n" for module, name in found)
+    found = []
+    for name, key in methods.names(package).items():
+        module = methods.TABLE[key].split(":")[0]
+        found.append((module, not name.isupper(), name))  # as the linter wants imports sorted
+    return "".join(f"    from {module} import {name} as {name}\n" for module, _, name in sorted(found))
 
 
 def written(path: str, text: str) -> str:

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 from everbatch.declared import Cost, Made, Options, Range, Space
 from everbatch.errors import CompositionError, check, nearest
 
-__all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", "base_of", "parts_of"]
+__all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", "base_of",
+           "parts_of"]
 
-DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks", "from_data", "asked",
-            "wants", "idle", "at_task_end")
+DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks",
+            "from_data", "asked", "wants", "idle", "at_task_end")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
 
@@ -48,16 +49,18 @@ class Contract:
     bases: ClassVar[tuple[str, ...]] = ()
     """Names of the classes it can stand on; empty: any."""
     call: ClassVar[str] = ""
-    """A method without arguments that is called between steps, when a task starts; what it does is all that the part does."""
+    """A method without arguments that is called between steps, when a task starts; what it does is
+    all that the part does."""
     called_by: ClassVar[str] = ""
-    """Key of the trainer mixin that calls it at a task's start or end, and is composed where it is."""
+    """Key of the trainer mixin that calls it at a task's start or end, and is composed with it."""
     in_code: ClassVar[str] = ""
     """Why no file and no command line can give what it needs; recipes leave such a part out."""
     between_tasks: ClassVar[bool] = False
-    """Whether it acts only when a task has ended or a later one begins, so that beside a single task it does nothing."""
+    """Whether it acts only when a task has ended or a later one begins, so that beside a single task
+    it does nothing."""
     from_data: ClassVar[Mapping[str, str]] = {}
-    """Trainer mixins: fields that are no options of a recipe, and the property of its `Data` that each follows; "": the trainer
-    knows."""
+    """Trainer mixins: fields that are no options of a recipe, and the property of its `Data` that
+    each follows; "": the trainer knows."""
 
     configs: dict[type, Any]
     states: dict[type, Any]
@@ -71,18 +74,19 @@ class Contract:
             _check_part(cls)
         else:
             _check_composed(cls, base)
-            for name in (n for n in DECLARED if hasattr(base, n)):  # what a part declares hides nothing of the base
-                setattr(cls, name, inspect.getattr_static(base, name))
+            for name in DECLARED:
+                if hasattr(base, name):  # what a part declares hides nothing of the base
+                    setattr(cls, name, inspect.getattr_static(base, name))
 
     @classmethod
     def asked(cls, config: Any) -> bool:
-        """Whether these options alone ask for the part. Where its default options do not, a recipe composes it with the parts
-        that are `called_by` it."""
+        """Whether these options alone ask for the part. Where its default options do not, a recipe
+        composes it with the parts that are `called_by` it."""
         return True
 
     @classmethod
     def wants(cls, config: Any) -> tuple[str, ...]:
-        """Auxiliary objectives that these options use, beside those that the class `needs` whatever its options."""
+        """Auxiliary objectives that these options use, beside those that the class always `needs`."""
         return ()
 
     @classmethod
@@ -94,7 +98,8 @@ class Contract:
         """Called of each part that defines it, when a task's last step is done; collective.
 
         Args:
-            rows: the task's training samples without augmentation, this rank's share: an iterable of (inputs, targets, ids).
+            rows: this rank's share of the task's training samples, without augmentation: an
+                iterable of (inputs, targets, ids).
         """
 
     def _configure(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -227,7 +232,8 @@ def _check_part(cls: type[Contract]) -> None:
         told = vars(cls).get(name, {})
         unknown = sorted(set(told) - set(_fields(cls))) if isinstance(told, Mapping) else []
         if unknown:
-            refuse(f"{name} has {unknown[0]!r}, which is no field of its Config; {nearest(unknown[0], _fields(cls))}")
+            hint = nearest(unknown[0], _fields(cls))
+            refuse(f"{name} has {unknown[0]!r}, which is no field of its Config; {hint}")
     for name in cls.final:
         if name in vars(cls):
             refuse(f"overrides {name}(), which is final; override a verb: {', '.join(cls.verbs)}")

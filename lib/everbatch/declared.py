@@ -1,4 +1,4 @@
-"""What a part declares, as values: what it costs, options to show it with, and what tuning varies."""
+"""What a part declares, as values: its cost, options to show it with, and what tuning varies."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """Options that need the model: `by(factory)` gives them by field, where factory() builds the bare model."""
+    """Options that need the model: `by(factory)` gives them by field; factory() is the bare model."""
 
     by: Callable[[Callable[[], Any]], Mapping[str, Any]]
 
 
 Options: TypeAlias = "Mapping[str, Any] | Made"
-"""Options by field. A field `factory` that they leave out is filled with the factory of the bare model."""
+"""Options by field. A field `factory` that they leave out gets the factory of the bare model."""
 Space: TypeAlias = "Mapping[str, tuple[Any, ...] | Range]"
 """Values to try, by field; the first of a tuple is where to begin."""

@@ -1,9 +1,9 @@
 """The table of methods: a new one is its own file and one line here.
 
-The key is what recipes, `everbatch methods` and search spaces call it. The lines stand in the order in which recipes compose
-them, leftmost first, where the parts' own `left_of` leaves it open: LARS and LAMB complete the base's update and come last.
-Everything else is what the class declares (`everbatch.contract.Contract`) and what its docstring says; no class is imported
-before it is asked for.
+The key is what recipes, `everbatch methods` and search spaces call it. The lines stand in the order
+in which recipes compose them, leftmost first, where the parts' own `left_of` leaves it open: LARS and
+LAMB complete the base's update and come last. Everything else is what the class declares
+(`everbatch.contract.Contract`) and what its docstring says; no class is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 from everbatch.contract import Contract, Options, Range
 from everbatch.errors import check, nearest
 
-__all__ = ["TABLE", "Facts", "facts", "lazily", "load", "names", "options", "optimizer_mixins", "search_space", "table",
-           "trainer_mixins"]
+__all__ = ["TABLE", "Facts", "facts", "lazily", "load", "names", "optimizer_mixins", "options",
+           "search_space", "table", "trainer_mixins"]
 
 TABLE: dict[str, str] = {
     "clip": "everbatch.optim.clip:ClipGradNorm",
@@ -64,11 +64,13 @@ def load(key: str) -> type[Contract]:
 
 def names(package: str) -> dict[str, str]:
     """Class names of the methods below a package ("everbatch.optim"), and their keys."""
-    return {path.split(":")[1]: key for key, path in TABLE.items() if path.startswith(f"{package}.")}
+    below = {key: path for key, path in TABLE.items() if path.startswith(f"{package}.")}
+    return {path.split(":")[1]: key for key, path in below.items()}
 
 
 def lazily(package: str) -> Callable[[str], Any]:
-    """A `__getattr__` for a package (PEP 562), by which `from everbatch.optim import SAM` imports that one method."""
+    """A `__getattr__` for a package (PEP 562), by which `from everbatch.optim import SAM` imports
+    that one method."""
     known = names(package)
 
     def get(name: str) -> Any:
@@ -92,7 +94,8 @@ def trainer_mixins() -> dict[str, type[Contract]]:
 
 
 def options(part: type[Contract], which: Options, factory: Callable[[], Any]) -> dict[str, Any]:
-    """What a part declares as `example` or `off`, with the factory of the bare model where its Config has a field for one."""
+    """What a part declares as `example` or `off`, with the factory of the bare model where its Config
+    has a field for one."""
     given = dict(which if isinstance(which, Mapping) else which.by(factory))
     config = getattr(part, "Config", None)
     if config is not None and "factory" in (field.name for field in fields(config)):
@@ -130,7 +133,8 @@ class Facts:
 
 
 def facts(key: str) -> Facts:
-    """Of one method: its first line up to an equation, and the first clauses of `Cost:` and `Source:`."""
+    """Of one method: its first line up to an equation, and the first clauses of `Cost:` and
+    `Source:`."""
     part = load(key)
     text = inspect.getdoc(part) or ""
     does = re.split(r":  |\.$", text.split("\n\n")[0].replace("\n", " "))[0]

@@ -132,37 +132,42 @@ class _Parts:
 
 
 def _trainer_field(part: Any) -> Any:
-    """A mixin that is asked for is off by default; one that only calls what the optimizer has is always there, and composed
-    where a part is called by it."""
+    """A mixin that is asked for is off by default; one that only calls what the optimizer has is
+    always there, and composed where a part is called by it."""
     config = _without_code(part.Config)
-    follow = {name: f"it follows data.{source.removesuffix('s')}" if source else "the trainer knows"
-              for name, source in part.from_data.items()}
+    follow: dict[str, str] = {}
+    for name, source in part.from_data.items():
+        follow[name] = f"it follows data.{source.removesuffix('s')}" if source else "the trainer knows"
     about = {"help": _summary(part), "idle": follow}
     if part.asked(part.Config()):
         return config | None, field(default=None, metadata=about)
     return config, field(default_factory=config, metadata=about)
 
 
-_Asked: Any = make_dataclass("_Asked", [(key, *_trainer_field(part)) for key, part in TRAINER_MIXINS.items()], bases=(_Parts,),
-                             frozen=True, kw_only=True)
+_Asked: Any = make_dataclass(
+    "_Asked", [(key, *_trainer_field(part)) for key, part in TRAINER_MIXINS.items()],
+    bases=(_Parts,), frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts(_Asked):  # type: ignore[misc]
-    """Options of data, model, optimizer, engine and trainer, and of every trainer mixin by its key: what a recipe begins with.
+    """What a recipe begins with: options of data, model, optimizer, engine and trainer, and of every
+    trainer mixin by its key.
 
-    A recipe that has a mixin on by default declares the field anew: `replay: Replay.Config | None = field(...)`.
+    A recipe that has a mixin on by default declares the field anew:
+    `replay: Replay.Config | None = field(default_factory=Replay.Config)`.
     """
 
     def mixins(self) -> dict[type, Any]:
-        """Trainer mixins that are asked for, or that parts of the optimizer are called by, leftmost first, and the options of
-        each. For `Trainer`: see `learner`."""
+        """Trainer mixins that are asked for, or that parts of the optimizer are called by, leftmost
+        first, and the options of each. For `Trainer`: see `learner`."""
         chosen: dict[type, Any] = {}
         for key, part in TRAINER_MIXINS.items():
             config = getattr(self, key)
-            if config is not None and (part.asked(config) or key in self.optimizer.calls):
-                follow = {name: getattr(self.data, source) for name, source in part.from_data.items() if source}
-                chosen[part] = replace(config, **follow)
+            if config is None or not (part.asked(config) or key in self.optimizer.calls):
+                continue
+            follow = {n: getattr(self.data, source) for n, source in part.from_data.items() if source}
+            chosen[part] = replace(config, **follow)
         return chosen
 
 
