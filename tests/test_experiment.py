@@ -96,17 +96,18 @@ def test_a_run_that_has_ended_gives_its_results_again(tmp_path: Path) -> None:
 
 def test_an_error_is_raised_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is free again, and the checkpoints before the error are there."""
+    run(short(tmp_path / "first"))  # what it imports registers exit handlers
     monkeypatch.setattr(Stops, "at", 7)
     before = process_state()
     with pytest.raises(KeyError, match="a fault"):
-        run(short(tmp_path))
+        run(short(tmp_path / "run"))
     after = process_state()
     assert after == before | {"engines": after["engines"]}  # the error's traceback holds the trainer until it is let go
     monkeypatch.setattr(Stops, "at", -1)
-    resumed = run(short(tmp_path, resume=True))
+    resumed = run(short(tmp_path / "run", resume=True))
     assert resumed.steps == 20
     with pytest.raises(CheckpointMismatch):
-        run(replace(short(tmp_path, resume=True), trainer=Trainer.Config(batch_size=64, epochs=2)))
+        run(replace(short(tmp_path / "run", resume=True), trainer=Trainer.Config(batch_size=64, epochs=2)))
 
 
 def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
