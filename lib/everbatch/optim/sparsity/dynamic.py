@@ -16,6 +16,7 @@ from everbatch.engines.shards import ByName, Vector
 from everbatch.optim.ema import EMA, zero_averages
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.sparsity import recall, tasks, topology
+from everbatch.optim.sparsity.agreement import digest, verify
 from everbatch.optim.sparsity.frozen import Capacity, capacity
 from everbatch.optim.sparsity.masks import Masks
 from everbatch.optim.sparsity.options import Kept, Options
@@ -106,13 +107,12 @@ class DynamicSparsity(OptimizerMixin):
         state: Kept = self.states[DynamicSparsity]
         if not state.active:
             return
+        dense = self.host.gradient()
         shards, gradients = [], []
-        for shard in self.host.shards:
+        for shard, gradient in zip(dense.shards, dense.tensors, strict=True):
             if shard.name in state.masks:
-                gradient = shard.grad
-                if gradient is not None:
-                    shards.append(shard)
-                    gradients.append(gradient)
+                shards.append(shard)
+                gradients.append(gradient)
 
         # Before the mask: scores are of the dense gradient.
         scores = self._scores
@@ -171,8 +171,8 @@ class DynamicSparsity(OptimizerMixin):
         self._scores.forget(state)
         state.changes += 1
 
-        found = topology.digest(shards, state.masks, names, host.device)
-        state.active = topology.verify(host, type(self).__name__, found, names)
+        found = digest(shards, state.masks, names, host.device)
+        state.active = verify(host, type(self).__name__, found, names)
         self.metrics["drop_fraction"] = torch.tensor(fraction)
         if changes and not host.sharded:
             fresh = torch.stack([change.born.sum() for change in changes.values()]).sum()

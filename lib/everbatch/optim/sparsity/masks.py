@@ -10,7 +10,7 @@ from torch import Tensor
 from everbatch.engines.host import Host
 from everbatch.engines.shards import ByName, Shard, Vector
 from everbatch.errors import check, nearest
-from everbatch.optim.sparsity import topology
+from everbatch.optim.sparsity.agreement import digest, verify
 from everbatch.optim.sparsity.densities import draw_mask, exact_counts, layer_densities
 from everbatch.optim.sparsity.layers import maskable
 from everbatch.optim.sparsity.options import WHO, Kept, Options
@@ -107,8 +107,8 @@ class Masks:
         kept.scores = ByName()
         if self.options.grow == "random_unfired":
             kept.fired = ByName({n: m.clone() for n, m in kept.masks.items()})
-        found = topology.digest(self.shards(host, kept), kept.masks, layers, host.device)
-        kept.active = topology.verify(host, who, found, layers)
+        found = digest(self.shards(host, kept), kept.masks, layers, host.device)
+        kept.active = verify(host, who, found, layers)
         self.enforce(host, kept, moments=True)
         host.publish_if_dirty()
 

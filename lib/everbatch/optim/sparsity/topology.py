@@ -1,4 +1,4 @@
-"""One change of topology over shards: prune, grow, weights, moments, and the proof that every rank agrees."""
+"""One change of topology over shards: prune, grow, weights and moments."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everbatch import seeds
-from everbatch.distributed import World
 from everbatch.engines.host import Host
 from everbatch.engines.shards import Shard
 from everbatch.optim.sparsity.grow import grow, grow_bernoulli, shares
 from everbatch.optim.sparsity.prune import Layer, num_dropped, prune
 
-__all__ = ["Change", "Rules", "apply", "change", "digest", "verify"]
+__all__ = ["Change", "Rules", "apply", "change"]
 
-CHUNK = 1 << 22
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -76,44 +73,75 @@ def change(
     if not names:
         return frozen
     sizes = [int(np.prod(shapes[n])) for n in names]
-    place = {n: i for i, n in enumerate(names)}
-    offset = np.concatenate([[0], np.cumsum(sizes)])
     dtype = torch.float64 if any(trained[n][0] == torch.float64 for n in names) else torch.float32
-    layers = []
-    for s in shards:
-        gradient, average = (kept.get(s.name, torch.zeros_like(s.data)) for kept in (gradients, averages))
-        if rules.released and used is not None:
-            gradient = gradient * ~used[s.name]
-        layers.append(Layer(s.name, place[s.name], s.start, int(offset[place[s.name]]), s.data, masks[s.name], gradient, average))
+    layers = _layers(shards, masks, names, sizes, gradients, averages, used if rules.released else None)
+
+    # Prune.
     drop = [num_dropped(active[n], fraction, up=rules.released) for n in names]
-    dropped = prune(layers, drop, sizes, host.total, criterion=rules.prune, across=rules.across,
-                    all_ties=rules.released and rules.prune == "magnitude", dtype=dtype, device=host.device)
-    left = [x.active & ~d for x, d in zip(layers, dropped, strict=True)]
-    barred = [used[x.name].reshape(-1) for x in layers] if used is not None else None
+    dropped = prune(
+        layers, drop, sizes, host.total, criterion=rules.prune, across=rules.across,
+        all_ties=rules.released and rules.prune == "magnitude", dtype=dtype, device=host.device)
+    left = [layer.active & ~gone for layer, gone in zip(layers, dropped, strict=True)]
+
+    # How many grow in each layer: as many as were pruned, there or elsewhere.
+    barred = [used[layer.name].reshape(-1) for layer in layers] if used is not None else None
     forbidden = barred if rules.used == "forbid" else None
-    sums = torch.zeros(3, len(names), dtype=torch.float64, device=host.device)
-    for i, x in enumerate(layers):
-        sums[0, x.index] += dropped[i].sum()
-        if x.average is not None and rules.redistribute == "momentum":
-            sums[1, x.index] += (x.average.double().abs() * left[i]).sum()
-        if forbidden is not None:
-            sums[2, x.index] += (forbidden[i] & ~left[i]).sum()
-    removed_, moment_, closed_ = host.total(sums).cpu().tolist()
-    removed = [round(v) for v in removed_]
-    survivors = [active[n] - r for n, r in zip(names, removed, strict=True)]
-    inactive = [size - n - round(c) for size, n, c in zip(sizes, survivors, closed_, strict=True)]
-    means = [m / max(n, 1) for m, n in zip(moment_, survivors, strict=True)]
+    removed, moment, closed = _tally(
+        host, layers, len(names), dropped, left, forbidden, moments=rules.redistribute == "momentum")
+    survivors = [active[n] - gone for n, gone in zip(names, removed, strict=True)]
+    inactive = [size - n - shut for size, n, shut in zip(sizes, survivors, closed, strict=True)]
+    means = [total / max(n, 1) for total, n in zip(moment, survivors, strict=True)]
     across = rules.redistribute == "global"
     counts = removed if across else shares(removed, inactive, survivors, means, rules.redistribute)
+
+    # Grow.
     if rules.bernoulli and rules.grow == "random":
         grown = grow_bernoulli(layers, left, counts, inactive, key=key, forbidden=forbidden)
     else:
-        grown = grow(layers, left, counts, sizes, host.total, criterion=rules.grow, key=key, across=across, dtype=dtype,
-                     priority=_priority(layers, rules, fired, barred), forbidden=forbidden, released=rules.released,
-                     device=host.device)
-    changed = {x.name: Change((n := left[i] | grown[i]).view(masks[x.name].shape), (n & ~x.active).view(masks[x.name].shape))
-               for i, x in enumerate(layers)}
+        grown = grow(
+            layers, left, counts, sizes, host.total, criterion=rules.grow, key=key, across=across, dtype=dtype,
+            priority=_priority(layers, rules, fired, barred), forbidden=forbidden, released=rules.released,
+            device=host.device)
+    changed = {}
+    for layer, stay, new in zip(layers, left, grown, strict=True):
+        mask, shape = stay | new, masks[layer.name].shape
+        changed[layer.name] = Change(mask.view(shape), (mask & ~layer.active).view(shape))
     return {**changed, **frozen}
+
+
+def _layers(
+    shards: Sequence[Shard], masks: Mapping[str, Tensor], names: Sequence[str], sizes: Sequence[int],
+    gradients: Mapping[str, Tensor], averages: Mapping[str, Tensor], hidden: Mapping[str, Tensor] | None,
+) -> list[Layer]:
+    """This rank's slices with what they are scored by; gradients of `hidden` entries count as zero."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    result = []
+    for shard in shards:
+        name, data = shard.name, shard.data
+        gradient = gradients.get(name, torch.zeros_like(data))
+        average = averages.get(name, torch.zeros_like(data))
+        if hidden is not None:
+            gradient = gradient * ~hidden[name]
+        place = names.index(name)
+        result.append(Layer(name, place, shard.start, int(starts[place]), data, masks[name], gradient, average))
+    return result
+
+
+def _tally(
+    host: Host, layers: Sequence[Layer], count: int, dropped: Sequence[Tensor], left: Sequence[Tensor],
+    forbidden: Sequence[Tensor] | None, *, moments: bool,
+) -> tuple[list[int], list[float], list[int]]:
+    """Of each whole layer: entries dropped, the sum of the survivors' mean gradients in size, and entries where nothing may
+    grow. One all-reduce."""
+    sums = torch.zeros(3, count, dtype=torch.float64, device=host.device)
+    for i, layer in enumerate(layers):
+        sums[0, layer.index] += dropped[i].sum()
+        if layer.average is not None and moments:
+            sums[1, layer.index] += (layer.average.double().abs() * left[i]).sum()
+        if forbidden is not None:
+            sums[2, layer.index] += (forbidden[i] & ~left[i]).sum()
+    removed, moment, closed = host.total(sums).cpu().tolist()
+    return [round(n) for n in removed], moment, [round(n) for n in closed]
 
 
 def _priority(
@@ -186,51 +214,3 @@ def _second_moment_means(
     host.total(sums)
     return {(kind, n): sums[k, place[n]] / sums[0, place[n]].clamp(min=1) for k, kind in enumerate(SECOND_MOMENTS, start=1)
             for n in names}
-
-
-def digest(shards: Sequence[Shard], masks: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
-    """Per layer: active entries and a 63-bit sum of hashes of their positions. (2, layers) int64, of this rank's slices.
-
-    Sums over ranks do not depend on the sharding, but for layers that are frozen: masks are kept for them and shards are not, so
-    their positions count from the start of the slice. Copies of a model are sharded alike, so they still have equal sums.
-    """
-    starts = {s.name: s.start for s in shards}
-    result = torch.zeros(2, len(names), dtype=torch.int64, device=device)
-    for i, name in enumerate(names):
-        if name not in masks:
-            continue
-        at = masks[name].reshape(-1).nonzero().view(-1) + starts.get(name, 0)
-        result[0, i] += at.numel()
-        for part in torch.split(at, CHUNK):
-            result[1, i] += _mixed(part, seeds.derive("mask", name)).sum()
-    return result
-
-
-def _mixed(values: Tensor, salt: int) -> Tensor:
-    """A hash of each integer: multiply and shift in int64, which wraps."""
-    x = values * -7046029254386353131 + salt
-    x = (x ^ ((x >> 29) & (2**35 - 1))) * -4658895280553007687
-    return x ^ ((x >> 32) & (2**32 - 1))
-
-
-def verify(host: Host, who: str, found: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """Active entries of each whole layer, after a proof that every copy of the model has the same masks.
-
-    Args: found: what `digest` gave on this rank.
-
-    Raises:
-        RuntimeError: copies differ, on every rank alike. Nothing is repaired: where masks differ, gradients or weights did.
-
-    Cost: one all-reduce of two integers per layer where weights are sharded, one of two per rank where there are copies.
-    """
-    found = host.total(found)
-    world = World.current()
-    if host.replicas > 1 and world.size > 1:
-        table = torch.zeros(world.size, 2, dtype=torch.int64, device=host.device)
-        table[world.rank] = torch.stack([found[0].sum(), _mixed(found[1], 1).sum()])
-        rows = world.sum(table).tolist()
-        odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
-        if odd:
-            raise RuntimeError(f"{who}: masks of ranks {odd} differ from rank 0's, must be the same on every rank; the ranks' "
-                               "weights or gradients differ: check that the model starts equal and that gradients are reduced")
-    return dict(zip(names, found[0].tolist(), strict=True))
