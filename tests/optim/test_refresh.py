@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from everbatch.composition import compose
 from everbatch.errors import CompositionError
 from everbatch.optim import EWC, SAM, Refresh
-from everbatch.optim.memory.refresh import normalized_move, sde_move
+from everbatch.optim.memory.unlearning import normalized_move, sde_move
 
 
 class RefreshSGD(Refresh, torch.optim.SGD):

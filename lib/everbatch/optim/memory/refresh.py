@@ -11,54 +11,16 @@ from torch import Tensor
 
 from everbatch import seeds
 from everbatch.contract import Cost
-from everbatch.engines.host import Host
 from everbatch.engines.passes import Objective
 from everbatch.engines.shards import ByName, Shard, Vector
 from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.memory.fisher import Estimator, Factory, Rows
 from everbatch.optim.memory.importance import accumulate, check_estimator, chosen_importance, slices
 from everbatch.optim.memory.replica import require_replica
+from everbatch.optim.memory.unlearning import inverse_fisher, normalized_move, norms_of, sde_move
 from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["Refresh", "normalized_move", "sde_move"]
-
-GUARD = 1e-18
-"""Added to a gradient's norm: the released code adds 1e-20 to the norm of 0.01 times the gradient."""
-
-
-def sde_move(gradient: Tensor, inverse: Tensor, gamma: float, noise: Tensor | None) -> Tensor:
-    """One unlearning step of the paper:  gamma * P g + sqrt(2 gamma P) n,  the noise's covariance being 2 gamma P.
-
-    Args:
-        gradient: of the loss to ascend; `inverse`: P, the damped inverse Fisher information; `noise`: n ~ N(0, 1), or None for
-            none. All of one shape.
-        gamma: step size, >= 0.
-
-    Source: Wang et al. 2024, arXiv 2403.13249: discretised Langevin ascent with diffusion matrix F^-1.
-    """
-    move = gamma * inverse * gradient
-    return move if noise is None else move + (2.0 * gamma * inverse).sqrt() * noise
-
-
-def normalized_move(
-    gradient: Tensor, weight_norm: Tensor, gradient_norm: Tensor, fisher: Tensor | None, noise: Tensor | None, *, delta: float,
-    fisher_coef: float, noise_coef: float,
-) -> Tensor:
-    """One unlearning step of the released code:  delta * (||theta|| g / ||g|| + noise_coef n) / (1 + fisher_coef F).
-
-    Args:
-        gradient: of one parameter, or this rank's slice of it.
-        weight_norm, gradient_norm: 0-dim, norms of the whole parameter and of its whole gradient; a zero norm leaves the noise.
-        fisher: F, as `gradient`; None for zero.
-        noise: n ~ N(0, 1), as `gradient`; None for none.
-
-    Invariant to the scale of the loss. Without noise and F the parameter moves by delta of its own norm.
-    Source: joey-wang123/CL-refresh-learning, models/derpp.py.
-    """
-    move = gradient * (weight_norm / (gradient_norm + GUARD)).to(gradient)
-    if noise is not None:
-        move = move + noise_coef * noise
-    return delta * (move if fisher is None else move / (1.0 + fisher_coef * fisher))
+__all__ = ["Refresh"]
 
 
 class Refresh(OptimizerMixin):
@@ -181,7 +143,7 @@ class Refresh(OptimizerMixin):
                 raise RuntimeError(f"{type(self).__name__}: Refresh needs opt.{given}, and the step was not given it")
         if self.step_count % config.every:
             return
-        self._refresh_undo = kept = self.host.weights().clone()
+        kept = self._refresh_undo = self.host.weights().clone()
         self.on_skip(lambda: self._put_back(kept))
         try:
             for iteration in range(config.unlearn_steps):
@@ -210,25 +172,39 @@ class Refresh(OptimizerMixin):
 
     def _unlearning(self, config: Refresh.Config, iteration: int) -> Vector:
         """The move along the present gradient, in the masters' dtype."""
-        state = self.states[Refresh]
+        state: Refresh.State = self.states[Refresh]
         # Parameters that the pass did not reach stay where they are, noise included, unlike in the released code: a step that
         # has no use for the head of an old task does not wear it away.
-        pairs = [(s, g) for s in self.host.shards if (g := s.grad) is not None]
-        shards = [s for s, _ in pairs]
-        fisher = [state.fisher.get(s.name) for s in shards]
-        gradient = [g.to(s.data) for s, g in pairs]
-        scale = config.noise_scale if config.form == "sde" else config.noise_coef
-        noise = [self.refresh_noise(s, iteration).to(s.data).view(s.data.shape) if scale else None for s in shards]
+        dense = self.host.gradient()
+        shards = dense.shards
+        weights = [shard.data for shard in shards]
+        gradients = [g.to(data) for g, data in zip(dense.tensors, weights, strict=True)]
+        noises = [self._noise(config, shard, iteration) for shard in shards]
+        fishers = [state.fisher.get(shard.name) for shard in shards]
         if config.form == "sde":
-            known = [torch.zeros_like(s.data) if f is None else f for s, f in zip(shards, fisher, strict=True)]
-            inverse = [1.0 / (f + config.damping) if state.tasks else torch.ones_like(f) for f in known]
-            return Vector(self.host, shards, [sde_move(g, p, config.gamma, None if n is None else n * scale).to(g)
-                                              for g, p, n in zip(gradient, inverse, noise, strict=True)])
-        weight_norms, norms = _norms(self.host, shards, [s.data for s in shards], gradient)
-        return Vector(self.host, shards, [
-            normalized_move(g, weight_norms[s.name], norms[s.name], f, n, delta=config.delta, fisher_coef=config.fisher_coef,
-                            noise_coef=scale).to(g)
-            for s, g, f, n in zip(shards, gradient, fisher, noise, strict=True)])
+            moves = []
+            for g, f, noise in zip(gradients, fishers, noises, strict=True):
+                inverse = inverse_fisher(g, f, config.damping) if state.tasks else torch.ones_like(g)
+                moves.append(sde_move(g, inverse, config.gamma, noise).to(g))
+            return Vector(self.host, shards, moves)
+
+        weight_norms, norms = norms_of(self.host, shards, weights, gradients)
+        moves = []
+        for shard, g, f, noise in zip(shards, gradients, fishers, noises, strict=True):
+            move = normalized_move(
+                g, weight_norms[shard.name], norms[shard.name], f, noise, delta=config.delta,
+                fisher_coef=config.fisher_coef, noise_coef=config.noise_coef)
+            moves.append(move.to(g))
+        return Vector(self.host, shards, moves)
+
+    def _noise(self, config: Refresh.Config, shard: Shard, iteration: int) -> Tensor | None:
+        """n of one slice: "sde" takes it times its scale, "normalized" applies a coefficient of its own."""
+        scale = config.noise_scale if config.form == "sde" else config.noise_coef
+        if not scale:
+            return None
+        data = shard.data
+        noise = self.refresh_noise(shard, iteration).to(data).view(data.shape)
+        return noise * scale if config.form == "sde" else noise
 
     def refresh_noise(self, shard: Shard, iteration: int) -> Tensor:
         """Standard normal noise of one slice, (numel,) float32, CPU: a function of (seed, step, iteration, name, position)."""
@@ -257,9 +233,11 @@ class Refresh(OptimizerMixin):
         """
         config: Refresh.Config = self.configs[Refresh]
         state: Refresh.State = self.states[Refresh]
-        new = slices(self.host, chosen_importance(self, "Refresh", config, batches, importance, state.tasks), "Refresh")
-        state.fisher = ByName({**state.fisher, **{
-            n: accumulate(state.fisher.get(n), f, "online", config.fisher_decay, state.tasks) for n, f in new.items()}})
+        whole = chosen_importance(self, "Refresh", config, batches, importance, state.tasks)
+        fisher = ByName(state.fisher)
+        for name, f in slices(self.host, whole, "Refresh").items():
+            fisher[name] = accumulate(fisher.get(name), f, "online", config.fisher_decay, state.tasks)
+        state.fisher = fisher
         state.tasks += 1
 
     def at_task_end(self, rows: Iterable[Rows]) -> None:
@@ -276,17 +254,3 @@ class Refresh(OptimizerMixin):
                     scalar_reductions=share * (2 if config.form == "normalized" else 1),
                     note=f"Refresh: one step in {config.every} has {config.unlearn_steps} unlearning pass(es) first, and one "
                          "host sync for each")
-
-
-def _norms(host: Host, shards: list[Shard], *vectors: list[Tensor]) -> list[dict[str, Tensor]]:
-    """Norms of whole parameters for several vectors over these shards: name to 0-dim float64. One collective for all."""
-    names = host.names
-    place = {name: i for i, name in enumerate(names)}
-    squares = torch.zeros(len(vectors), len(names), dtype=torch.float64, device=host.device)
-    if shards:
-        index = torch.tensor([place[s.name] for s in shards], device=host.device)
-        for row, tensors in zip(squares, vectors, strict=True):
-            wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-            norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=wide))).to(host.device, torch.float64)
-            row.index_add_(0, index, norms.square())
-    return [dict(zip(names, row.sqrt().unbind(), strict=True)) for row in host.total(squares)]
