@@ -107,29 +107,25 @@ class Passes:
         return torch.stack(list(terms.values())).sum(0)
 
     def _over(self, micros: Sequence[tuple[Batch, ...]]) -> Tensor:
-        """One pass over these micro-batches; its loss."""
+        """One pass: forward and backward of each micro-batch, all parts of it. Returns the loss."""
         done = Pass()
         if self.optimizer.recording:
             self.recorded = done
-        for micro in self.optimizer.micro_batches(micros, average=False):
-            self._micro(micro, done)
-        return torch.stack(done.losses).sum()
-
-    def _micro(self, parts: Sequence[Batch], done: Pass) -> None:
-        """Forward and backward of one micro-batch, all parts of it."""
-        terms: dict[str, Tensor] = {}
-        for part, outputs in zip(parts, self.trainer.forward_parts(parts), strict=True):
-            for name, term in self.trainer.loss_terms(outputs, part).items():
-                terms[name] = terms[name] + term if name in terms else term
+        for parts in self.optimizer.micro_batches(micros, average=False):
+            terms: dict[str, Tensor] = {}
+            for part, outputs in zip(parts, self.trainer.forward_parts(parts), strict=True):
+                for name, term in self.trainer.loss_terms(outputs, part).items():
+                    terms[name] = terms[name] + term if name in terms else term
+                if done is self.recorded:
+                    done.outputs.setdefault(part.part, []).append(outputs.detach())
+            loss = torch.stack(list(terms.values())).sum()
+            self.optimizer.backward(loss)
+            done.losses.append(loss.detach())
             if done is self.recorded:
-                done.outputs.setdefault(part.part, []).append(outputs.detach())
-        loss = torch.stack(list(terms.values())).sum()
-        self.optimizer.backward(loss)
-        done.losses.append(loss.detach())
-        if done is self.recorded:
-            for name, term in terms.items():
-                term = term.detach()
-                done.terms[name] = done.terms[name] + term if name in done.terms else term
+                for name, term in terms.items():
+                    term = term.detach()
+                    done.terms[name] = done.terms[name] + term if name in done.terms else term
+        return torch.stack(done.losses).sum()
 
 
 class _ByRow(Batch):

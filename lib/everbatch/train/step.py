@@ -75,7 +75,13 @@ class Stepper:
 
     def augment_batch(self, parts: list[Batch]) -> list[Batch]:
         """Once per step: augment, move to the device, prepare. The stream part keeps its raw inputs in `extras`."""
-        return [self.ready(part, self.step) for part in parts]
+        kept = self.run.peeked.pop(self.step, None)
+        if kept is None:
+            return self.ready(parts, self.step)
+        # The stream's was made before its step, for `peek`: of these inputs, if nobody has changed them.
+        rest = [part for part in parts if part.inputs is not kept.extras["raw"]]
+        made = iter(self.ready(rest, self.step))
+        return [kept if part.inputs is kept.extras["raw"] else next(made) for part in parts]
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of one part, (n, classes) float32."""
@@ -92,7 +98,7 @@ class Stepper:
 
     def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
         """Logits of all parts of a micro-batch, one `forward` each; the losses of one are taken before the next runs."""
-        return (self.forward(part) for part in parts)
+        return map(self.forward, parts)
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Named scalars of one part; cross-entropy for the stream."""
@@ -143,37 +149,40 @@ class Stepper:
         applied = self.optimizer.last_applied
         record = StepRecord(self.step, applied, loss, found.terms, parts, outputs)
         self.after_step(record)
-        self.run.peeked.pop(self.step, None)
         self.step += 1
         return record
 
     # ------------------------------------------------------------------------- what it is made of
-    def ready(self, part: Batch, step: int) -> Batch:
-        """One part as that step trains on it: augmented, on the device, prepared. The stream's is made once, also where it
-        was made before its step, for `peek`."""
-        if part.part != "stream":
-            return self._made(part, part.inputs, part.extras, step)
-        kept = self.run.peeked.get(step)
-        if kept is None or kept.extras["raw"] is not part.inputs:
-            kept = self._made(part, part.inputs, {**part.extras, "raw": part.inputs}, step)
-        return kept
-
-    def _made(self, part: Batch, raw: Tensor, extras: dict[str, Tensor], step: int) -> Batch:
-        inputs = raw
+    def ready(self, parts: list[Batch], step: int) -> list[Batch]:
+        """Parts as that step trains on them: augmented, on the device, prepared."""
+        raw = parts
         if self.augment is not None:
-            inputs = self._augmented(part, step, self.augment)
-        part = replace(part, inputs=inputs, extras=extras).to(self.device)
-        return replace(part, inputs=self.inputs_of(part.inputs))
+            parts = self._augmented(parts, step, self.augment)
+        parts = [part.to(self.device) for part in parts]
+        result = []
+        for part, before in zip(parts, raw, strict=True):
+            extras = part.extras
+            if part.part == "stream":
+                extras = {**extras, "raw": before.inputs}
+            result.append(replace(part, inputs=self.inputs_of(part.inputs), extras=extras))
+        return result
 
-    def _augmented(self, part: Batch, step: int, augment: Callable[[Tensor], Tensor]) -> Tensor:
-        rows = []
+    def _augmented(self, parts: list[Batch], step: int, augment: Callable[[Tensor], Tensor]) -> list[Batch]:
+        """Each row under a seed of its own, the same on any rank."""
+        keys = []
+        for part in parts:
+            for row in part.ids.tolist():
+                keys.append(seeds.derive(self.seed, "augment", part.part, step, row))
+        result, left = [], iter(keys)
         with torch.random.fork_rng(devices=[]):
-            for row, key in zip(part.inputs, part.ids.tolist(), strict=True):
-                # Not torch.manual_seed, which seeds devices as well: their dropout follows the step.
-                seed = seeds.derive(self.seed, "augment", part.part, step, key)
-                torch.default_generator.manual_seed(seed)
-                rows.append(augment(row))
-        return torch.stack(rows)
+            for part in parts:
+                rows = []
+                for row, key in zip(part.inputs, left, strict=False):
+                    # Not torch.manual_seed, which seeds devices as well: their dropout follows the step.
+                    torch.default_generator.manual_seed(key)
+                    rows.append(augment(row))
+                result.append(replace(part, inputs=torch.stack(rows)))
+        return result
 
     def inputs_of(self, raw: Tensor) -> Tensor:
         """Model inputs of samples as the source gives them, without augmentation."""
@@ -206,8 +215,9 @@ class Stepper:
         if not self.run.fetched(ahead):
             return None
         step = self.step + ahead
-        batch = self.run.peeked[step] = self.ready(self.run.ahead[ahead - 1], step)
-        return batch
+        if step not in self.run.peeked:
+            self.run.peeked[step] = self.ready([self.run.ahead[ahead - 1]], step)[0]
+        return self.run.peeked[step]
 
     def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, targets and positions of the whole global batch: a function of the step, without communication."""

@@ -139,9 +139,9 @@ class Replay(TrainerMixin):
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Add the term of a replay part."""
-        added = Replay.terms(self) if batch.part in ("dark", "replay") else ()
+        added = evaluate(Replay.terms(self), outputs, batch) if batch.part in ("dark", "replay") else {}
         terms: dict[str, Tensor] = super().loss_terms(outputs, batch)  # type: ignore[misc]
-        return terms | evaluate(added, outputs, batch) if added else terms
+        return terms | added
 
     def after_step(self, record: StepRecord) -> None:
         """Offer the stream's samples to the memory, with the logits of the recorded pass."""
