@@ -30,7 +30,7 @@ from everbatch.contract import base_of, parts_of
 from everbatch.data import Source, Stream, TensorSource, growing
 from everbatch.distributed import World, init
 from everbatch.errors import check, check_real, check_whole
-from everbatch.experiment import Data, Engine, Job, Model, Optimizer, check_together, guard, unused_together
+from everbatch.experiment import Job, Parts, check_together, guard, learner, unused_together
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.report.plots import compare_curves
@@ -43,13 +43,9 @@ ARMS = {"fresh": "start over", "warm": "warm start", "shrink_perturb": "shrink a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Parts):
     """Options of this recipe."""
 
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    engine: Engine = field(default_factory=Engine)
     trainer: Trainer.Config = field(default_factory=Trainer.Config, metadata={"idle": {
         "checkpoint_every": KEPT, "keep_last": KEPT, "eval_future": "all rounds are tested on the same samples"}})
     shrink: float = 0.4
@@ -89,6 +85,8 @@ class Recipe:
         check(bool(self.arms), who, "arms=()", "name at least one")
         check(len(set(self.arms)) == len(self.arms), who, f"arms={list(self.arms)}", "name each once")
         check(self.optimizer.shrink_perturb is None, who, "optimizer.shrink_perturb", "be null", "set shrink and perturb")
+        check(self.conadv is None or self.conadv.placement != "ranks", who, "conadv.placement=ranks",
+              "be another", "every rank trains here")
 
     def unused(self) -> dict[str, str]:
         """Options that have no effect beside the others, and why."""
@@ -207,16 +205,21 @@ def one_run(options: Recipe, stream: Stream, arm: str, seed: int, world: World, 
         cls = compose(*parts_of(optimizer.func), ShrinkPerturb, base=base)
         optimizer = functools.partial(cls, **optimizer.keywords, shrinkperturb_shrink=shrink, shrinkperturb_perturb=perturb,
                                       shrinkperturb_factory=factory)
-    learner = type("Learner", ((WarmStart,) if arm != "warm" else ()) + (Fitted, Trainer), {})
+    started: dict[type, Any] = {} if arm == "warm" else {WarmStart: options.warm_start}
+    made_of = learner({**options.mixins(), **started, Fitted: None})
     engine = options.engine.build(options.trainer.batch_size, options.trainer.accumulation, world.size)
     engine = "plain" if engine == "ddp" and world.size == 1 else engine
     first = model(seed)
     if options.init is not None and arm != "fresh":
         begin_from(first, options.init, world)
-    trainer = learner(first, optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
+    trainer = made_of(first, optimizer, engine, config=replace(options.trainer, seed=seed), prepare=options.data.prepare,
                       ddp=None if engine == "plain" else options.engine.ddp,
                       augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
-    matrix = trainer.fit(stream)
+    try:
+        matrix = trainer.fit(stream)
+    finally:
+        if hasattr(trainer, "close"):  # what works beside it
+            trainer.close()
     if home is not None:
         trainer.export(home, options.data.described(sample, options.model))
     return [matrix[k][k] for k in range(len(stream))], list(trainer.states[Fitted].epochs)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from everbatch import config
 from everbatch.data import TensorSource, growing
 from everbatch.distributed import World
 from everbatch.experiment import Engine
@@ -84,3 +85,17 @@ def test_sizes_and_bad_options(recipe: ModuleType) -> None:
     for name, value in (("rounds", 1), ("first", 1.0), ("seeds", 0), ("pixel_noise", -0.1), ("width", 0), ("arms", ())):
         with pytest.raises(ValueError, match=f"growing_data: {name}="):
             recipe.Recipe(**{name: value})
+
+
+def test_trainer_mixins_are_options_by_key(recipe: ModuleType) -> None:
+    sources = [TensorSource(torch.rand(n, 1, 8, 8), torch.arange(n) % 2, name=str(n)) for n in (32, 8)]
+    stream = growing(*sources, sizes=[16, 16], seed=0)
+    words = ["engine.kind=ddp", "trainer.epochs=1", "trainer.batch_size=8", "replay.capacity=4", "replay.replay_batch=4",
+             "conadv.radius=2", "optimizer.ewc.strength=0.1", "width=4"]
+    options = config.parse(recipe.Recipe, words)
+    assert [part.__name__ for part in options.mixins()] == ["ConAdv", "Replay", "Consolidate"]
+    for arm in ("warm", "shrink_perturb"):
+        row, price = recipe.one_run(options, stream, arm, 0, World.current())
+        assert len(row) == len(price) == 2
+    with pytest.raises(SystemExit):
+        config.parse(recipe.Recipe, ["conadv.placement=ranks"])
