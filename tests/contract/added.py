@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,9 @@ from record import Record
 import everbatch
 from everbatch import cli, config, methods
 from everbatch.contract import parts_of
-from everbatch.experiment.options import Parts
+from everbatch.experiment import ClassIncremental, LargeBatch
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe(Parts):
-    """A recipe that knows of no method."""
 
 
 def told(record: Record, store: Path, key: str) -> None:
@@ -40,10 +34,12 @@ def told(record: Record, store: Path, key: str) -> None:
         found.require(getattr(package, name) is part and name in package.__all__, "no name of the package")
     with record.check(f"told/{key}/option") as found:
         path = f"optimizer.{key}" if family == "optim" else key
-        chosen = config.parse(Recipe, [f"{path}.strength={strength}"])
-        composed = parts_of(chosen.optimizer.build().func) if family == "optim" else tuple(chosen.mixins())
-        found.require(composed == (part,), f"{composed}")
-        found.require(f"--{path}.strength" in config.help_text(Recipe), "not in the help")
+        for recipe in (ClassIncremental, LargeBatch):
+            for words in ([], [f"{path}.strength={strength}"]):
+                chosen = config.parse(recipe, words)
+                composed = parts_of(chosen.optimizer.build().func) if family == "optim" else chosen.mixins()
+                found.require((part in composed) == bool(words), f"{recipe.__name__} {words}: {composed}")
+            found.require(f"--{path}.strength" in config.help_text(recipe), "not in the help")
     with record.check(f"told/{key}/command") as found, contextlib.redirect_stdout(io.StringIO()) as said:
         cli.main(["methods", "--json"])
         row = next(row for row in json.loads(said.getvalue()) if row["key"] == key)
@@ -55,9 +51,9 @@ def told(record: Record, store: Path, key: str) -> None:
         with record.check(f"told/{key}/plain loop") as found:
             spec = importlib.util.spec_from_file_location("one_method", ROOT / "recipes" / "one_method.py")
             assert spec is not None and spec.loader is not None
-            recipe = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(recipe)
-            accuracy = recipe.main(name, f"strength={part.search['strength'][0]}")
+            one_method = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(one_method)
+            accuracy = one_method.main(name, f"strength={part.search['strength'][0]}")
             found.require(accuracy > 0.3, f"accuracy {accuracy}")
 
 
