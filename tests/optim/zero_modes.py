@@ -324,9 +324,9 @@ def mended_self_check() -> None:
         opt.backward(engine.module(torch.full((8, 6), float("nan"))).square().mean())
 
     opt.step(closure)
-    expect(opt.skipped_count == 1 and not opt.host._verified, "a NaN passed for a proof")  # type: ignore[attr-defined]
+    expect(opt.skipped_count == 1 and opt.host.unproven, "a NaN passed for a proof")  # type: ignore[attr-defined]
     opt.step(closure_of(opt, engine))
-    expect(opt.host._verified, "not verified")  # type: ignore[attr-defined]
+    expect(not opt.host.unproven, "not verified")  # type: ignore[attr-defined]
 
 
 CASES: dict[str, Callable[[], Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 from everbatch.contract import Contract
 from everbatch.errors import UnsupportedHost
 
-__all__ = ["NEEDED", "PARTITIONS", "TESTED", "check_optimizer", "in_leaf", "refuse_modes"]
+__all__ = ["NEEDED", "PARTITIONS", "TESTED", "check_internals", "check_optimizer", "in_leaf", "refuse_modes"]
 
 TESTED = "0.19.8"
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -73,6 +73,18 @@ def refuse_modes(engine: Any) -> None:
         if present:
             raise UnsupportedHost(f"DeepSpeed: {mode} is not supported; tested: stages 0-3, fp32 and bf16, CPU optimizer "
                                   f"offload, deepspeed {TESTED}")
+
+
+def check_internals(engine: Any, zero: Any, kind: str) -> None:
+    """Refuse a version of DeepSpeed that lacks what the host stands on."""
+    for owner, names in NEEDED.items():
+        target = engine if owner == "engine" else zero if owner == kind else None
+        for name in names if target is not None else ():
+            if not hasattr(target, name):
+                raise UnsupportedHost(f"DeepSpeed: {type(target).__name__}.{name} is missing in this version; "
+                                      f"tested: {TESTED}; install deepspeed=={TESTED} or report this")
+    if kind not in (*NEEDED, "torch"):
+        raise UnsupportedHost(f"DeepSpeed: optimizer wrapper {kind} is not supported; use a torch.optim optimizer")
 
 
 def check_optimizer(inner: Any, base: type, stage: int) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.engines.scratch import Scratch
-from everbatch.engines.shards import Shard, Vector
+from everbatch.engines.shards import Scratch, Shard, Vector, count_bad, masters_of
 from everbatch.engines.watch import Watch
 from everbatch.errors import UnsupportedHost, check
 
@@ -82,6 +81,8 @@ class Host(abc.ABC):
     world: int = 1
     pass_cost: str = "one forward and backward"
     """For describe(): what one more pass costs here."""
+    unproven: str = ""
+    """What is to be proven in the first step with several passes, namely that a pass can be repeated; "" if it is known."""
     replicas: int = 1
     """Data-parallel ranks that hold the same masters."""
 
@@ -145,9 +146,6 @@ class Host(abc.ABC):
     def begin_step(self) -> None:  # noqa: B027
         """Before the first pass of a step. Gradients may be there already."""
 
-    def close_step(self) -> None:  # noqa: B027
-        """After a step, also one that raised."""
-
     def any_gradient(self) -> bool:
         """Whether any trained parameter has a gradient; True where another check tells, or nothing is trained."""
         return True
@@ -178,8 +176,8 @@ class Host(abc.ABC):
     def end_pass(self) -> None:  # noqa: B027
         """After the last backward of a pass (gradient unscaling)."""
 
-    def end_step(self, applied: bool) -> None:  # noqa: B027
-        """After the decision to apply or skip the step (loss-scale update)."""
+    def end_step(self, applied: bool | None) -> None:  # noqa: B027
+        """After a step that was applied, or skipped (loss-scale update); None: it raised."""
 
     def set_sync(self, last: bool) -> None:  # noqa: B027
         """Before each forward under accumulation: whether its backward shall reduce gradients."""
@@ -224,9 +222,6 @@ class Host(abc.ABC):
         raise UnsupportedHost(f"{self.title}: ranks share one sharded copy of the weights, so they cannot move it apart; use "
                               "scope='global', or ZeRO stage 0 to 2, DDP or plain torch")
 
-    def verify(self, objective: Any) -> None:  # noqa: B027
-        """Once, after the recorded pass of the first step with several passes: prove that a pass can be repeated."""
-
     def recipe(self) -> tuple[Any, ...]:
         """Arguments after the optimizer that rebuild this host, for copying and pickling."""
         raise NotImplementedError
@@ -251,18 +246,9 @@ class Host(abc.ABC):
         return self.total(self._bad()) == 0
 
     def _bad(self) -> Tensor:
-        """0-dim float64: > 0 where this rank holds a gradient or a master with an element that is not finite: an update that
-        overflowed is found here, also in weights that no pass reaches."""
-        held = self.weights().tensors + self.gradient().tensors
-        bad = torch.zeros((), dtype=torch.float64, device=self.device)
-        devices = {t.device for t in held}
-        for device in devices:  # offload: masters on the CPU
-            here = held if len(devices) == 1 else [t for t in held if t.device == device]
-            found, one = torch.zeros(1, device=device), torch.ones(1, device=device)
-            # What GradScaler asks with: one kernel for all on GPUs, a fifth of aminmax's time on CPUs. Times one changes no bit.
-            torch._amp_foreach_non_finite_check_and_unscale_(here, found, one)
-            bad += found[0].to(bad)
-        return bad
+        """> 0 where this rank holds a gradient or a master with an element that is not finite: an update that overflowed is found
+        here, also in weights that no pass reaches."""
+        return count_bad(self.weights(), self.gradient(), self.device)
 
     def gradient(self) -> Vector:
         """The present gradient as views; in the engine's accumulation dtype."""
@@ -271,7 +257,7 @@ class Host(abc.ABC):
 
     def weights(self) -> Vector:
         """The masters as views."""
-        return Vector(self, self.shards, [s.data for s in self.shards])
+        return masters_of(self, self.shards)
 
     def reset_moments(self) -> None:
         """Drop the base optimizer's per-parameter state, as a newly built optimizer has none."""
@@ -331,7 +317,10 @@ class Host(abc.ABC):
 class Alone:
     """Stands in for a host under a vector that is this rank's own: sums stay here."""
 
+    sharded = False
+
     def __init__(self, host: Host) -> None:
+        self.dirty, self.edits = False, 0  # working copies of this rank, which are not published
         self.device, self._host = host.device, host
 
     @property

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,17 @@ from everbatch.engines.watch import Watch
 from everbatch.engines.wrappers import holds, is_wrapped
 from everbatch.errors import UnsupportedHost, check
 
-if TYPE_CHECKING:
-    from everbatch.optim.mixin import OptimizerMixin
-
 __all__ = ["LocalHost"]
+
+
+class Updated(Protocol):
+    """What a host needs of the optimizer whose parameters are the masters."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def base_step(self) -> None:
+        """The base optimizer's own update."""
 
 
 @dataclass
@@ -60,7 +67,7 @@ class LocalHost(Host):
     parameters that were left gathered.
     """
 
-    def __init__(self, optimizer: OptimizerMixin, module: nn.Module | None, scaler: Any | None) -> None:
+    def __init__(self, optimizer: Updated, module: nn.Module | None, scaler: Any | None) -> None:
         super().__init__()
         # The optimizer owns its host; a strong reference back would keep both alive until the garbage collector runs.
         self._optimizer = weakref.proxy(optimizer)
@@ -161,9 +168,6 @@ class LocalHost(Host):
     def begin_step(self) -> None:
         self._stepping = None
         self._stepping = self._now()
-
-    def close_step(self) -> None:
-        self._stepping, self._clean = None, False
 
     def weights(self) -> Vector:
         now = self._now()
@@ -269,9 +273,10 @@ class LocalHost(Host):
             inverse = 1.0 / self.scaler.scale(torch.ones((), device=self.device))
             self.gradient().mul_(inverse)
 
-    def end_step(self, applied: bool) -> None:
+    def end_step(self, applied: bool | None) -> None:
         """The growth rule of `GradScaler.update`, fed with our own finding and kept in the scaler's own state."""
-        if self.scaler is None:
+        self._stepping, self._clean = None, False
+        if self.scaler is None or applied is None:
             return
         kept = self.scaler.state_dict()
         kept["_growth_tracker"] = kept["_growth_tracker"] + 1 if applied else 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ByName", "Shard", "Sums", "Vector", "inner", "wide"]
+__all__ = ["ByName", "Scratch", "Shard", "Sums", "Vector", "count_bad", "inner", "masters_of", "step_length", "wide"]
 
 
 def wide(t: Tensor) -> torch.dtype:
@@ -19,6 +20,9 @@ def wide(t: Tensor) -> torch.dtype:
 
 COUNTERS = ("step", "mu_product", "eta", "mu")
 """State of torch's optimizers that is one number per parameter: of a parameter of one number, only the name tells it apart."""
+LARGEST = 2**22
+"""Elements up to which memory for copies is kept: beyond, making views costs nothing beside the arithmetic, and memory does."""
+NOBODY: Any = None
 ANYWHERE = -2
 CHUNK = 2**20
 """Elements of one tensor that are summed in fp32 at most, before sums go on in float64."""
@@ -28,6 +32,9 @@ class Sums(Protocol):
     """What a vector needs of a host: where its sums are taken, and over which parameters."""
 
     device: torch.device
+    dirty: bool
+    edits: int
+    sharded: bool
 
     @property
     def names(self) -> list[str]:
@@ -100,6 +107,7 @@ class Shard:
         return self.data.numel()
 
 
+@dataclass(eq=False, slots=True)
 class Vector:
     """One tensor per shard: a vector over the whole model, of which each rank holds its part.
 
@@ -110,18 +118,13 @@ class Vector:
     tensors of single shards are views that are made when somebody asks for them.
     """
 
-    __slots__ = ("_tensors", "flat", "host", "lent", "shards")
-
-    def __init__(
-        self, host: Sums, shards: Sequence[Shard], tensors: Sequence[Tensor] | None, *, flat: Tensor | None = None,
-        lent: bool = False,
-    ) -> None:
-        self.host, self.shards = host, list(shards)
-        self._tensors = None if tensors is None else list(tensors)
-        self.flat = flat
-        """The one tensor of which `tensors` are views, in order and without gaps, if they are."""
-        self.lent = lent
-        """Whether `Scratch` wants its memory back."""
+    host: Sums
+    shards: list[Shard]
+    _tensors: list[Tensor] | None
+    flat: Tensor | None = None
+    """The one tensor of which `tensors` are views, in order and without gaps, if they are."""
+    lent: bool = False
+    """Whether `Scratch` wants its memory back."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -181,6 +184,33 @@ class Vector:
                 t.mul_(_like(scale, t))
         return self
 
+    def of_length(self, rho: float | Tensor, delta: float) -> Vector:
+        """A copy in the masters' type, of length rho * n / (n + delta), where n is the norm."""
+        copy = self.to_masters()
+        return copy.mul_(step_length(rho, copy.norm(), delta))
+
+    def to_masters(self) -> Vector:
+        """A copy in the masters' type."""
+        masters = {s.owner.dtype for s in self.shards}
+        if len(masters) == 1:
+            return self.clone(masters.pop())
+        return Vector(self.host, self.shards, [t.to(s.owner.dtype, copy=True) for s, t in self])
+
+    def times(self, factors: Sequence[Tensor | None]) -> Vector:
+        """A new vector: each tensor times a factor with as many elements, or as it is."""
+        result = []
+        for t, m in zip(self.tensors, factors, strict=True):
+            if m is not None:
+                t = t * (m if m.shape == t.shape else m.to(t).view(t.shape))
+            result.append(t)
+        return Vector(self.host, self.shards, result)
+
+    def copy_into_masters(self) -> None:
+        """Make the masters what this is."""
+        self.copy_into([s.data for s in self.shards])
+        self.host.dirty = True
+        self.host.edits += 1
+
     def copy_into(self, tensors: Sequence[Tensor]) -> None:
         """Copy each shard's tensor into another one."""
         if self.shards:
@@ -202,13 +232,37 @@ class Vector:
         return self.host.gather([(s, t) for s, t in self if s.name == name], [name])[name]
 
 
+def masters_of(host: Sums, shards: list[Shard]) -> Vector:
+    """The masters of these shards as views."""
+    return Vector(host, shards, [s.data for s in shards])
+
+
+def step_length(rho: float | Tensor, norm: Tensor, delta: float) -> Tensor:
+    """rho / (norm + delta), and 0 where the norm is: the quotient may overflow in a narrower dtype, and 0 * inf is NaN."""
+    return (rho / (norm + delta).clamp_min(torch.finfo(torch.float64).tiny)).masked_fill(norm == 0, 0.0)
+
+
+def count_bad(weights: Vector, gradient: Vector, device: torch.device) -> Tensor:
+    """0-dim float64: > 0 where a weight or a gradient here has an element that is not finite. No host sync."""
+    held = weights.tensors + gradient.tensors
+    bad = torch.zeros((), dtype=torch.float64, device=device)
+    devices = {t.device for t in held}
+    for place in devices:  # offload: masters on the CPU
+        here = held if len(devices) == 1 else [t for t in held if t.device == place]
+        found, one = torch.zeros(1, device=place), torch.ones(1, device=place)
+        # What GradScaler asks with: one kernel for all on GPUs, a fifth of aminmax's time on CPUs. Times one changes no bit.
+        torch._amp_foreach_non_finite_check_and_unscale_(here, found, one)
+        bad += found[0].to(bad)
+    return bad
+
+
 def inner(host: Sums, *pairs: tuple[Vector, Vector]) -> Tensor:
     """Inner products over the whole model of several pairs of vectors: (number of pairs,) float64, one collective for all."""
     local = torch.zeros(len(pairs), dtype=torch.float64, device=host.device)
     for i, (a, b) in enumerate(pairs):
         if a.shards:
             local[i] = _local_inner(a, b, host.device)
-    return host.total(local)
+    return host.total(local) if host.sharded else local
 
 
 def _local_inner(a: Vector, b: Vector, device: torch.device) -> Tensor:
@@ -246,6 +300,71 @@ def _local_dots(a: list[Tensor], b: list[Tensor], device: torch.device) -> Tenso
                         for x, y in zip(a, b, strict=True)]).to(device)
 
 
+class Scratch:
+    """Lends vectors that lie in one tensor each, over the same shards as before, and takes them back.
+
+    Making 150 views costs as much as a thin model's norm, sum and copy together. What is lent must not outlive its return: only
+    for what never leaves a function, or a `with` block.
+
+    Memory: as many copies of a model's masters as are lent at once (two), up to 4 million elements each.
+    """
+
+    def __init__(self) -> None:
+        self._shards: list[Shard] = []
+        """Of what lies here."""
+        self._free: list[Vector] = []
+
+    def copy(self, vector: Vector) -> Vector:
+        """A copy; give it back with `give`."""
+        lent = self._lend(vector)
+        if lent is None:
+            return vector.clone()
+        torch._foreach_copy_(lent.tensors, vector.tensors)
+        return lent
+
+    def give(self, *vectors: Vector) -> None:
+        """Return what was lent; a vector that was not is let go."""
+        for v in vectors:
+            if v.lent and v.shards is self._shards:
+                v.host = NOBODY  # whoever keeps this memory shall not keep the engine
+                self._free.append(v)
+
+    def displace(self, vector: Vector) -> Vector:
+        """Add a vector to the masters of its shards. Returns a copy of them as they were, which is to be given back."""
+        weights = masters_of(vector.host, vector.shards)
+        saved = self.copy(weights)
+        mine, theirs = saved.flat, vector.flat
+        lent = self._lend(saved) if mine is not None and theirs is not None else None
+        if lent is None or mine is None or theirs is None:
+            weights.add_(vector)
+        else:
+            torch.add(mine, theirs, out=lent.flat)
+            lent.copy_into(weights.tensors)
+            self.give(lent)
+        vector.host.dirty = True
+        vector.host.edits += 1
+        return saved
+
+    def _lend(self, like: Vector) -> Vector | None:
+        """A vector over the same shards, with any values; None where memory is not kept."""
+        kinds = {(t.dtype, t.device) for t in like.tensors}
+        if len(kinds) != 1 or len(like.shards) < 2:
+            return None
+        ((dtype, device),) = kinds
+        if self._shards != like.shards:
+            self._shards, self._free = list(like.shards), []
+        for lent in self._free:
+            if lent.flat is not None and (lent.flat.dtype, lent.flat.device) == (dtype, device):
+                self._free.remove(lent)
+                lent.host = like.host
+                return lent
+        size = sum(t.numel() for t in like.tensors)
+        if size > LARGEST:
+            return None
+        # The list itself: by it, what is returned is known to be of these shards.
+        return Vector(like.host, self._shards, None, flat=torch.empty(size, dtype=dtype, device=device), lent=True)
+
+
 class ByName(dict[str, Tensor]):
     """State of a mixin that is per element: parameter name to this rank's slice. Saved whole, by name."""
 
@@ -258,7 +377,7 @@ class ByName(dict[str, Tensor]):
         result._vector = vector
         return result
 
-    def over(self, host: Sums, shards: Sequence[Shard]) -> Vector:
+    def over(self, host: Sums, shards: list[Shard]) -> Vector:
         """A vector of what is kept for these shards: the one it was made of, or after loading a new one over the same memory."""
         if self._vector is None or self._vector.host is not host or self._vector.shards != shards:
             self._vector = Vector(host, shards, [self[s.name] for s in shards])

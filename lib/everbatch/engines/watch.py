@@ -6,8 +6,7 @@ first one, the first of a task, and every one where something outside has buffer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,47 +50,50 @@ class Watch:
         """Whether the pass under way is the one that moves statistics."""
         self._seen: set[int] | None = None
         """Modules met in the pass under way; None outside of passes."""
-        self._undo: list[Callable[[], None]] = []
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self.undo: list[Callable[[], None]] = []
+        """What lets go of what the pass under way holds, last first."""
+        self._parts: list[nn.Module] = []
+        """Modules of the root, as a pass of the step under way has found them."""
+        self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._stop: Callable[[], None] | None = None
 
     def look_again(self) -> None:
         """Have the next step look for modules outside of the root: closures may have changed."""
         self._look = True
 
-    def begin_step(self, meet: Meet) -> None:
-        """Before the first pass of a step. `meet` is called with all modules of every outermost one that is found."""
-        self._meet_all = meet
-        self.looking = self._look or self._outside
-        if self._look and self.root is not None:
-            self._compiled = any(map(is_compiled, every_module(self.root)))
-
     def end_step(self) -> None:
-        """After the last pass of a step, or one that raised."""
-        self._meet_all, self._buffers = None, []
+        """After the last pass of a step, or one that raised; needed where `looking` or `buffers` is true."""
+        self._meet_all, self.buffers, self._parts, self.looking = None, [], [], False
         if self._stop is not None:
             self._stop()
             self._stop, self._look, self._compiled = None, False, self._found_compiled
 
-    @contextmanager
-    def over(self, *, recorded: bool) -> Iterator[None]:
-        """Around the closure of one pass."""
-        if self.looking and self._stop is None:
-            self._found_compiled = False
-            self._stop = _through_calls(self) if self._compiled else _through_hook(self)
-        self._recorded, self._seen, self._undo = recorded, set(), []
-        try:
-            if self.root is not None:
-                self._take(self.root, inside=True)
-            yield
-        finally:
-            self._seen = None
-            for action in reversed(self._undo):
-                action()
+    def open(self, meet: Meet, *, recorded: bool) -> None:
+        """Before the closure of one pass. `meet` is called with all modules of every outermost one that is found."""
+        if self._stop is None and (self._look or self._outside):
+            self._begin_to_look(meet)
+        self._recorded, self._seen, self.undo = recorded, set(), []
+        if self.root is not None:
+            self._take(self.root, inside=True)
+
+    def close(self) -> None:
+        """After the closure, also one that raised; needed where `looking` or `undo` is true."""
+        self._seen = None
+        for action in reversed(self.undo):
+            action()
+        self.undo = []
+
+    def _begin_to_look(self, meet: Meet) -> None:
+        """In the first pass of a step that looks."""
+        self.looking, self._meet_all = True, meet
+        if self._look and self.root is not None:
+            self._compiled = any(map(is_compiled, every_module(self.root)))
+        self._found_compiled = False
+        self._stop = _through_calls(self) if self._compiled else _through_hook(self)
 
     def rollback(self) -> None:
         """Put every buffer the recorded pass may have moved back to where it was before the step."""
-        for entry in self._buffers:
+        for entry in self.buffers:
             put_back(*entry)
 
     def meet(self, module: nn.Module) -> None:
@@ -103,7 +105,11 @@ class Watch:
         """Hold, or copy, what a module and those below it keep; whatever else is called of them is known then."""
         seen = self._seen
         assert seen is not None
-        parts = every_module(module)
+        parts = self._parts if inside and not self.looking else []
+        if not parts:
+            parts = every_module(module)
+        if inside:
+            self._parts = parts
         if seen:
             parts = [m for m in parts if id(m) not in seen]
         if self.looking:
@@ -114,11 +120,11 @@ class Watch:
         if not inside:
             self._outside = self._outside or any(p._buffers or isinstance(p, DistributedDataParallel) for p in parts)
         if self._recorded:
-            self._buffers += [(m, n, b, b.clone()) for m in parts if m._buffers for n, b in m._buffers.items() if b is not None]
+            self.buffers += [(m, n, b, b.clone()) for m in parts if m._buffers for n, b in m._buffers.items() if b is not None]
             return
         for part in parts:
             if part._buffers or isinstance(part, DistributedDataParallel):
-                self._undo += hold_statistics(part)
+                self.undo += hold_statistics(part)
 
 
 def _through_hook(watch: Watch) -> Callable[[], None]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from everbatch.contract import base_of, parts_of
 from everbatch.objective.terms import texts
-
-if TYPE_CHECKING:
-    from everbatch.optim.mixin import OptimizerMixin
+from everbatch.optim.composed import Composed
 
 __all__ = ["describe"]
 
 
-def describe(opt: OptimizerMixin) -> str:
+def describe(opt: Composed) -> str:
     """Order of the parts by verb, the objective, passes, bytes per owned master element and collectives, per step."""
     cls, costs = type(opt), opt.costs()
     parts, base = parts_of(cls), base_of(cls)

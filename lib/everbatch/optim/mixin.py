@@ -5,22 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from everbatch.contract import Contract, Cost, base_of, parts_of, reject_unknown
-from everbatch.engines.accumulation import Accumulation
 from everbatch.engines.host import Host
 from everbatch.engines.local import LocalHost
-from everbatch.engines.nonfinite import nonfinite_gradients
-from everbatch.engines.passes import Objective
+from everbatch.engines.passes import Accumulation, Objective, backward
 from everbatch.engines.shards import Vector
 from everbatch.errors import CompositionError, UnsupportedHost, check
 from everbatch.optim import state as persistence
-from everbatch.optim.savable import check_held, check_savable
+from everbatch.optim.savable import check_savable
 from everbatch.optim.sharpness.realised import realised, report
+from everbatch.optim.step import take_step
 
 __all__ = ["OptimizerMixin"]
 
@@ -118,6 +117,12 @@ class OptimizerMixin(Contract):
         self._on_skip: list[Callable[[], None]] = []
         self._replaced, self._warned = "", False
         self._held: frozenset[str] = frozenset()
+        self._asked: tuple[list[Any], bool] | None = None
+        """Options, and whether parts declared several passes with them."""
+        self._acting = frozenset(v for v in self.verbs if getattr(type(self), v) is not getattr(OptimizerMixin, v))
+        """Verbs that some part, or the class itself, overrides."""
+        self._needed = {name: part.__name__ for part in parts_of(type(self)) for name in part.needs}  # type: ignore[attr-defined]
+        """Auxiliary objectives that a step must be given, and who needs them."""
         self._objective: Objective | None = None
         self.last_applied, self.last_passes = True, 0
         self.last_nonfinite: str | None = None
@@ -157,108 +162,25 @@ class OptimizerMixin(Contract):
             self._accumulation.excused = True  # earlier passes may have reached the new ones
 
 
-    def __getattr__(self, name: str) -> Any:
-        """On DeepSpeed the engine's inner optimizer owns `param_groups` and `state`; elsewhere this instance has them."""
-        inner = getattr(self.__dict__.get("host"), "inner", None) if name in ("param_groups", "state") else None
-        if inner is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(inner, name)
+    defaults: dict[str, Any]
 
-    # ------------------------------------------------------------------------------------------------- the step
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, **auxiliary: Callable[..., Any]) -> Any:
-        """Take one step: passes, agreement on finiteness, update.
+    if not TYPE_CHECKING:  # else every name were known
 
-        Args:
-            closure: runs forward, calls `opt.backward(loss)` and returns the loss (over micro-batches their mean, which is the
-                sum of what `opt.backward` returns). It must not zero gradients. Without it the gradients that are there are
-                used, and a mixin that needs a pass raises `RuntimeError`.
-            auxiliary: further objectives that a mixin needs, by name. `output=` and `data=` are closures like `closure`, of
-                another scalar; `per_sample=` maps row indices (None: all) to the losses (n,) of those rows, with a graph.
+        def __getattr__(self, name: str) -> Any:
+            """On DeepSpeed the engine's inner optimizer owns `param_groups` and `state`; elsewhere this instance has them."""
+            inner = getattr(self.__dict__.get("host"), "inner", None) if name in ("param_groups", "state") else None
+            if inner is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return getattr(inner, name)
 
-        Returns:
-            What the closure returned in the recorded pass, detached.
-
-        Raises:
-            RuntimeError: a closure after which no parameter has a gradient. Before anything moves, if a backward outside of the
-                closure has left a gradient, as a framework's accumulation does; where a host can tell: plain torch, DDP, FSDP2
-                and DeepSpeed's own backward.
-        """
-        self._require(auxiliary)
-        self._accumulation.enter(closure is not None)
-        self.metrics, self._on_apply, self._on_skip, self._replaced = {}, [], [], ""
-        self.host.begin_step()
-        self.host.watch.begin_step(self.host.meet)
-        closures = {**auxiliary, **({"loss": closure} if closure is not None else {})}
-        closures = {name: f if name == "per_sample" else self._accumulation.watched(name, f) for name, f in closures.items()}
-        self._objective = objective = Objective(self.host, closures, self.add_penalty, several=self.extra_passes() > 0,
-                                                seed=(self.seed, self.step_count))
-        try:
-            self.move_parameters(objective)
-            loss = self.estimate_gradient(objective)
-            if closure is not None and not self.host.any_gradient():
-                who = type(self).__name__
-                raise RuntimeError(f"{who}: no parameter has a gradient after the closure; call opt.backward(loss) in it, on a "
-                                   f"loss of this model (of a DeepSpeed engine: {who}.on(engine))")
-            applied = bool(self.host.finite())
-            if applied:
-                self.edit_gradient()
-                for commit in self._on_apply:
-                    commit()
-                if not self._replaced:
-                    with self._holding():
-                        self.update()
-                        self.host.dirty = False
-                if not self._savable:
-                    check_held(self)
-                    self._savable = True
-                self.step_count += 1
-                self.edit_parameters()
-            else:
-                self.last_nonfinite = next(iter(nonfinite_gradients(self.host)), None)
-                self.host.watch.rollback()
-                for undo in reversed(self._on_skip):
-                    undo()
-                self.skipped_count += 1
-        finally:
-            self.host.watch.end_step()
-            self.host.close_step()
-            self._on_apply, self._on_skip, self._objective, self._held = [], [], None, frozenset()
-        self.host.end_step(applied)
-        self.host.discard()
-        self.host.publish_if_dirty()
-        self._accumulation.leave()
-        self.last_applied = applied
-        self.last_passes = objective.passes
-        return objective.loss if closure is not None else loss
-
-    def _require(self, given: Mapping[str, Any]) -> None:
-        """Refuse a step that lacks an objective some part needs, or has one that no part knows."""
-        needed = {name: part.__name__ for part in parts_of(type(self)) for name in part.needs}  # type: ignore[attr-defined]
-        for name, part in needed.items():
-            if name not in given:
-                raise RuntimeError(f"{type(self).__name__}: {part} needs opt.step(closure, {name}=...), and the step was given "
-                                   f"{sorted(given) or 'none'}")
-        odd = sorted(set(given) - {"output", "data", "per_sample"})
-        if odd:
-            raise TypeError(f"{type(self).__name__}: step() got {odd[0]}=; auxiliary objectives are output=, data=, per_sample=")
+    # --------------------------------------------------------------------------- the step, in a file of its own
+    step = take_step
+    backward = backward
 
     @property
     def recording(self) -> bool:
         """Inside a closure: whether this is the recorded pass, the one whose loss and outputs count."""
         return self._objective is None or self._objective.recording
-
-    def backward(self, loss: Tensor) -> Tensor:
-        """Back-propagate through the engine in use: `loss.backward()`, scaled under fp16, or `engine.backward`.
-
-        Returns:
-            What was back-propagated, detached and unscaled: inside `micro_batches` the loss divided by their number, so that
-            the sum of what is returned is the loss of the pass.
-        """
-        with torch.enable_grad():
-            loss = self._accumulation.share(loss)
-            self.host.backward(loss)
-        return loss.detach()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients. The step does so before every pass; a loop need not."""
@@ -298,8 +220,8 @@ class OptimizerMixin(Contract):
     def estimate_gradient(self, objective: Objective) -> Any:
         """Leave the gradient to use in the shards; returns the recorded pass's result."""
         loss = objective()
-        if objective.several and not objective.local:
-            self.host.verify(objective)
+        if self.host.unproven and objective.several:
+            objective.prove()
         return loss
 
     def add_penalty(self) -> None:
@@ -325,25 +247,20 @@ class OptimizerMixin(Contract):
         """Weights moved by `displacement(vector)` inside the block; their saved bits are copied back after it, also when it
         raises (locally then: no collective on the exception path). Cost: one copy of the owned masters."""
         vector = self.displacement(vector)
-        weights = Vector(self.host, vector.shards, [s.data for s in vector.shards])
-        saved = self.host.scratch.copy(weights)
-        masters = vector.host is self.host  # else working copies of this rank, which publishing would overwrite
+        scratch = self.host.scratch
+        saved = scratch.displace(vector)
         try:
-            self.host.scratch.write_sum(weights, saved, vector)
-            if masters:
+            if self.step_count % 100 == 0 and vector.host is self.host:
                 self._watch_precision(vector, saved)
-                self.host.touch()
             yield
         finally:
-            saved.copy_into([s.data for s in saved.shards])
-            self.host.scratch.give(saved)
-            if masters:
-                self.host.touch()
+            saved.copy_into_masters()
+            scratch.give(saved)
 
     def _watch_precision(self, vector: Vector, saved: Vector) -> None:
         """At every hundredth step, where weights compute in fewer bits than fp32: what is left of a displacement."""
         working = self.host.working_dtype
-        if working.itemsize < 4 and self.step_count % 100 == 0:
+        if working.itemsize < 4:
             ratio, cosine = realised(vector, saved, working)
             self.metrics |= {"perturbation_norm_ratio": ratio, "perturbation_cosine": cosine}
             self._warned = self._warned or report(type(self).__name__, ratio, cosine, self.host.rank)
@@ -360,18 +277,6 @@ class OptimizerMixin(Contract):
         """Leave these parameters and their moments as they are in the next step's update: no term of its loss reaches them, and
         neither decay nor momentum shall move them. Adam's count of steps goes on."""
         self._held = frozenset(names)
-
-    @contextmanager
-    def _holding(self) -> Iterator[None]:
-        held = [s for s in self.host.shards if s.name in self._held] if self._held else []
-        kept = [(s, s.data.clone(), {k: v.clone() for k, v in s.moments.items()}) for s in held]
-        yield
-        for shard, data, moments in kept:
-            shard.data.copy_(data)
-            for name, value in shard.moments.items():
-                value.copy_(moments[name]) if name in moments else value.zero_()
-        if kept:
-            self.host.touch()
 
     def replace_update(self, reason: str) -> None:
         """Apply the step without the base optimizer's update (a topology change, say)."""

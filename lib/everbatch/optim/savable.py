@@ -11,17 +11,15 @@ import inspect
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from everbatch.contract import base_of
 from everbatch.errors import check
+from everbatch.optim.composed import Composed
 from everbatch.optim.state import _is_option, _is_plain
-
-if TYPE_CHECKING:
-    from everbatch.optim.mixin import OptimizerMixin
 
 __all__ = ["check_held", "check_savable"]
 
@@ -34,7 +32,7 @@ LARGEST = 32
 """Of each dimension: enough for bases that factor matrices from some size on, and little for those that multiply many."""
 
 
-def check_savable(opt: OptimizerMixin, options: Mapping[str, Any]) -> bool:
+def check_savable(opt: Composed, options: Mapping[str, Any]) -> bool:
     """Refuse a base whose state could not be saved by name, at construction.
 
     Two of its steps are taken on stand-ins for the parameters, of at most 32 elements each way; no random number of the run is
@@ -64,7 +62,7 @@ def check_savable(opt: OptimizerMixin, options: Mapping[str, Any]) -> bool:
     return False
 
 
-def check_held(opt: OptimizerMixin) -> None:
+def check_held(opt: Composed) -> None:
     """Refuse it by the state that it has after a step.
 
     Raises:
@@ -77,7 +75,7 @@ def check_held(opt: OptimizerMixin) -> None:
     _refuse(opt, base, found)
 
 
-def _refuse(opt: OptimizerMixin, base: type, found: str) -> None:
+def _refuse(opt: Composed, base: type, found: str) -> None:
     check(not found, type(opt).__name__, f"base {base.__name__} keeps {found}", "keep tensors shaped like their parameter and "
           "numbers, in state[p] or in the groups, because state is saved by name and slice",
           "use another base, such as torch.optim.AdamW")

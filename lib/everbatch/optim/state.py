@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from everbatch.engines.host import plain_name
 from everbatch.engines.shards import ByName, Shard
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim import state_checks
-
-if TYPE_CHECKING:
-    from everbatch.optim.mixin import OptimizerMixin
+from everbatch.optim.composed import Composed
 
 __all__ = ["check_pieces", "load_pieces", "load_state_dict", "pieces", "state_dict"]
 
 
-def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
+def pieces(opt: Composed) -> tuple[list[Piece], dict[str, Any]]:
     """This rank's slices of masters, moments and mixin state, and the plain values beside them (JSON-able).
 
     Where every rank holds everything, only rank 0 has slices to write. Cost: no copy; one gather of small metadata.
@@ -44,13 +42,13 @@ def pieces(opt: OptimizerMixin) -> tuple[list[Piece], dict[str, Any]]:
     return tensors if writer else [], {"scalars": merged, **_plain(opt)}
 
 
-def check_pieces(opt: OptimizerMixin, checkpoint: Checkpoint, meta: Any) -> None:
+def check_pieces(opt: Composed, checkpoint: Checkpoint, meta: Any) -> None:
     """Raise `CheckpointMismatch` unless `load_pieces` would take all of it. Local; no tensor data is read."""
     shapes = {name: tuple(checkpoint.shape(name)) for name in checkpoint.names()}
     state_checks.fits(opt, meta, shapes, complete=True)
 
 
-def load_pieces(opt: OptimizerMixin, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+def load_pieces(opt: Composed, checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
     """Restore what `pieces` gave, reading only this rank's slices.
 
     Raises:
@@ -62,7 +60,7 @@ def load_pieces(opt: OptimizerMixin, checkpoint: Checkpoint, meta: dict[str, Any
              if f"{key}/{s.name}" in known else None, {n.split("/", 1)[0] for n in known})
 
 
-def state_dict(opt: OptimizerMixin, *, weights: bool | None = None) -> dict[str, Any]:
+def state_dict(opt: Composed, *, weights: bool | None = None) -> dict[str, Any]:
     """Everything by name, whole, on every rank: tensors under "tensors", plain values under "meta".
 
     On plain torch, DDP and FSDP2 torch's own "state" and "param_groups" are there as well, for tools that look at them; on plain
@@ -91,7 +89,7 @@ def state_dict(opt: OptimizerMixin, *, weights: bool | None = None) -> dict[str,
     return result
 
 
-def _torchs_own(opt: OptimizerMixin, whole: Mapping[str, Tensor]) -> dict[str, Any]:
+def _torchs_own(opt: Composed, whole: Mapping[str, Tensor]) -> dict[str, Any]:
     """What torch's `state_dict` gives, with the copies in `whole` in place of the tensors they were made from."""
     own: dict[str, Any] = torch.optim.Optimizer.state_dict(opt)  # type: ignore[arg-type]
     if opt.host.sharded:  # there they are slices
@@ -103,7 +101,7 @@ def _torchs_own(opt: OptimizerMixin, whole: Mapping[str, Tensor]) -> dict[str, A
     return {**own, "state": state}
 
 
-def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> None:
+def load_state_dict(opt: Composed, saved: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> None:
     """Restore what `state_dict` gave, on any host; a plain `state_dict` of the base optimizer alone is an error.
 
     Args:
@@ -132,7 +130,7 @@ def load_state_dict(opt: OptimizerMixin, saved: dict[str, Any], *, weights: Mapp
     _restore(opt, meta, read, {n.split("/", 1)[0] for n in tensors})
 
 
-def _plain(opt: OptimizerMixin) -> dict[str, Any]:
+def _plain(opt: Composed) -> dict[str, Any]:
     index = opt.host.group_index()
     groups = [{"names": [n for n, i in index.items() if i == k],
                "options": {k: _encode(v) for k, v in g.items() if _is_option(v) and k not in ("params", "param_names")}}
@@ -145,7 +143,7 @@ def _plain(opt: OptimizerMixin) -> dict[str, Any]:
             "shapes": shapes, "seed": opt.seed, "steps": opt.step_count, "skipped": opt.skipped_count}
 
 
-def _held(opt: OptimizerMixin) -> dict[str, list[tuple[Shard, Tensor]]]:
+def _held(opt: Composed) -> dict[str, list[tuple[Shard, Tensor]]]:
     """This rank's slices by kind: masters of what is trained; moments and mixin state also of what is frozen just now."""
     host, result = opt.host, dict[str, list[tuple[Shard, Tensor]]]()
     trained = set(host.names)
@@ -161,7 +159,7 @@ def _held(opt: OptimizerMixin) -> dict[str, list[tuple[Shard, Tensor]]]:
     return result
 
 
-def _restore(opt: OptimizerMixin, meta: dict[str, Any], read: Any, kinds: set[str]) -> None:
+def _restore(opt: Composed, meta: dict[str, Any], read: Any, kinds: set[str]) -> None:
     host = opt.host
     with host.frozen_too():
         shards = host.shards
@@ -252,7 +250,7 @@ def _piece(name: str, shard: Shard, value: Tensor) -> Piece:
     return Piece(name, shard.shape, shard.start, value.reshape(-1))
 
 
-def _scalars(opt: OptimizerMixin, shard: Shard) -> dict[str, Any]:
+def _scalars(opt: Composed, shard: Shard) -> dict[str, Any]:
     """Per-parameter state that is not per element, such as a step count: name to (dtype or "value", number)."""
     result: dict[str, Any] = {}
     moments = shard.moments

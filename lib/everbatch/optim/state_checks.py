@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from everbatch.checkpoint.files import CODES
 from everbatch.contract import base_of, parts_of
 from everbatch.engines.shards import ByName
 from everbatch.errors import CheckpointMismatch
-
-if TYPE_CHECKING:
-    from everbatch.optim.mixin import OptimizerMixin
+from everbatch.optim.composed import Composed
 
 __all__ = ["are_tensors", "fits", "like"]
 
@@ -31,7 +29,7 @@ def are_tensors(who: str, saved: Any) -> None:
                                  "this class's state_dict()")
 
 
-def fits(opt: OptimizerMixin, meta: Any, shapes: Shapes, *, complete: bool) -> None:
+def fits(opt: Composed, meta: Any, shapes: Shapes, *, complete: bool) -> None:
     """Raise `CheckpointMismatch`, naming what differs, unless the state fits the optimizer's model, groups and mixins.
 
     Args:
@@ -71,7 +69,7 @@ def like(who: str, key: str, saved: Any, present: Any, *, optional: bool = False
             return
 
 
-def _same_kind(opt: OptimizerMixin, meta: Any) -> None:
+def _same_kind(opt: Composed, meta: Any) -> None:
     who, here = type(opt).__name__, [p.__name__ for p in parts_of(type(opt))]
     if here != list(meta["class"]):
         raise CheckpointMismatch(f"{who}: the state is of {meta['class']}, this class is {here}; compose the same mixins")
@@ -80,7 +78,7 @@ def _same_kind(opt: OptimizerMixin, meta: Any) -> None:
         raise CheckpointMismatch(f"{who}: the state is of base {meta['base']}, this class has {base}; compose with the same base")
 
 
-def _same_weights(opt: OptimizerMixin, meta: Any, shapes: Shapes, complete: bool) -> None:
+def _same_weights(opt: Composed, meta: Any, shapes: Shapes, complete: bool) -> None:
     who, host = type(opt).__name__, opt.host
     held = {n.split("/", 1)[1]: shape for n, shape in shapes.items() if n.startswith("master/")}
     told = {n: tuple(shape) for n, shape in meta.get("shapes", {}).items()}
@@ -103,7 +101,7 @@ def _same_weights(opt: OptimizerMixin, meta: Any, shapes: Shapes, complete: bool
             raise CheckpointMismatch(f"{who}: {key} has shape {shape} in the state, the parameter has {every[name]}")
 
 
-def _same_groups(opt: OptimizerMixin, saved: Any) -> None:
+def _same_groups(opt: Composed, saved: Any) -> None:
     who, host = type(opt).__name__, opt.host
     index = host.group_index()
     names = [[n for n, i in index.items() if i == k] for k in range(len(host.groups()))]
@@ -124,7 +122,7 @@ def _scalars(who: str, saved: Any) -> None:
                                          f"number of one of {', '.join(CODES)}")
 
 
-def _mixins(opt: OptimizerMixin, saved: Any, shapes: Shapes) -> None:
+def _mixins(opt: Composed, saved: Any, shapes: Shapes) -> None:
     who = type(opt).__name__
     for part, state in opt.states.items():
         theirs = saved[part.__name__]

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.engines.host import Host
-from everbatch.engines.shards import Vector, inner
+from everbatch.engines.shards import Vector, inner, step_length
 from everbatch.errors import UnsupportedHost, check, check_whole
 
-if TYPE_CHECKING:
-    from everbatch.engines.passes import Objective
-    from everbatch.optim.mixin import OptimizerMixin
-
-__all__ = ["Scope", "adaptive_ascent", "ascent", "by_tensor", "check_interval", "check_scope", "combine_", "first_gradient",
-           "gap_direction", "masters_copy", "paired"]
+__all__ = ["Scope", "adaptive_ascent", "ascent", "by_tensor", "check_interval", "check_scope", "combine_", "gap_direction",
+           "group_gradient", "masters_copy", "paired"]
 
 Scope = Literal["global", "local", "group"]
 
 
 def masters_copy(vector: Vector) -> Vector:
     """A copy of a vector in the masters' dtype."""
-    masters = {s.owner.dtype for s in vector.shards}
-    if len(masters) == 1:
-        return vector.clone(masters.pop())
-    return Vector(vector.host, vector.shards, [t.to(s.data.dtype, copy=True) for s, t in vector])
+    return vector.to_masters()
 
 
 def paired(a: Vector, b: Vector) -> tuple[Vector, Vector]:
@@ -44,11 +37,6 @@ def paired(a: Vector, b: Vector) -> tuple[Vector, Vector]:
     return Vector(a.host, shards, over(of_a, of_b)), Vector(b.host, shards, over(of_b, of_a))
 
 
-def _step_length(rho: float | Tensor, norm: Tensor, delta: float) -> Tensor:
-    """rho / (norm + delta), and 0 where the norm is: the quotient may overflow in a narrower dtype, and 0 * inf is NaN."""
-    return (rho / (norm + delta).clamp_min(torch.finfo(torch.float64).tiny)).masked_fill(norm == 0, 0.0)
-
-
 @torch.no_grad()
 def ascent(gradient: Vector, rho: float | Tensor, delta: float = 1e-12) -> Vector:
     """Direction of steepest ascent, of length rho: e = rho * g / (||g|| + delta), the norm over the whole model.
@@ -63,9 +51,7 @@ def ascent(gradient: Vector, rho: float | Tensor, delta: float = 1e-12) -> Vecto
 
     Source: Foret et al. 2021, arXiv 2010.01412, eq. 2.
     """
-    copy = masters_copy(gradient)
-    # The norm of the gradient as it came: a narrower type's copy is wider, and has the same one.
-    return copy.mul_(_step_length(rho, copy.norm(), delta))
+    return gradient.of_length(rho, delta)
 
 
 @torch.no_grad()
@@ -87,7 +73,7 @@ def adaptive_ascent(
         return weight.abs() + eta if "weight" in name else 1.0
 
     scaled = Vector(gradient.host, gradient.shards, [g.to(s.data.dtype) * scale(s.name, s.data) for s, g in gradient])
-    factor = _step_length(rho, scaled.norm(), delta)
+    factor = step_length(rho, scaled.norm(), delta)
     return scaled.map_(lambda s, t: t * scale(s.name, s.data)).mul_(factor)
 
 
@@ -138,42 +124,32 @@ def check_interval(who: str, interval: int) -> None:
     check_whole(who, "interval", interval, 1, cure="1 perturbs at every step")
 
 
-def check_scope(opt: OptimizerMixin, who: str, scope: Scope, group_size: int) -> Any:
+def check_scope(host: Host, who: str, scope: Scope, group_size: int) -> Any:
     """At construction: refuse a scope this host cannot do; returns the process group of scope "group"."""
-    if scope == "global" or opt.host.world == 1:
+    if scope == "global" or host.world == 1:
         return None
-    if not opt.host.apart:
-        raise UnsupportedHost(f"{who}: scope={scope!r} on {opt.host.title}: ranks share one sharded copy of the weights and "
+    if not host.apart:
+        raise UnsupportedHost(f"{who}: scope={scope!r} on {host.title}: ranks share one sharded copy of the weights and "
                               "cannot move it apart; use scope='global', or ZeRO stage 0 to 2, DDP or plain torch")
     if scope == "local":
         return None
-    check(opt.host.world % group_size == 0, who, f"group_size={group_size} on {opt.host.world} ranks",
+    check(host.world % group_size == 0, who, f"group_size={group_size} on {host.world} ranks",
           "divide the number of ranks")
     mine, _ = dist.new_subgroups(group_size)
     return mine
 
 
-def first_gradient(opt: OptimizerMixin, objective: Objective, run: Any, scope: Scope, group: Any) -> tuple[Any, Vector]:
-    """Run the recorded pass; returns its loss and the gradient the perturbation is made of.
-
-    global: the reduced gradient of the whole batch. local: this rank's own, without any reduction. group: the mean over the
-    ranks of `group`, over all trained parameters, one all-reduce among them.
-    """
-    if scope == "global" or opt.host.world == 1:
-        return run(objective), opt.host.gradient()
-    objective.local = True
-    try:
-        loss = run(objective)
-    finally:
-        objective.local = False
-    mine = opt.host.local_gradient()
-    if scope == "group":
-        # Ranks may reach different parameters, so all take part, and each rank enters whatever it has.
-        has, shards = {s.name: t for s, t in mine}, opt.host.working_shards()
-        tensors = [has[s.name] if s.name in has else torch.zeros_like(s.data) for s in shards]
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        parts = flat.split_with_sizes([t.numel() for t in tensors])
-        mine = Vector(mine.host, shards, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
-    return loss, mine
+def group_gradient(host: Host, scope: Scope, group: Any) -> Vector:
+    """After a local pass, the gradient a perturbation is made of: "local": this rank's own; "group": the mean over the ranks of
+    `group`, over all trained parameters, one all-reduce among them."""
+    mine = host.local_gradient()
+    if scope == "local":
+        return mine
+    # Ranks may reach different parameters, so all take part, and each rank enters whatever it has.
+    has, shards = {s.name: t for s, t in mine}, host.working_shards()
+    tensors = [has[s.name] if s.name in has else torch.zeros_like(s.data) for s in shards]
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    parts = flat.split_with_sizes([t.numel() for t in tensors])
+    return Vector(mine.host, shards, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])

@@ -15,7 +15,7 @@ from everbatch.optim.sharpness.ascent import (
     ascent,
     check_interval,
     check_scope,
-    first_gradient,
+    group_gradient,
 )
 
 __all__ = ["ASAM", "SAM", "ascent"]
@@ -68,16 +68,20 @@ class SAM(OptimizerMixin):
     def on_attach(self) -> None:
         """Refuse a scope the host cannot do."""
         config = self.configs[SAM]
-        self._sam_group = check_scope(self, "SAM", config.scope, config.group_size)
+        self._sam_group = check_scope(self.host, "SAM", config.scope, config.group_size)
 
     def estimate_gradient(self, objective: Objective) -> Any:
         """Take the gradient at the perturbed weights; returns the loss of the first pass."""
         config: SAM.Config = self.configs[SAM]
-        run = super().estimate_gradient
         if not config.rho or self.step_count % config.interval:
-            return run(objective)
-        loss, gradient = first_gradient(self, objective, run, config.scope, self._sam_group)
-        with self.displaced(ascent(gradient, config.rho, config.delta)):
+            return super().estimate_gradient(objective)
+        if config.scope == "global" or self.host.world == 1:
+            loss = super().estimate_gradient(objective)
+            gradient = self.host.gradient()
+        else:  # m-sharpness: this rank's own gradient
+            loss = super().estimate_gradient(objective.apart())
+            gradient = group_gradient(self.host, config.scope, self._sam_group)
+        with self.displaced(gradient.of_length(config.rho, config.delta)):  # `ascent`
             objective()
         return loss
 

@@ -99,7 +99,7 @@ class DynamicSparsity(OptimizerMixin):
         """Keep pruned weights at zero, and frozen ones where they are."""
         vector = super().displacement(vector)
         state: Kept = self.states[DynamicSparsity]
-        return self._masks.mask_move(vector, self.host, state) if state.active else vector
+        return vector.times(self._masks.of_move(vector, self.host, state)) if state.active else vector
 
     def edit_gradient(self) -> None:
         """Note the dense gradient where growth needs it, then mask it. Frozen weights get none."""

@@ -143,24 +143,23 @@ class Masks:
         for shard, gradient in zip(shards, gradients, strict=True):
             gradient.mul_(self._factor(kept, shard.name, gradient.dtype, kind, used))
 
-    def mask_move(self, vector: Vector, host: Host, kept: Kept) -> Vector:
-        """The displacement without what masks leave out, and without what is frozen.
+    def of_move(self, vector: Vector, host: Host, kept: Kept) -> list[Tensor | None]:
+        """Factors of a displacement that leave out what masks do, and what is frozen.
 
         Its slices are this rank's, or whole tensors where a rank moves its own copy of the weights.
         """
         used = self.used(kept)
         whole = vector.host is not host and host.sharded
         masks = self._whole_masks(host, kept, used) if whole else kept.masks
-        result = []
-        for shard, move in zip(vector.shards, vector.tensors, strict=True):
-            name = shard.name
-            if name not in masks:
-                result.append(move)
+        factors: list[Tensor | None] = []
+        for shard in vector.shards:
+            if shard.name not in masks:
+                factors.append(None)
             elif whole:
-                result.append(move * masks[name].to(move).view(move.shape))
+                factors.append(masks[shard.name])
             else:
-                result.append(move * self._factor(kept, name, move.dtype, "gradient", used))
-        return Vector(vector.host, vector.shards, result)
+                factors.append(self._factor(kept, shard.name, shard.owner.dtype, "gradient", used))
+        return factors
 
     def _whole_masks(self, host: Host, kept: Kept, used: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Whole masks without frozen entries, gathered once for each change."""

@@ -1,20 +1,62 @@
-"""Gradients of every parameter, in one order on every rank, to ZeRO stages 1 and 2.
+"""Gradients as autograd gives them to DeepSpeed: which parameters the passes of a step have reached, and in which order.
 
-DeepSpeed reduces gradients in the order in which autograd gives them, and leaves out parameters that a rank's pass does not
-reach. Where ranks take different branches of a network, gradients of different parameters are added up, or the ranks wait for
-each other for ever.
+An engine fills in zeros for parameters that no pass reached; who must know it notes arrivals. ZeRO stages 1 and 2 reduce
+gradients in the order in which they arrive, and leave out parameters that a rank's pass does not reach: where ranks take
+different branches of a network, gradients of different parameters would be added up, or the ranks wait for each other for ever.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["InOrder"]
+__all__ = ["InOrder", "Reach"]
+
+
+class Reach:
+    """Notes by name which parameters autograd gave a gradient. torch says it with a gradient of None; DeepSpeed's engines hold
+    zeros instead, or at stage 3 what an earlier step left.
+
+    Cost: one hook per parameter and backward, no tensor.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        self.names = [name for name, _ in named]
+        self.last: set[str] = set()
+        """Reached since gradients were last discarded."""
+        self.earlier: set[str] = set()
+        """Reached by earlier passes of the step."""
+        self.mixed = False
+        """Whether the gradient holds parts of all passes of this step, not of the last alone."""
+        self._all = torch.ones(len(self.names), dtype=torch.float64)
+        # The hooks hold the set alone, so neither the model nor the engine is kept alive by them.
+        note = self.last.add
+        handles = [p.register_post_accumulate_grad_hook(functools.partial(_note, note, name))  # type: ignore[no-untyped-call]
+                   for name, p in named]
+        weakref.finalize(self, _remove, handles)
+
+    def flags(self, device: torch.device) -> Tensor:
+        """One number per parameter, in the order of `names`: 1 where this rank has a gradient. (n,) float64."""
+        found = self.last | self.earlier if self.mixed else self.last
+        if len(found) == len(self.names):
+            if self._all.device != device:
+                self._all = self._all.to(device)
+            return self._all
+        return torch.tensor([float(n in found) for n in self.names], dtype=torch.float64, device=device)
+
+
+def _note(note: Callable[[str], None], name: str, _: Tensor) -> None:
+    note(name)
+
+
+def _remove(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 class InOrder:
