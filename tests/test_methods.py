@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from everbatch import methods
+from rotation import When
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "one_method.py"
 
@@ -31,12 +32,13 @@ def words(key: str) -> str:
     return f"{part.__name__}{base}{rate} weight_decay=1e-4{given}"
 
 
-ALONE = [words(key) for key, part in methods.optimizer_mixins().items() if not part.in_code]
+KEYS = [key for key, part in methods.optimizer_mixins().items() if not part.in_code]
+ALONE = [When(place, 3).param(words(key)) for place, key in enumerate(KEYS)]
 MIXED = ["ClipGradNorm EMA", "LARS weight_decay=1e-4 trust_coeff=0.1", "Refresh gamma=0.0001",
          "DynamicSparsity density=0.5 update_every=10", "ClipGradNorm DynamicSparsity StaleSAM density=0.5 rho=0.02"]
 
 
-@pytest.mark.parametrize("words", ALONE + MIXED)
+@pytest.mark.parametrize("words", [*ALONE, *MIXED])
 def test_a_method_learns_digits_in_a_plain_loop(recipe: Any, words: str) -> None:
     assert recipe.main(*words.split()) > 0.3  # chance is 0.1
 

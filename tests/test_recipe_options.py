@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from everbatch.errors import CompositionError
 from everbatch.experiment import MIXINS, Data, Engine, Factory, Model, Optimizer, Parts, learner, unused_together
 from everbatch.experiment.job import recorded, restarted
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
-from everbatch.train import Replay, Trainer
+from everbatch.train import Replay, Trainer, TrainerMixin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,19 @@ def test_a_recipe_takes_trainer_mixins_by_key() -> None:
     made = learner(config.parse(Whole, ["optimizer.ewc={}"]).mixins())
     assert made.func.__mro__[1].__name__ == "Replay" and made.keywords["replay_capacity"] == 7
     assert made.keywords["consolidate_rows"] == 64 and issubclass(made.func, Trainer)
+
+
+def test_a_trainer_mixin_that_builds_the_model_is_given_the_factory() -> None:
+    class Teacher(TrainerMixin):
+        @dataclass(frozen=True, kw_only=True)
+        class Config:
+            weight: float = 1.0
+            factory: Callable[[], Any] | None = None
+
+    made = learner({Teacher: Teacher.Config(weight=2.0), Replay: Replay.Config()}, factory=FACTORY)
+    assert made.keywords["teacher_factory"] is FACTORY and made.keywords["teacher_weight"] == 2.0
+    assert "replay_factory" not in made.keywords
+    assert learner({Teacher: Teacher.Config(factory=dict)}, factory=FACTORY).keywords["teacher_factory"] is dict
 
 
 @pytest.mark.parametrize(("words", "text"), [

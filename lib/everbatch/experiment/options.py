@@ -171,16 +171,21 @@ class Parts(_Asked):  # type: ignore[misc]
         return chosen
 
 
-def learner(mixins: Mapping[type, Any], base: type = Trainer) -> functools.partial[Any]:
+def learner(
+    mixins: Mapping[type, Any], base: type = Trainer, factory: Callable[[], nn.Module] | None = None,
+) -> functools.partial[Any]:
     """The class of a trainer with these mixins, leftmost first, and its options.
 
     Args:
         mixins: each with an instance of its Config, or None where it has none.
+        factory: builds the bare model on the CPU, for the mixins that take one and were given none.
     """
     options: dict[str, Any] = {}
     for part, config in mixins.items():
-        for name, value in vars(config).items() if config is not None else ():
-            options[f"{part.__name__.lower()}_{name}"] = value
+        values = {} if config is None else dict(vars(config))
+        if values.get("factory", ...) is None:
+            values["factory"] = factory
+        options |= {f"{part.__name__.lower()}_{name}": value for name, value in values.items()}
     return functools.partial(type("Learner", (*mixins, base), {}), **options)
 
 

@@ -83,9 +83,9 @@ def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
     sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
     made = options.trainer_config(job.world)
     options.check_stream(stream, job.world)
-    made_of = learner({**options.more_mixins(job.world), **options.mixins()})
-    model = options.model.build(sample, stream.num_classes, options.trainer.seed)
     factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)
+    made_of = learner({**options.more_mixins(job.world), **options.mixins()}, factory=factory)
+    model = options.model.build(sample, stream.num_classes, options.trainer.seed)
     trainer = made_of(
         job.start(model),
         replace(options.optimizer, lr=options.peak_lr).build(factory),
