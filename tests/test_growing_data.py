@@ -17,7 +17,7 @@ import torch
 from everbatch import config
 from everbatch.data import TensorSource, growing
 from everbatch.distributed import World
-from everbatch.experiment import Engine
+from everbatch.experiment import Engine, growing_data, growing_report
 from everbatch.train import load_model, model_info
 from processes import ENVIRONMENT, ROOT, Zygote
 
@@ -61,12 +61,12 @@ def test_a_short_run_on_two_ranks(zygote: Zygote, tmp_path: Path) -> None:
 
 
 def test_a_difference_within_its_error_is_called_none(recipe: ModuleType) -> None:
-    same = recipe.gap([0.70, 0.72, 0.69], [0.71, 0.70, 0.70])
+    same = growing_report.gap([0.70, 0.72, 0.69], [0.71, 0.70, 0.70])
     assert same["mean"] == pytest.approx(0.0) and same["error"] == pytest.approx(0.01)
-    assert recipe.verdict("fresh_minus_warm", same, 3).endswith("no difference beyond 2 standard errors")
-    clear = recipe.gap([0.75, 0.76, 0.77], [0.70, 0.70, 0.70])
-    assert recipe.verdict("fresh_minus_warm", clear, 3).endswith("more than 2 standard errors from zero")
-    assert "no statement" in recipe.verdict("fresh_minus_warm", recipe.gap([0.7], [0.6]), 1)
+    assert growing_report.verdict("fresh_minus_warm", same, 3).endswith("no difference beyond 2 standard errors")
+    clear = growing_report.gap([0.75, 0.76, 0.77], [0.70, 0.70, 0.70])
+    assert growing_report.verdict("fresh_minus_warm", clear, 3).endswith("more than 2 standard errors from zero")
+    assert "no statement" in growing_report.verdict("fresh_minus_warm", growing_report.gap([0.7], [0.6]), 1)
 
 
 @pytest.mark.parametrize("option", [{"stage": 2}, {"precision": "bf16"}])
@@ -75,13 +75,13 @@ def test_options_of_deepspeed_are_refused_without_it(recipe: ModuleType, option:
     sources = [TensorSource(torch.zeros(n, 1, 8, 8), torch.arange(n) % 2, name=str(n)) for n in (8, 4)]
     options = recipe.Recipe(engine=Engine(kind="ddp", **option))
     with pytest.raises(ValueError, match=r"engine: .* with kind=ddp, must be left out, they are DeepSpeed's"):
-        recipe.one_run(options, growing(*sources, sizes=[4, 4], seed=0), "warm", 0, World())
+        growing_data.one_run(options, growing(*sources, sizes=[4, 4], seed=0), "warm", 0, World())
 
 
 def test_sizes_and_bad_options(recipe: ModuleType) -> None:
-    assert recipe.round_sizes(10, 3, 0.5) == [5, 3, 2]
+    assert growing_data.round_sizes(10, 3, 0.5) == [5, 3, 2]
     with pytest.raises(ValueError, match="growing_data: 3 samples in 9 rounds, must be at least one new sample in each"):
-        recipe.round_sizes(3, 9, 0.5)
+        growing_data.round_sizes(3, 9, 0.5)
     for name, value in (("rounds", 1), ("first", 1.0), ("seeds", 0), ("pixel_noise", -0.1), ("width", 0), ("arms", ())):
         with pytest.raises(ValueError, match=f"growing_data: {name}="):
             recipe.Recipe(**{name: value})
@@ -95,7 +95,7 @@ def test_trainer_mixins_are_options_by_key(recipe: ModuleType) -> None:
     options = config.parse(recipe.Recipe, words)
     assert [part.__name__ for part in options.mixins()] == ["ConAdv", "Replay", "Consolidate"]
     for arm in ("warm", "shrink_perturb"):
-        row, price = recipe.one_run(options, stream, arm, 0, World.current())
-        assert len(row) == len(price) == 2
+        row, price, steps = growing_data.one_run(options, stream, arm, 0, World.current())
+        assert len(row) == len(price) == 2 and steps == 6
     with pytest.raises(SystemExit):
         config.parse(recipe.Recipe, ["conadv.placement=ranks"])

@@ -5,8 +5,9 @@
 """
 
 from everbatch.ends import guard
-from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.base import Experiment, Finished, Result
 from everbatch.experiment.class_incremental import ClassIncremental
+from everbatch.experiment.growing_data import GrowingData
 from everbatch.experiment.job import Job, would_refuse
 from everbatch.experiment.large_batch import LargeBatch
 from everbatch.experiment.main import main
@@ -23,10 +24,10 @@ from everbatch.experiment.options import (
            learner,
            unused_together,
 )
-from everbatch.experiment.run import Result, run
+from everbatch.experiment.run import run
 
 __all__ = [
-    "MEMORY", "MIXINS", "TRAINER_MIXINS", "ClassIncremental", "Data", "Engine", "Experiment", "Factory", "Finished", "Job",
-    "LargeBatch", "Model", "Optimizer", "Parts", "Result", "check_together", "guard", "learner", "main", "run",
-    "unused_together", "would_refuse",
+    "MEMORY", "MIXINS", "TRAINER_MIXINS", "ClassIncremental", "Data", "Engine", "Experiment", "Factory", "Finished",
+    "GrowingData", "Job", "LargeBatch", "Model", "Optimizer", "Parts", "Result", "check_together", "guard", "learner",
+    "main", "run", "unused_together", "would_refuse",
 ]

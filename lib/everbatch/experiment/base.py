@@ -12,12 +12,13 @@ from torch import Tensor
 from everbatch.data import Stream
 from everbatch.distributed import World
 from everbatch.errors import check
+from everbatch.experiment.job import Job
 from everbatch.experiment.options import TRAINER_MIXINS, Parts, check_together, unused_together
 from everbatch.report.recorder import Recorder
 from everbatch.train import Trainer
 from everbatch.train.adversarial import Role, serve, split_ranks
 
-__all__ = ["Experiment", "Finished"]
+__all__ = ["Experiment", "Finished", "Result"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Experiment(Parts):
 
     title: ClassVar[str] = "experiment"
     """What messages begin with."""
+    shares_folder: ClassVar[bool] = True
+    """Whether every rank must see the output folder, as checkpoints want."""
 
     output: str = "runs/experiment"
     """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
@@ -54,6 +57,10 @@ class Experiment(Parts):
         return unused_together(self)
 
     # ------------------------------------------------------------------------------------------------ what a subclass says
+    def conduct(self, job: Job) -> Result | None:
+        """An experiment that is more than one training does all of it here; None: train once on `stream`, and report."""
+        return None
+
     def stream(self) -> Stream:
         """The stream to train on, the same on every rank. No collective."""
         raise NotImplementedError(f"{type(self).__name__}.stream() is not there, must return the stream to train on")
@@ -122,3 +129,18 @@ class Finished:
     folder: Path
     recorder: Recorder
     world: World
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave; the same on every rank."""
+
+    values: dict[str, Any]
+    """What result.json holds; empty for a dry run and for one that was stopped."""
+    folder: Path
+    steps: int
+    """Steps taken so far, by this run and those it went on from."""
+    stop_sign: int = 0
+    """The signal that stopped it, with a checkpoint in the folder; 0 for none."""
+    unchanged: bool = False
+    """Whether the run in the folder had ended before: nothing was done, `values` are those of the file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from everbatch.config.strict_yaml import dump_text
 from everbatch.data import Stream
 from everbatch.distributed import init
 from everbatch.engines.release import release
-from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.base import Experiment, Finished, Result
 from everbatch.experiment.job import Job, would_refuse
 from everbatch.experiment.model import Factory
 from everbatch.experiment.options import learner
@@ -21,21 +21,6 @@ from everbatch.train import Trainer
 from everbatch.train.persist import agree
 
 __all__ = ["Result", "run"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave; the same on every rank."""
-
-    values: dict[str, Any]
-    """What result.json holds; empty for a dry run and for one that was stopped."""
-    folder: Path
-    steps: int
-    """Steps taken so far, by this run and those it went on from."""
-    stop_sign: int = 0
-    """The signal that stopped it, with a checkpoint in the folder; 0 for none."""
-    unchanged: bool = False
-    """Whether the run in the folder had ended before: nothing was done, `values` are those of the file."""
 
 
 def run(options: Experiment, *, signals: bool = False) -> Result:
@@ -57,8 +42,9 @@ def run(options: Experiment, *, signals: bool = False) -> Result:
     """
     with as_found():
         world = init()
-        with Job.of(options, world) as job:
-            return _run(options.settled(), job, signals)
+        with Job.of(options, world, shared=options.shares_folder) as job:
+            own = options.conduct(job)
+            return _run(options.settled(), job, signals) if own is None else own
 
 
 def _run(options: Experiment, job: Job, signals: bool) -> Result:
