@@ -25,9 +25,10 @@ from everbatch.experiment.options import (
            unused_together,
 )
 from everbatch.experiment.run import run
+from everbatch.train import Trainer
 
 __all__ = [
     "MEMORY", "MIXINS", "TRAINER_MIXINS", "ClassIncremental", "Data", "Engine", "Experiment", "Factory", "Finished",
-    "GrowingData", "Job", "LargeBatch", "Model", "Optimizer", "Parts", "Result", "check_together", "guard", "learner",
+    "GrowingData", "Job", "LargeBatch", "Model", "Optimizer", "Parts", "Result", "Trainer", "check_together", "guard", "learner",
     "main", "run", "unused_together", "would_refuse",
 ]
