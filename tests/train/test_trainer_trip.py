@@ -13,7 +13,7 @@ from everbatch.optim import SAM
 from everbatch.train import StepRecord
 from trips import Trip, walk
 
-MOST = 180
+MOST = 130
 """Turns of one step with DER++ and SAM on one rank of plain torch."""
 WARM = 3
 """Steps in which everything sets itself up, and the memory gets what it draws from."""
