@@ -121,9 +121,11 @@ def _forked(case: Case, fork: str) -> Case:
     return replace(case, name=f"{case.name} on {fork}", options=moved(case.options), zero=moved(case.zero), fork=fork)
 
 
+MIX = "ClipGradNorm+EMA+SAM"
+"""The case that stands for all where a check is about the host."""
 FORKED = [_forked(Case("bare", (), {}, {}), "branch"), _forked(Case("bare", (), {}, {}), "heads"),
-          *(_forked(c, fork) for c, fork in zip([c for c in CASES if not _of_one_net(c)],
-                                                itertools.cycle(("heads", "branch")), strict=False))]
+          *(_forked(c, "branch" if place % 2 and c.name != MIX else "heads")
+            for place, c in enumerate(c for c in CASES if not _of_one_net(c)))]
 """Every method on such a net: what no pass reaches stays where it is."""
 
 
@@ -160,8 +162,6 @@ BASES = {"sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_
 PAIRS = {(a.name, b.name): _pair(a, b) for a, b in itertools.combinations([c for c in CASES if _single(c)], 2)}
 """Every two mixins: a case, or the reason why they cannot be composed."""
 BY_CASE = {c.name: c for c in [*CASES, *FORKED, *(p for p in PAIRS.values() if isinstance(p, Case))]}
-MIX = "ClipGradNorm+EMA+SAM"
-"""The case that stands for all where a check is about the host."""
 UNREACHED = (("bare on branch", "sgd"), (f"{MIX} on heads", "adamw"))
 """Cases and bases that stand for all nets of which each step reaches a part only."""
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import CASES, FP32
+from cases import BY_CASE, CASES, FP32
 from plans import CORE, FEW, WIDE_TURNS, Plan, plan
 
 WORLDS = (1, 2, 3)
@@ -28,6 +28,12 @@ def test_a_cycle_of_rounds_is_everything(world: int) -> None:
         assert set().union(*rounds) == keys(everything.now(None, wide=wide))
         assert rounds[3] == keys(everything.now(5 * WIDE_TURNS + 3, wide=wide))
     assert keys(everything.now(None, wide=False)) | keys(everything.now(None, wide=True)) == keys(everything)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_case_that_is_planned_is_there(world: int) -> None:
+    planned = {case for _, case, _ in plan(world).lives} | {case for *_, case, _ in plan(world).moves}
+    assert planned <= set(BY_CASE), planned - set(BY_CASE)
 
 
 @pytest.mark.parametrize("round", [None, *range(3 * WIDE_TURNS)])
