@@ -7,12 +7,13 @@ size, ZeRO stage and sharding; what belongs to a rank (dropout, augmentation) is
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "derive", "generator", "normal", "numpy_generator", "seed_step", "uniform_keys"]
+__all__ = ["BLOCK", "derive", "derive_each", "generator", "normal", "numpy_generator", "seed_step", "uniform_keys"]
 
 BLOCK = 65_536
 """Elements drawn from one generator; a shard draws only the blocks it touches."""
@@ -24,6 +25,11 @@ def derive(*parts: int | str) -> int:
         raise ValueError(f"derive: {parts!r} holds the unit separator that keeps parts apart; use names without it")
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def derive_each(ids: Iterable[int], *parts: int | str) -> list[int]:
+    """`derive(*parts, id)` for each of these."""
+    return [derive(*parts, key) for key in ids]
 
 
 def generator(*parts: int | str) -> torch.Generator:

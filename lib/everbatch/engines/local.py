@@ -268,7 +268,9 @@ class LocalHost(Host):
             self.begin_step()
         look = self.watch.looking or self.module is None
         sparse = [n for n, p in self._named if p.grad is not None and p.grad.is_sparse] if look else []
-        check(not sparse, self._optimizer.__class__.__name__, f"a sparse gradient of {sparse[:3]}", "be dense", SPARSE_CURE)
+        if sparse:
+            who = self._optimizer.__class__.__name__
+            check(False, who, f"a sparse gradient of {sparse[:3]}", "be dense", SPARSE_CURE)
         if self.scaler is not None:
             inverse = 1.0 / self.scaler.scale(torch.ones((), device=self.device))
             self.gradient().mul_(inverse)

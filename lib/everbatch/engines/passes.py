@@ -192,8 +192,10 @@ class Accumulation:
     def over(self, batches: Iterable[Any], average: bool) -> Iterator[Any]:
         """See `OptimizerMixin.micro_batches`."""
         items = list(batches)
-        check(isinstance(average, bool), self.who, f"micro_batches(average={average!r})", "be True or False")
-        check(bool(items), self.who, "micro_batches([])", "hold at least one micro-batch")
+        if not isinstance(average, bool):
+            check(False, self.who, f"micro_batches(average={average!r})", "be True or False")
+        if not items:
+            check(False, self.who, "micro_batches([])", "hold at least one micro-batch")
         self._agree(len(items))
         loop = self.loop = _Loop(len(items), average and len(items) > 1)
         try:

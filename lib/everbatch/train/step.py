@@ -169,15 +169,12 @@ class Stepper:
 
     def _augmented(self, parts: list[Batch], step: int, augment: Callable[[Tensor], Tensor]) -> list[Batch]:
         """Each row under a seed of its own, the same on any rank."""
-        keys = []
-        for part in parts:
-            for row in part.ids.tolist():
-                keys.append(seeds.derive(self.seed, "augment", part.part, step, row))
-        result, left = [], iter(keys)
+        result = []
         with torch.random.fork_rng(devices=[]):
             for part in parts:
                 rows = []
-                for row, key in zip(part.inputs, left, strict=False):
+                keys = seeds.derive_each(part.ids.tolist(), self.seed, "augment", part.part, step)
+                for row, key in zip(part.inputs, keys, strict=True):
                     # Not torch.manual_seed, which seeds devices as well: their dropout follows the step.
                     torch.default_generator.manual_seed(key)
                     rows.append(augment(row))
