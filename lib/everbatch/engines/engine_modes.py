@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from everbatch.contract import Contract
+from everbatch.engines.shards import Shard
 from everbatch.errors import UnsupportedHost
 
-__all__ = ["NEEDED", "PARTITIONS", "TESTED", "check_internals", "check_optimizer", "in_leaf", "refuse_modes"]
+__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "in_leaf", "refuse_modes"]
 
 TESTED = "0.19.8"
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -27,6 +29,8 @@ NEEDED = {
                                       "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters",
                                       "clear_backward_seen_flag", PARTITIONS),
 }
+GROUPS = {"DeepSpeedZeroOptimizer": "bit16_groups", "BF16_Optimizer": "bf16_groups"}
+"""Where an engine's optimizer has the parameters of its groups, if not in `fp16_groups`."""
 PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo",
               "adamp", "sgdp", "fromage"}
 """Base optimizers whose update of an element depends on its whole tensor: wrong on slices."""
@@ -35,6 +39,25 @@ PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon",
 def in_leaf(p: Any) -> bool:
     """Whether DeepSpeed treats the module that holds this parameter as one, at stage 3."""
     return getattr(p, "ds_z3_leaf_module", None) is not None
+
+
+def clear_stale(zero: Any, late: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    """At stage 3: zero what an earlier pass left in the gradients of these parameters, which the last one has not reached.
+
+    Args:
+        shards: after the last backward of a pass, where their gradients are to be zeroed as well.
+    """
+    # In DeepSpeed's leaf modules ranks may differ: the engine fills in zeros there, and other ranks' part is no leftover.
+    late = {n: p for n, p in late.items() if not in_leaf(p)}
+    for p in late.values():
+        getattr(zero, PARTITIONS)[p.ds_id].zero_()
+    if not (late and shards and zero.offload_optimizer):
+        return
+    for p in late.values():  # a norm that was not finite would have the engine skip this step
+        zero.norm_for_param_grads.pop(zero.get_param_id(p), None)
+    for shard in shards:
+        if shard.name in late and shard.grad is not None:
+            shard.grad.zero_()
 
 
 def refuse_modes(engine: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from everbatch.distributed import World
 from everbatch.engines.arrivals import InOrder, Reach
 from everbatch.engines.clocks import Clocks
-from everbatch.engines.engine_modes import PARTITIONS, TESTED, check_internals, check_optimizer, in_leaf, refuse_modes
+from everbatch.engines.engine_modes import GROUPS, TESTED, check_internals, check_optimizer, clear_stale, in_leaf, refuse_modes
 from everbatch.engines.host import Alone, Host, plain_name, refuse_complex, refuse_partly, refuse_sparse
 from everbatch.engines.shards import Shard, Vector, count_bad, masters_of
 from everbatch.engines.taken import passage
@@ -94,14 +94,9 @@ class ZeroHost(Host):
 
     def group_index(self) -> dict[str, int]:
         """Parameter group of every trained parameter, by name."""
-        if self.kind == "torch":
-            sets = [g["params"] for g in self.groups()]
-        elif self.kind == "DeepSpeedZeroOptimizer":
-            sets = self.zero.bit16_groups
-        elif self.kind == "BF16_Optimizer":
-            sets = self.zero.bf16_groups
-        else:
-            sets = self.zero.fp16_groups
+        sets: Any = [g["params"] for g in self.groups()]
+        if self.kind != "torch":
+            sets = getattr(self.zero, GROUPS.get(self.kind, "fp16_groups"))
         place = {id(p): i for i, params in enumerate(sets) for p in params}
         if self.stage == 3:
             place = {k: self.zero.sub_group_to_group_id[i] for k, i in place.items()}
@@ -270,18 +265,9 @@ class ZeroHost(Host):
 
     def _clear_stale(self, *, boundary: bool) -> None:
         """At stage 3: zero what an earlier pass left in the gradients of parameters that this one has not reached."""
-        if self.stage < 3:
-            return
-        # In DeepSpeed's leaf modules ranks may differ: the engine fills in zeros there, and other ranks' part is no leftover.
-        late = {n: p for n, p in self._named if n not in self._reach.last and not in_leaf(p)}
-        for p in late.values():
-            getattr(self.zero, PARTITIONS)[p.ds_id].zero_()
-        if late and boundary and self.zero.offload_optimizer:
-            for p in late.values():  # a norm that was not finite would have the engine skip this step
-                self.zero.norm_for_param_grads.pop(self.zero.get_param_id(p), None)
-            for shard in self.shards:
-                if shard.name in late and shard.grad is not None:
-                    shard.grad.zero_()
+        if self.stage == 3:
+            late = {n: p for n, p in self._named if n not in self._reach.last}
+            clear_stale(self.zero, late, self.shards if boundary else [])
 
     def _forget_buckets(self) -> None:
         """Empty what a backward past the engine, or one that raised, has put aside for a reduction that never came."""
