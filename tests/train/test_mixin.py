@@ -18,6 +18,7 @@ from everbatch.data import Batch, class_incremental, domain_incremental, task_in
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.evaluate.candidates import allowed_classes
+from everbatch.evaluate.evaluator import Evaluator
 from everbatch.report.recorder import Recorder
 from everbatch.train import Replay, Schedule, StepRecord, Trainer, TrainerMixin
 from everbatch.train.signals import StopOnSignal
@@ -272,3 +273,36 @@ def test_verbs_are_called_in_order() -> None:
     learning.trainer("plain", cls=type("Traced", (Tracing, Trainer), {})).fit(stream())
     expected = [[f"start {k}", *(f"step {s}" for s in range(8 * k, 8 * k + 8)), f"consolidate {k}", f"end {k}"] for k in range(3)]
     assert calls == [call for task in expected for call in task]
+
+
+def test_a_part_that_runs_parts_calls_super() -> None:
+    with pytest.raises(CompositionError, match=r"Silent: forward_parts\(\) never calls super\(\)"):
+        class Silent(TrainerMixin):
+            def forward_parts(self, parts: Any) -> Any:
+                return list(parts)
+
+
+def test_a_trainer_may_lack_what_is_optional() -> None:
+    class Own:
+        def draw_batch(self, parts: list[Batch]) -> list[Batch]:
+            return parts
+
+    class Together(TrainerMixin):
+        def forward_parts(self, parts: Any) -> Any:
+            return super().forward_parts(parts)  # type: ignore[misc]
+
+    assert type("Both", (Together, Own), {})().notes() == ""
+
+
+def test_evaluation_needs_no_trainer() -> None:
+    s, module = stream(), nn.Linear(1, 1)
+    modes: list[bool] = []
+
+    def predict(batch: Batch) -> torch.Tensor:
+        modes.append(module.training)
+        return nn.functional.one_hot(batch.targets, 6).float()
+
+    evaluator = Evaluator(module, predict, torch.Tensor.float, World(), torch.device("cpu"), rows=4)
+    assert evaluator.accuracies(s, 2, list(s.tasks)) == [1.0, 1.0, 1.0]
+    assert not any(modes) and module.training
+    assert evaluator.accuracies(s, 2, list(s.tasks), stop=lambda _now: True) is None
