@@ -1,4 +1,5 @@
-"""Every method of the table as the unified objective says it: Bregman identities of its terms, and what describe() prints."""
+"""Every method of the table as the unified objective says it: Bregman identities of its terms, and
+what describe() prints."""
 
 from __future__ import annotations
 
@@ -64,8 +65,8 @@ def part(name: str) -> Batch:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_terms_are_the_divergences_that_their_generators_make(name: str) -> None:
-    """Value and gradient of the loss that trains, through autograd, against the definition: D >= 0, D(z, z) = 0, and the
-    difference of the generator's slopes."""
+    """Value and gradient of the loss that trains, through autograd, against the definition: D >= 0,
+    D(z, z) = 0, and the difference of the generator's slopes."""
     for term in METHODS[name]():
         if isinstance(term, WeightTerm):
             check_weights(term)
@@ -130,7 +131,7 @@ def test_a_sum_of_tasks_is_one_term_and_its_constant() -> None:
     torch.testing.assert_close(whole.value(whole.distance(at)), expected, rtol=1e-12, atol=0)
 
 
-# --------------------------------------------------------------------------------------------------------- describe()
+# --------------------------------------------------------------------------------------- describe()
 def test_describe_prints_the_objective_of_the_run() -> None:
     class Trained(Replay, Trainer):
         pass

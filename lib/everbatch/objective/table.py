@@ -2,16 +2,17 @@
 
     L(theta) = CE(B; theta) + output terms + weight terms
 
-Methods differ in which rows are compared with which target, and in which precision and anchor pull the weights:
+Methods differ in which rows are compared with which target, and in which precision and anchor pull
+the weights:
 
-    method       rows            outputs, target               weights: precision, anchor
-    er           memory          cross-entropy, labels         -
-    dark_er      memory          squared distance, logits z    -
-    dark_er_pp   two draws       both                          -
-    ewc          -               -                             sum of the tasks' Fisher F, their merged weights
-    online_ewc   -               -                             decayed sum or mean of F, the weights of the last task
-    si           -               -                             Omega of the path, the weights of the last task
-    mas          -               -                             Omega of the outputs' sensitivity, the weights of the last task
+    method       rows        outputs, target            precision P of the weights       anchor
+    er           memory      cross-entropy, labels      -
+    dark_er      memory      squared distance, logits   -
+    dark_er_pp   two draws   both                       -
+    ewc          -           -                          Fisher F of the tasks, summed    merged
+    online_ewc   -           -                          F, decayed sum or mean           last task
+    si           -           -                          Omega of the path                last task
+    mas          -           -                          Omega of the outputs             last task
 
 A further method is one entry: its divergence, if none here is its own, and its terms.
 """
@@ -34,14 +35,14 @@ from everbatch.objective.bregman import (
 )
 from everbatch.objective.terms import Divergence, OutputTerm, WeightTerm
 
-__all__ = ["CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "dark_er", "dark_er_pp", "er", "ewc", "mas",
-           "online_ewc", "si"]
+__all__ = ["CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "dark_er", "dark_er_pp", "er",
+           "ewc", "mas", "online_ewc", "si"]
 
 ByName = Mapping[str, Tensor]
 Reduction = Literal["element_mean", "sample_sum"]
 
 
-# -------------------------------------------------------------------------------------------------------- divergences
+# -------------------------------------------------------------------------------------- divergences
 def _logits(u: Tensor) -> Tensor:
     return u
 
@@ -62,13 +63,15 @@ def _squared(u: Tensor, z: Tensor) -> Tensor:
     return dark_term(u, z, "sample_sum")
 
 
-CROSS_ENTROPY = Divergence("CE(logits, labels)", _probabilities, negative_entropy, label_term, _one_hot, target_first=True)
+CROSS_ENTROPY = Divergence(
+    "CE(logits, labels)", _probabilities, negative_entropy, label_term, _one_hot, target_first=True)
 """KL(one-hot y || softmax u), which is the cross-entropy."""
-MEAN_SQUARE = Divergence("||logits - stored||^2 / classes", _logits, mean_square, dark_term, _stored)
+MEAN_SQUARE = Divergence(
+    "||logits - stored||^2 / classes", _logits, mean_square, dark_term, _stored)
 SQUARED_DISTANCE = Divergence("||logits - stored||^2", _logits, squared_norm, _squared, _stored)
 
 
-# ------------------------------------------------------------------------------------------------------ output methods
+# ----------------------------------------------------------------------------------- output methods
 @functools.cache
 def er(beta: float) -> tuple[OutputTerm, ...]:
     """Experience replay: labels of remembered samples."""
@@ -83,14 +86,19 @@ def dark_er(alpha: float, reduction: Reduction = "element_mean") -> tuple[Output
 
 
 @functools.cache
-def dark_er_pp(alpha: float, beta: float, reduction: Reduction = "element_mean") -> tuple[OutputTerm, ...]:
+def dark_er_pp(
+    alpha: float, beta: float, reduction: Reduction = "element_mean",
+) -> tuple[OutputTerm, ...]:
     """Both, of independent draws."""
     return dark_er(alpha, reduction) + er(beta)
 
 
-# ------------------------------------------------------------------------------------------------------ weight methods
-def ewc(strength: float, precision: ByName, anchor: ByName, constant: float) -> tuple[WeightTerm, ...]:
-    """One quadratic for each task, which add up to one around their merged weights, and a constant."""
+# ----------------------------------------------------------------------------------- weight methods
+def ewc(
+    strength: float, precision: ByName, anchor: ByName, constant: float,
+) -> tuple[WeightTerm, ...]:
+    """One quadratic for each task, which add up to one around their merged weights, and a
+    constant."""
     return (WeightTerm("EWC", strength, precision, anchor, constant=constant),)
 
 
@@ -110,6 +118,7 @@ def mas(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm,
 
 
 TABLE: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp, "ewc": ewc, "online_ewc": online_ewc, "si": si, "mas": mas,
+    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp,
+    "ewc": ewc, "online_ewc": online_ewc, "si": si, "mas": mas,
 }
 """Method by name: a function of its weights, and of what it remembers, to its terms."""

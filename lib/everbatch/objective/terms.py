@@ -1,6 +1,7 @@
 """The terms of the objective L: how far outputs, or weights, are from what is remembered of them.
 
-A term has a value, a gradient and a text. What a method adds to the loss is a choice of terms: see `table`.
+A term has a value, a gradient and a text. What a method adds to the loss is a choice of terms: see
+`table`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ __all__ = ["Divergence", "OutputTerm", "Rows", "WeightTerm", "evaluate", "texts"
 Generator = Callable[[Tensor], Tensor]
 
 
-# ------------------------------------------------------------------------------------------------------------- outputs
+# ------------------------------------------------------------------------------------------ outputs
 @dataclass(frozen=True)
 class Divergence:
-    """The divergence D_Phi of a view h of the logits u from a target z, with the loss that it reduces to, row by row.
+    """The divergence D_Phi of a view h of the logits u from a target z, with the loss that it
+    reduces to, row by row.
 
         h first:       D_Phi(h(u), z)
-        target first:  D_Phi(z, h(u))      where the other order is infinite: cross-entropy against one-hot targets
+        target first:  D_Phi(z, h(u))      where the other order is infinite: one-hot targets
 
-    `loss` is what trains; `definition` and `gradient` follow from the generator alone, so that the one can be checked
-    against the other. They may differ by what does not depend on u.
+    `loss` is what trains; `definition` and `gradient` follow from the generator alone, so that the
+    one can be checked against the other. They may differ by what does not depend on u.
     """
 
     text: str
@@ -54,7 +56,8 @@ class Divergence:
     def gradient(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Gradient of each row's divergence with respect to its logits: (n, C).
 
-        With J the Jacobian of h:  J' (grad Phi(h) - grad Phi(z));  target first:  J' Hessian Phi(h) (h - z).
+            h first:       J' (grad Phi(h) - grad Phi(z))      J: Jacobian of h
+            target first:  J' Hessian Phi(h) (h - z)
         """
         view = self.of(logits.detach())
         pull_back = torch.func.vjp(self.of, logits.detach())[1]
@@ -125,15 +128,16 @@ def evaluate(terms: Iterable[OutputTerm], logits: Tensor, batch: Rows) -> dict[s
     return {term.name: term.value(logits, batch) for term in terms if term.rows == batch.part}
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 @dataclass(frozen=True)
 class WeightTerm:
     """A pull of every weight to an anchor, by its precision P:
 
         weight * (sum_i P_i (theta_i - theta*_i)^2 + constant)
 
-    There is no 1/2: it is 2 * weight * D_Psi(theta, theta*) of the generator Psi = 1/2 theta' P theta, and the constant.
-    Tensors are by parameter name, of one shape each, whole or slices; a name without a precision is not pulled.
+    There is no 1/2: it is 2 * weight * D_Psi(theta, theta*) of the generator Psi = 1/2 theta' P
+    theta, and the constant. Tensors are by parameter name, of one shape each, whole or slices; a
+    name without a precision is not pulled.
     """
 
     name: str
@@ -149,7 +153,9 @@ class WeightTerm:
         """Psi of one parameter, flattened."""
         return quadratic_form(self.precision[name].reshape(-1))
 
-    def distance(self, weights: Iterable[tuple[str, Tensor]], device: torch.device | None = None) -> Tensor:
+    def distance(
+        self, weights: Iterable[tuple[str, Tensor]], device: torch.device | None = None,
+    ) -> Tensor:
         """sum_i P_i (theta_i - theta*_i)^2 over these weights: 0-dim float64."""
         value = torch.zeros((), dtype=torch.float64, device=device)
         for name, theta in weights:
@@ -166,7 +172,9 @@ class WeightTerm:
         """2 * weight * P (theta - theta*) of one parameter."""
         return 2.0 * self.weight * self.precision[name] * (theta - self.anchor[name])
 
-    def add_gradient_(self, names: Sequence[str], weights: list[Tensor], gradients: list[Tensor]) -> None:
+    def add_gradient_(
+        self, names: Sequence[str], weights: list[Tensor], gradients: list[Tensor],
+    ) -> None:
         """gradients += `gradient`, in place, with one copy of the weights for a moment."""
         if not names:
             return
@@ -175,7 +183,8 @@ class WeightTerm:
         if all(_alike(g, f, a) for g, f, a in zip(gradients, factors, away, strict=True)):
             torch._foreach_addcmul_(gradients, factors, away, value=2.0 * self.weight)
             return
-        for g, f, a in zip(gradients, factors, away, strict=True):  # bf16 gradients, masters on the CPU
+        # Gradients in bf16, or masters on the CPU.
+        for g, f, a in zip(gradients, factors, away, strict=True):
             g.add_((f * a).to(g), alpha=2.0 * self.weight)
 
     @property
@@ -187,9 +196,10 @@ def _alike(g: Tensor, f: Tensor, a: Tensor) -> bool:
     return g.dtype == f.dtype == a.dtype and g.device == a.device
 
 
-# ------------------------------------------------------------------------------------------------------------ in words
+# ----------------------------------------------------------------------------------------- in words
 def texts(owner: Any) -> list[str]:
-    """The terms that the parts of a composed optimizer or trainer add to the loss, as they declare them in `terms`.
+    """The terms that the parts of a composed optimizer or trainer add to the loss, as they declare
+    them in `terms`.
 
     Of a part that adds to the loss and declares nothing, only the name is known.
     """

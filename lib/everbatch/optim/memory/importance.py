@@ -1,4 +1,5 @@
-"""What EWC, MAS and Refresh do with the importance of weights: where it comes from, and how tasks add up."""
+"""What EWC, MAS and Refresh do with the importance of weights: where it comes from, and how tasks
+add up."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def chosen_importance(
 
 
 def accumulate(old: Tensor | None, new: Tensor, form: str, gamma: float, tasks: int) -> Tensor:
-    """Importance after a further task: gamma * old + new, or for form="mean" the running mean of all tasks."""
+    """Importance after a further task: gamma * old + new, or for form="mean" the running mean of
+    all tasks."""
     if old is None or not tasks:
         return new
     return (old * tasks + new) / (tasks + 1) if form == "mean" else old * gamma + new
@@ -51,7 +53,8 @@ def slices(host: Host, whole: Mapping[str, Tensor], who: str) -> ByName:
     """This rank's slices of whole importances, in the masters' dtype, float32 at least.
 
     Raises:
-        ValueError: names or shapes that are not the model's, negative entries or entries that are not finite.
+        ValueError: names or shapes that are not the model's, negative entries or entries that are
+            not finite.
     """
     layout = host.master_layout()
     odd = sorted(set(layout) ^ set(whole))

@@ -1,4 +1,5 @@
-"""Memory-aware synapses: every weight is pulled to where earlier tasks left it, by how much outputs depend on it."""
+"""Memory-aware synapses: every weight is pulled to where earlier tasks left it, by how much outputs
+depend on it."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ class MAS(OptimizerMixin):
 
     Cost: as EWC; one backward per sample in a consolidation. Order: any.
 
-    Source: Aljundi et al. 2018, arXiv 1711.09601; moving average of Avalanche. Differs from Avalanche: per-sample gradients, the
-    paper's definition, by default, because the mean over a batch depends on how the data is cut into batches and ranks.
+    Source: Aljundi et al. 2018, arXiv 1711.09601; moving average of Avalanche. Differs from
+    Avalanche: per-sample gradients, the paper's definition, by default, because the mean over a
+    batch depends on how the data is cut into batches and ranks.
     """
 
     called_by = "consolidate"
@@ -53,7 +55,8 @@ class MAS(OptimizerMixin):
         chunk: int = 16
         """Samples differentiated at once, in memory chunk * weights; >= 1."""
         factory: Factory | None = None
-        """Builds the bare model on the CPU; needed on ZeRO stage 3 and FSDP2 for the plain replica."""
+        """Builds the bare model on the CPU; needed on ZeRO stage 3 and FSDP2 for the plain
+        replica."""
 
         def __post_init__(self) -> None:
             check_real("MAS", "strength", self.strength, 0.0, cure="pass 0 to switch it off")
@@ -84,10 +87,12 @@ class MAS(OptimizerMixin):
 
     @torch.no_grad()
     def consolidate_mas(self, batches: Iterable[Rows]) -> None:
-        """Remember the present weights and how much the outputs depend on each. Between two steps, after a task. Collective.
+        """Remember the present weights and how much the outputs depend on each. Between two steps,
+        after a task. Collective.
 
         Args:
-            batches: this rank's rows of the task's data; of each item only the first tensor, the inputs, is used.
+            batches: this rank's rows of the task's data; of each item only the first tensor, the
+                inputs, is used.
         """
         config: MAS.Config = self.configs[MAS]
         state: MAS.State = self.states[MAS]
@@ -110,7 +115,8 @@ class MAS(OptimizerMixin):
 
     @torch.no_grad()
     def mas_penalty(self) -> Tensor:
-        """The term whose gradient is added: 0-dim float64. One all-reduce where weights are sharded."""
+        """The term whose gradient is added: 0-dim float64. One all-reduce where weights are
+        sharded."""
         return penalty(self.host, MAS.terms(self))
 
     def cost(self) -> Cost:

@@ -33,7 +33,8 @@ def pull(host: Host, terms: Iterable[WeightTerm]) -> None:
 
 
 def penalty(host: Host, terms: Iterable[WeightTerm]) -> Tensor:
-    """The sum of the terms over the whole model: 0-dim float64. One all-reduce for each where weights are sharded."""
+    """The sum of the terms over the whole model: 0-dim float64. One all-reduce for each where
+    weights are sharded."""
     total = torch.zeros((), dtype=torch.float64, device=host.device)
     for term in terms:
         mine = term.distance(((s.name, s.data) for s in host.shards), host.device)

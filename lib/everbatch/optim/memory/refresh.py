@@ -24,33 +24,40 @@ __all__ = ["Refresh"]
 
 
 class Refresh(OptimizerMixin):
-    """Refresh learning: every few steps the weights first ascend the loss, where earlier tasks do not mind.
+    """Refresh learning: every few steps the weights first ascend the loss, where earlier tasks do
+    not mind.
 
         sde:         theta <- theta + gamma * P grad L(theta) + N(0, 2 gamma P),  unlearn_steps times;  P = 1 / (F + damping)
         normalized:  theta_t <- theta_t + delta * (||theta_t|| g_t / ||g_t|| + noise_coef n) / (1 + fisher_coef F_t)  per tensor t
         then         the ordinary step from there, with every other mixin
 
-    F is the diagonal Fisher information of earlier tasks; call `opt.update_fisher(batches)` after a task. Before that P = 1 and
-    F = 0. After it F = 0 for a parameter that was added or unfrozen since, and a frozen one keeps its F. "sde" is the paper's
-    algorithm, "normalized" the released code's. The latter's own settings are `form="normalized", loss="current_ce", every=1`,
-    with the defaults of all else.
+    F is the diagonal Fisher information of earlier tasks; call `opt.update_fisher(batches)` after a
+    task. Before that P = 1 and F = 0. After it F = 0 for a parameter that was added or unfrozen
+    since, and a frozen one keeps its F. "sde" is the paper's algorithm, "normalized" the released
+    code's. The latter's own settings are `form="normalized", loss="current_ce", every=1`, with the
+    defaults of all else.
 
-    The unlearning gradient is the one of the global batch (all micro-batches), with penalties for loss="full". It has dropout
-    noise of its own and moves no statistics. Masters are moved in fp32. Noise is a function of (seed, step, name, position),
-    the same at any sharding. A skipped step puts the weights back bit for bit. A gradient of the unlearning pass that is not
-    finite cancels the whole move of that step, on every rank; such steps are counted in `opt.states[Refresh].refused`.
+    The unlearning gradient is the one of the global batch (all micro-batches), with penalties for
+    loss="full". It has dropout noise of its own and moves no statistics. Masters are moved in fp32.
+    Noise is a function of (seed, step, name, position), the same at any sharding. A skipped step
+    puts the weights back bit for bit. A gradient of the unlearning pass that is not finite cancels
+    the whole move of that step, on every rank; such steps are counted in
+    `opt.states[Refresh].refused`.
 
-    Args (Config): see the fields; gamma = 0 (sde) or delta = 0 (normalized) switches it off and leaves every bit.
+    Args (Config): see the fields; gamma = 0 (sde) or delta = 0 (normalized) switches it off and
+    leaves every bit.
 
-    Cost: unlearn_steps / every passes per step; one copy of the owned masters, kept (F), and up to four inside a refreshed
-    step; one host sync and one scalar all-reduce per unlearning pass, "normalized" one more for all norms; the draw of the
-    noise on the CPU.
-    Order: left of mixins that take further passes, so that its weights are put back also when one of those raises.
+    Cost: unlearn_steps / every passes per step; one copy of the owned masters, kept (F), and up to
+    four inside a refreshed step; one host sync and one scalar all-reduce per unlearning pass,
+    "normalized" one more for all norms; the draw of the noise on the CPU.
+    Order: left of mixins that take further passes, so that its weights are put back also when one
+    of those raises.
     Limits: masters in bf16 (a bf16 model without an engine) swallow moves of 1e-5.
 
-    Source: Wang et al. 2024, arXiv 2403.13249, and joey-wang123/CL-refresh-learning, which differ as said. Differs from the
-    paper: F is damped, and noise is off by default (`noise_scale=1` is the paper's): at gamma = 0.03 its standard deviation is
-    0.24 sqrt(P) for every weight, more than most weights are large, and with P = 1 a small net on digits stays at chance.
+    Source: Wang et al. 2024, arXiv 2403.13249, and joey-wang123/CL-refresh-learning, which differ
+    as said. Differs from the paper: F is damped, and noise is off by default (`noise_scale=1` is
+    the paper's): at gamma = 0.03 its standard deviation is 0.24 sqrt(P) for every weight, more than
+    most weights are large, and with P = 1 a small net on digits stays at chance.
     """
 
     moves_first = True
@@ -69,11 +76,13 @@ class Refresh(OptimizerMixin):
         unlearn_steps: int = 1
         """Ascent steps before a refreshed step (J); >= 1."""
         loss: Literal["full", "current_ce"] = "full"
-        """What is ascended: the step's closure with all penalties, or the closure passed as `opt.step(closure, data=...)`."""
+        """What is ascended: the step's closure with all penalties, or the closure passed as
+        `opt.step(closure, data=...)`."""
         gamma: float = 0.03
         """form="sde": step size of the ascent; >= 0."""
         damping: float = 1.0
-        """form="sde": added to F before it is inverted; >= 1e-8. At 1, P is 1 where F is 0, as before the first task's end."""
+        """form="sde": added to F before it is inverted; >= 1e-8. At 1, P is 1 where F is 0, as
+        before the first task's end."""
         noise_scale: float = 0.0
         """form="sde": factor on the noise, 1 being the paper's; >= 0."""
         delta: float = 1e-5
@@ -83,15 +92,18 @@ class Refresh(OptimizerMixin):
         noise_coef: float = 1e-3
         """form="normalized": factor on the noise before delta; >= 0."""
         fisher_decay: float = 1e-5
-        """Factor on F at each update: the default keeps the last task's alone, as the released code; in [0, 1]."""
+        """Factor on F at each update: the default keeps the last task's alone, as the released
+        code; in [0, 1]."""
         estimator: Estimator | Literal["given"] = "reference"
-        """Which Fisher information `update_fisher` estimates (see `fisher_sums`); "given": it must be handed in."""
+        """Which Fisher information `update_fisher` estimates (see `fisher_sums`); "given": it must
+        be handed in."""
         denominator: Literal["samples", "loader"] = "samples"
         """What sums are divided by: the samples, or batches * batch size as the reference code."""
         chunk: int = 16
         """Samples differentiated at once, in memory chunk * weights; >= 1."""
         factory: Factory | None = None
-        """Builds the bare model on the CPU; needed on ZeRO stage 3 and FSDP2 for the plain replica."""
+        """Builds the bare model on the CPU; needed on ZeRO stage 3 and FSDP2 for the plain
+        replica."""
 
         def __post_init__(self) -> None:
             check(self.form in ("sde", "normalized"), "Refresh", f"form={self.form!r}", "be sde or normalized")
@@ -173,8 +185,8 @@ class Refresh(OptimizerMixin):
     def _unlearning(self, config: Refresh.Config, iteration: int) -> Vector:
         """The move along the present gradient, in the masters' dtype."""
         state: Refresh.State = self.states[Refresh]
-        # Parameters that the pass did not reach stay where they are, noise included, unlike in the released code: a step that
-        # has no use for the head of an old task does not wear it away.
+        # Parameters that the pass did not reach stay where they are, noise included, unlike in the
+        # released code: a step that has no use for the head of an old task does not wear it away.
         dense = self.host.gradient()
         shards = dense.shards
         weights = [shard.data for shard in shards]
@@ -198,7 +210,8 @@ class Refresh(OptimizerMixin):
         return Vector(self.host, shards, moves)
 
     def _noise(self, config: Refresh.Config, shard: Shard, iteration: int) -> Tensor | None:
-        """n of one slice: "sde" takes it times its scale, "normalized" applies a coefficient of its own."""
+        """n of one slice: "sde" takes it times its scale, "normalized" applies a coefficient of its
+        own."""
         scale = config.noise_scale if config.form == "sde" else config.noise_coef
         if not scale:
             return None
@@ -207,7 +220,8 @@ class Refresh(OptimizerMixin):
         return noise * scale if config.form == "sde" else noise
 
     def refresh_noise(self, shard: Shard, iteration: int) -> Tensor:
-        """Standard normal noise of one slice, (numel,) float32, CPU: a function of (seed, step, iteration, name, position)."""
+        """Standard normal noise of one slice, (numel,) float32, CPU: a function of (seed, step,
+        iteration, name, position)."""
         return seeds.normal((self.seed, "refresh", self.step_count, iteration, shard.name), shard.start, shard.numel)
 
     def _put_back(self, kept: Vector) -> None:
@@ -222,14 +236,17 @@ class Refresh(OptimizerMixin):
     def update_fisher(
         self, batches: Iterable[Rows] | None = None, *, importance: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """F <- fisher_decay * F + F_new, at the present weights. Between two steps, after a task. Collective.
+        """F <- fisher_decay * F + F_new, at the present weights. Between two steps, after a task.
+        Collective.
 
         Args:
-            batches: this rank's rows of the task's data: (inputs, targets), or with ids third; see `diagonal_fisher`.
+            batches: this rank's rows of the task's data: (inputs, targets), or with ids third; see
+                `diagonal_fisher`.
             importance: instead of it, whole F_new by name, the same on every rank; >= 0.
 
         Raises:
-            ValueError: both or neither; entries that do not fit the model, negative or not finite. Nothing is touched.
+            ValueError: both or neither; entries that do not fit the model, negative or not finite.
+                Nothing is touched.
         """
         config: Refresh.Config = self.configs[Refresh]
         state: Refresh.State = self.states[Refresh]
@@ -245,7 +262,8 @@ class Refresh(OptimizerMixin):
         self.update_fisher(rows)
 
     def cost(self) -> Cost:
-        """The unlearning passes; F; inside the step the weights before, the move and what it is made of."""
+        """The unlearning passes; F; inside the step the weights before, the move and what it is
+        made of."""
         config: Refresh.Config = self.configs[Refresh]
         if not config.active:
             return Cost()

@@ -38,9 +38,11 @@ def _is_partitioned(p: Tensor) -> bool:
 
 
 def replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Module]:
-    """The model as a function of its trained weights, those weights whole, and the module that is called.
+    """The model as a function of its trained weights, those weights whole, and the module that is
+    called.
 
-    The module's own weights where they are whole and in the masters' dtype; else the masters, gathered. Collective then.
+    The module's own weights where they are whole and in the masters' dtype; else the masters,
+    gathered. Collective then.
     """
     assert host.module is not None
     own = unwrap(host.module)

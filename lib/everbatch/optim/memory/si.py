@@ -1,4 +1,5 @@
-"""Synaptic intelligence: every weight is pulled to where earlier tasks left it, by what it did for their losses."""
+"""Synaptic intelligence: every weight is pulled to where earlier tasks left it, by what it did for
+their losses."""
 
 from __future__ import annotations
 
@@ -28,21 +29,27 @@ def path_importance(importance: Tensor, contribution: Tensor, weights: Tensor, a
 
 
 class SI(OptimizerMixin):
-    """Synaptic intelligence: importance is what each weight did for the loss along the path it took.
+    """Synaptic intelligence: importance is what each weight did for the loss along the path it
+    took.
 
         penalty        strength * sum_i Omega_i (theta_i - theta*_i)^2         gradient  2 * strength * Omega (theta - theta*)
         path_integral  omega += g * (theta_before - theta_after)     g: gradient of the data loss alone, before any clipping
         grad_square    omega += lr * f^2                             f: the gradient that the base optimizer is given
         after a task   Omega += omega / ((theta - theta*)^2 + xi);   theta* <- theta;   omega <- 0
 
-    g is the reduced gradient of the recorded pass (at theta, not where a sharpness mixin moves it); the displacement is that of
-    the base's update. Call `opt.consolidate_si()` after a task; it needs no data. theta* of the first task is where training
-    began, for a parameter that was added or unfrozen where its own began; a frozen one keeps all three, Omega, omega and theta*,
-    in fp32 at least. The references clip gradients by value 1 before the update: compose with such a clip for their numbers.
+    g is the reduced gradient of the recorded pass (at theta, not where a sharpness mixin moves it);
+    the displacement is that of the base's update. Call `opt.consolidate_si()` after a task; it
+    needs no data. theta* of the first task is where training began, for a parameter that was added
+    or unfrozen where its own began; a frozen one keeps all three, Omega, omega and theta*, in fp32
+    at least. The references clip gradients by value 1 before the update: compose with such a clip
+    for their numbers.
 
-    Cost: three copies of the owned masters, kept; two more inside a step (path_integral); no pass, no collective.
-    Order: left of LARS and LAMB, whose update it measures; it reads the data gradient before any mixin adds a penalty.
-    Limits: a parameter to which a pass gave no gradient is not pulled either. Importance may be negative, as in the references.
+    Cost: three copies of the owned masters, kept; two more inside a step (path_integral); no pass,
+    no collective.
+    Order: left of LARS and LAMB, whose update it measures; it reads the data gradient before any
+    mixin adds a penalty.
+    Limits: a parameter to which a pass gave no gradient is not pulled either. Importance may be
+    negative, as in the references.
 
     Source: Zenke et al. 2017, arXiv 1703.04200; rules of aimagelab/mammoth (path_integral) and of
     joey-wang123/CL-refresh-learning (grad_square).
@@ -146,7 +153,8 @@ class SI(OptimizerMixin):
 
     @torch.no_grad()
     def consolidate_si(self) -> None:
-        """Turn the path since the last call into importance. Between two steps, after a task. No collective, no data."""
+        """Turn the path since the last call into importance. Between two steps, after a task. No
+        collective, no data."""
         config: SI.Config = self.configs[SI]
         state: SI.State = self.states[SI]
         weights = weights_now(self.host)
@@ -168,11 +176,13 @@ class SI(OptimizerMixin):
 
     @torch.no_grad()
     def si_penalty(self) -> Tensor:
-        """The term whose gradient is added: 0-dim float64. One all-reduce where weights are sharded."""
+        """The term whose gradient is added: 0-dim float64. One all-reduce where weights are
+        sharded."""
         return penalty(self.host, SI.terms(self))
 
     def cost(self) -> Cost:
-        """Importance, contribution and anchor; inside the step the data gradient and the weights before."""
+        """Importance, contribution and anchor; inside the step the data gradient and the weights
+        before."""
         config: SI.Config = self.configs[SI]
         if not config.strength:
             return Cost()

@@ -22,7 +22,8 @@ Map = Callable[[Tensor], Tensor]
 
 
 def mix(old: Tensor, noise: Tensor | None, shrink: float, scale: float) -> Tensor:
-    """shrink * old + scale * noise, a new tensor shaped like `old`; a factor of one or a scale of zero leaves every bit.
+    """shrink * old + scale * noise, a new tensor shaped like `old`; a factor of one or a scale of
+    zero leaves every bit.
 
     Args:
         old: any shape, floating point.

@@ -28,18 +28,22 @@ class Options:
     sigma: float | None = None
     """Standard deviation of the white noise (noise="gaussian"); >= 0, by default 0.01."""
     factory: Callable[[], nn.Module] | None = None
-    """Builds the bare model anew, drawing from torch's global stream; by default each module's `reset_parameters` draws."""
+    """Builds the bare model anew, drawing from torch's global stream; by default each module's
+    `reset_parameters` draws."""
     fallback_sigma: float | None = None
-    """Without a factory: standard deviation of white noise for modules that have no `reset_parameters`; None refuses them."""
+    """Without a factory: standard deviation of white noise for modules that have no
+    `reset_parameters`; None refuses them."""
     tensors: Literal["all", "weights"] | tuple[str, ...] | Which = "all"
-    """Which trained parameters: all; weights (two dimensions or more); name patterns ("*", "?"); or a function of (name,
-    shape)."""
+    """Which trained parameters: all; weights (two dimensions or more); name patterns ("*", "?"); or
+    a function of (name, shape)."""
     norm_params: Literal["reference", "skip", "reset"] = "reference"
     """Scales and shifts of normalisation layers, where chosen: the rule, as they are, or as new."""
     buffers: Literal["reset", "keep"] = "reset"
-    """Running statistics of normalisation layers. Kept ones no longer fit: see `everbatch.nn.bn_recalibrate`."""
+    """Running statistics of normalisation layers. Kept ones no longer fit: see
+    `everbatch.nn.bn_recalibrate`."""
     moments: Literal["reset", "keep", "scale"] = "reset"
-    """State of the base optimizer: dropped, kept, or multiplied by shrink (squares: shrink^2; a heuristic)."""
+    """State of the base optimizer: dropped, kept, or multiplied by shrink (squares: shrink^2; a
+    heuristic)."""
 
     def __post_init__(self) -> None:
         who, fresh = "ShrinkPerturb", self.noise == "fresh_init"
@@ -63,7 +67,8 @@ class Options:
             check(getattr(self, name) in known, who, f"{name}={getattr(self, name)!r}", f"be one of {known}")
 
     def __repr__(self) -> str:
-        """Functions by name, not by address: the text is the same on every rank and in a resumed run."""
+        """Functions by name, not by address: the text is the same on every rank and in a resumed
+        run."""
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
         texts = {n: getattr(v, "__qualname__", type(v).__name__) if callable(v) else repr(v) for n, v in shown.items()}
         return f"ShrinkPerturb.Config({', '.join(f'{n}={t}' for n, t in texts.items())})"

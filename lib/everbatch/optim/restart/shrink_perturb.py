@@ -22,39 +22,45 @@ from everbatch.optim.restart.options import Options
 __all__ = ["ShrinkPerturb"]
 
 MOMENT_POWERS = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
-"""moments="scale": a moment that is linear in the gradient takes the factor once, a quadratic one twice."""
+"""moments="scale": a moment that is linear in the gradient takes the factor once, a quadratic one
+twice."""
 SCALABLE = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
 """Base optimizers whose moments all stand in MOMENT_POWERS."""
 
 
 class ShrinkPerturb(OptimizerMixin):
-    """Shrink the weights towards zero and add noise, when new data arrive; a call, not part of the step.
+    """Shrink the weights towards zero and add noise, when new data arrive; a call, not part of the
+    step.
 
         fresh_init:  theta <- shrink * theta + perturb * theta_fresh     theta_fresh: a new draw of the initialiser
         gaussian:    theta <- shrink * theta + sigma * n                 n ~ N(0, 1)
 
-    shrink=0, perturb=1 is a fresh start; shrink=1, perturb=0 a plain warm start. The noise is a function of (seed, round, name,
-    position): the same at any world size, ZeRO stage and sharding. It is written to masters and working copies, and the
-    caller's random streams are unchanged. Frozen parameters are skipped, tied ones moved once. Averages that `EMA` keeps take
-    the same map with the same noise. What `displacement` filters is respected: noise falls only inside the masks of
-    DynamicSparsity, and entries that it freezes stay. Anchors of EWC, SI and MAS stay where they are.
+    shrink=0, perturb=1 is a fresh start; shrink=1, perturb=0 a plain warm start. The noise is a
+    function of (seed, round, name, position): the same at any world size, ZeRO stage and sharding.
+    It is written to masters and working copies, and the caller's random streams are unchanged.
+    Frozen parameters are skipped, tied ones moved once. Averages that `EMA` keeps take the same map
+    with the same noise. What `displacement` filters is respected: noise falls only inside the masks
+    of DynamicSparsity, and entries that it freezes stay. Anchors of EWC, SI and MAS stay where they
+    are.
 
     Args (Config): see the fields.
 
     Raises:
-        ValueError: a value out of range; sigma with fresh_init or perturb with gaussian; a module without an initialiser; a
-            pattern that fits no parameter; a factory of another model, or one that draws differently on some rank; weights
-            that differ between replicas.
+        ValueError: a value out of range; sigma with fresh_init or perturb with gaussian; a module
+            without an initialiser; a pattern that fits no parameter; a factory of another model, or
+            one that draws differently on some rank; weights that differ between replicas.
         RuntimeError: the call inside a step.
 
-    Cost of a call: one pass over the owned masters, one whole fresh model on each rank's CPU, one publication, two gathers of
-    a hash. Nothing per step.
+    Cost of a call: one pass over the owned masters, one whole fresh model on each rank's CPU, one
+    publication, two gathers of a hash. Nothing per step.
     Order: any.
-    Limits: moments="scale" knows SGD, Adam, AdamW, NAdam and RAdam. Without a factory, the initialiser is what
-    `reset_parameters` of each module draws, which is not what a model draws whose constructor then initialises anew.
-    Source: Ash and Adams 2020, arXiv 1910.08475, and the authors' code, whose form (a fresh initialisation scaled; BatchNorm
-    scales become shrink * gamma + perturb, statistics and optimizer state are reset) is the default. The optax port's schedule
-    (every n steps) never fires at the commit read; for one that does see `everbatch.train.WarmStart`.
+    Limits: moments="scale" knows SGD, Adam, AdamW, NAdam and RAdam. Without a factory, the
+    initialiser is what `reset_parameters` of each module draws, which is not what a model draws
+    whose constructor then initialises anew.
+    Source: Ash and Adams 2020, arXiv 1910.08475, and the authors' code, whose form (a fresh
+    initialisation scaled; BatchNorm scales become shrink * gamma + perturb, statistics and
+    optimizer state are reset) is the default. The optax port's schedule (every n steps) never fires
+    at the commit read; for one that does see `everbatch.train.WarmStart`.
     """
 
     minimizes = False
@@ -134,7 +140,8 @@ class ShrinkPerturb(OptimizerMixin):
         return self.host.world > 1 and self.host.title != "plain"
 
     def __draw(self, key: tuple[int | str, ...]) -> dict[str, Tensor]:
-        """A fresh initialisation, whole, by name, proved to be the same on every rank; empty where nothing gives one."""
+        """A fresh initialisation, whole, by name, proved to be the same on every rank; empty where
+        nothing gives one."""
         config, state = self.configs[ShrinkPerturb], self.states[ShrinkPerturb]
         layout = self.host.master_layout()
         if config.factory is not None:
@@ -159,7 +166,8 @@ class ShrinkPerturb(OptimizerMixin):
         return draws
 
     def __move(self, shards: list[Shard], old: list[Tensor], maps: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-        """Map these tensors in place, so far as `displacement` lets them: masked and frozen entries stay as they are."""
+        """Map these tensors in place, so far as `displacement` lets them: masked and frozen entries
+        stay as they are."""
         new = [maps[shard.name](o) for shard, o in zip(shards, old, strict=True)]
         if any("displacement" in vars(part) for part in parts_of(type(self))):
             change = [n - o for n, o in zip(new, old, strict=True)]

@@ -19,10 +19,12 @@ CHUNK = 1 << 22
 
 
 def digest(shards: Sequence[Shard], masks: Mapping[str, Tensor], names: Sequence[str], device: torch.device) -> Tensor:
-    """Per layer: active entries and a 63-bit sum of hashes of their positions. (2, layers) int64, of this rank's slices.
+    """Per layer: active entries and a 63-bit sum of hashes of their positions. (2, layers) int64,
+    of this rank's slices.
 
-    Sums over ranks do not depend on the sharding, but for layers that are frozen: masks are kept for them and shards are not, so
-    their positions count from the start of the slice. Copies of a model are sharded alike, so they still have equal sums.
+    Sums over ranks do not depend on the sharding, but for layers that are frozen: masks are kept
+    for them and shards are not, so their positions count from the start of the slice. Copies of a
+    model are sharded alike, so they still have equal sums.
     """
     starts = {s.name: s.start for s in shards}
     result = torch.zeros(2, len(names), dtype=torch.int64, device=device)
@@ -44,14 +46,17 @@ def _mixed(values: Tensor, salt: int) -> Tensor:
 
 
 def verify(host: Host, who: str, found: Tensor, names: Sequence[str]) -> dict[str, int]:
-    """Active entries of each whole layer, after a proof that every copy of the model has the same masks.
+    """Active entries of each whole layer, after a proof that every copy of the model has the same
+    masks.
 
     Args: found: what `digest` gave on this rank.
 
     Raises:
-        RuntimeError: copies differ, on every rank alike. Nothing is repaired: where masks differ, gradients or weights did.
+        RuntimeError: copies differ, on every rank alike. Nothing is repaired: where masks differ,
+            gradients or weights did.
 
-    Cost: one all-reduce of two integers per layer where weights are sharded, one of two per rank where there are copies.
+    Cost: one all-reduce of two integers per layer where weights are sharded, one of two per rank
+    where there are copies.
     """
     found = host.total(found)
     world = World.current()

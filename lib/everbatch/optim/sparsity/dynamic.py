@@ -27,31 +27,40 @@ __all__ = ["DynamicSparsity"]
 
 
 class DynamicSparsity(OptimizerMixin):
-    """Train a sparse network whose pattern moves: prune small weights, grow others, at a constant count.
+    """Train a sparse network whose pattern moves: prune small weights, grow others, at a constant
+    count.
 
         theta <- M * theta from the start;  f <- M * f in every step
         every update_every steps, in each layer with n active weights and zeta = drop fraction now:
-            prune the floor(zeta n) least important active weights, grow as many among the inactive ones
+            prune the floor(zeta n) least important active weights, grow as many among the inactive
+            ones
 
-    Pruned weights stay exactly zero: their gradient, moments and displacement are zero, so neither decay, momentum nor a
-    sharpness perturbation moves them; what other mixins move is masked before the next pass. As masks are folded into the
-    weights, the reduced gradient before masking is the dense gradient that growth needs: scores come from the sum over
-    ranks, so masks do not depend on the world size (but for rounding where scores all but tie).
+    Pruned weights stay exactly zero: their gradient, moments and displacement are zero, so neither
+    decay, momentum nor a sharpness perturbation moves them; what other mixins move is masked before
+    the next pass. As masks are folded into the weights, the reduced gradient before masking is the
+    dense gradient that growth needs: scores come from the sum over ranks, so masks do not depend on
+    the world size (but for rounding where scores all but tie).
 
-    Defaults are RigL: ERK densities, prune by magnitude, grow by gradient, and the update replaces the optimizer's step.
-    SET: grow="random", prune="set". SNFS: grow="momentum", redistribute="momentum". ITOP: topology_step="after".
+    Defaults are RigL: ERK densities, prune by magnitude, grow by gradient, and the update replaces
+    the optimizer's step.
+    SET: grow="random", prune="set". SNFS: grow="momentum", redistribute="momentum". ITOP:
+    topology_step="after".
 
-    Tasks with isolated weights (CL-DST): `begin_task`, `end_task`, `with opt.task(k):`, `keep_best`, `capacity`.
+    Tasks with isolated weights (CL-DST): `begin_task`, `end_task`, `with opt.task(k):`,
+    `keep_best`, `capacity`.
 
-    Cost: no pass; a mask multiplied into the gradient per step. One byte per masked weight (5 on CPU, where masks of bytes
-    are slow); growth by momentum and score_steps > 1 keep 4 more. Updates: see `topology.change`; no collective elsewhere.
-    Order: right of clipping and EMA, left of projections and of mixins that move weights before the gradient.
-    Limits: base optimizers must leave a weight of zero with zero gradient and moments at zero (all elementwise ones do).
-    Density 1 leaves every bit.
+    Cost: no pass; a mask multiplied into the gradient per step. One byte per masked weight (5 on
+    CPU, where masks of bytes are slow); growth by momentum and score_steps > 1 keep 4 more.
+    Updates: see `topology.change`; no collective elsewhere.
+    Order: right of clipping and EMA, left of projections and of mixins that move weights before the
+    gradient.
+    Limits: base optimizers must leave a weight of zero with zero gradient and moments at zero (all
+    elementwise ones do). Density 1 leaves every bit.
 
-    Source: Evci et al. 2020, arXiv 1911.11134 (RigL); Mocanu et al. 2018 (SET); Dettmers and Zettlemoyer 2019, arXiv 1907.04840
-    (SNFS); Liu et al. 2021, arXiv 2102.02887 (ITOP); Yildirim et al. 2023, arXiv 2308.14831 (CL-DST). Differs: counts are exact
-    and ties have an order; momentum growth uses a mean of dense gradients, for the optimizer's momentum is masked.
+    Source: Evci et al. 2020, arXiv 1911.11134 (RigL); Mocanu et al. 2018 (SET); Dettmers and
+    Zettlemoyer 2019, arXiv 1907.04840 (SNFS); Liu et al. 2021, arXiv 2102.02887 (ITOP); Yildirim et
+    al. 2023, arXiv 2308.14831 (CL-DST). Differs: counts are exact and ties have an order; momentum
+    growth uses a mean of dense gradients, for the optimizer's momentum is masked.
     """
 
     owns = ("masks",)
@@ -71,7 +80,8 @@ class DynamicSparsity(OptimizerMixin):
         __doc__ = Kept.__doc__
 
     def on_attach(self) -> None:
-        """Choose layers, draw the first masks and zero what they leave out. Collective where weights are sharded."""
+        """Choose layers, draw the first masks and zero what they leave out. Collective where
+        weights are sharded."""
         config = self.configs[DynamicSparsity]
         self._masks = Masks(config, self.host, self.seed)
         self._scores = Scores(config)
@@ -84,7 +94,7 @@ class DynamicSparsity(OptimizerMixin):
         if sparse:
             self._install(self._masks.draw(self.host, 1, sparse))
 
-    # ----------------------------------------------------------------------------------------------------- verbs
+    # ---------------------------------------------------------------------------------------- verbs
     def move_parameters(self, objective: Objective) -> None:
         """Mask what others moved, between steps or here."""
         super().move_parameters(objective)
@@ -139,7 +149,7 @@ class DynamicSparsity(OptimizerMixin):
                 self._masks.thaw(self.host, state)
         self._edits = self.host.edits
 
-    # ------------------------------------------------------------------------------------------------- one change
+    # ----------------------------------------------------------------------------------- one change
     @property
     def _instead(self) -> bool:
         config = self.configs[DynamicSparsity]
@@ -178,7 +188,7 @@ class DynamicSparsity(OptimizerMixin):
             fresh = torch.stack([change.born.sum() for change in changes.values()]).sum()
             self.metrics["masks_changed"] = fresh / max(sum(state.active.values()), 1)
 
-    # ----------------------------------------------------------------------------------------------- masked weights
+    # ------------------------------------------------------------------------------- masked weights
     def _install(self, masks: Mapping[str, Tensor], names: list[str] | None = None) -> None:
         """Take masks (slices) as they are. Collective where weights are sharded."""
         self._masks.install(self.host, self.states[DynamicSparsity], masks, type(self).__name__, names)
@@ -205,15 +215,17 @@ class DynamicSparsity(OptimizerMixin):
 
     @property
     def _decays(self) -> bool:
-        """Whether an update may move a weight whose gradient is zero. The same on every rank: a correction is published."""
+        """Whether an update may move a weight whose gradient is zero. The same on every rank: a
+        correction is published."""
         others = [vars(part) for part in parts_of(type(self)) if part not in (DynamicSparsity, EMA)]
         moves = any("update" in verbs or "edit_parameters" in verbs for verbs in others)
         decays = any(group.get("weight_decay") for group in self.host.groups())
         return moves or decays or not self.configs[DynamicSparsity].reset_moments
 
-    # --------------------------------------------------------------------------------------- what a user may ask
+    # -------------------------------------------------------------------------- what a user may ask
     def whole_masks(self) -> dict[str, Tensor]:
-        """Whole bool masks of all masked layers by name, on every rank (copies). Collective where weights are sharded."""
+        """Whole bool masks of all masked layers by name, on every rank (copies). Collective where
+        weights are sharded."""
         state = self.states[DynamicSparsity]
         names = list(state.active)
         with self.host.frozen_too():
@@ -221,7 +233,8 @@ class DynamicSparsity(OptimizerMixin):
             return self.host.gather(held, names, dict.fromkeys(names, torch.bool))
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Use these whole bool masks instead, the same on every rank; names left out keep theirs. Collective where sharded.
+        """Use these whole bool masks instead, the same on every rank; names left out keep theirs.
+        Collective where sharded.
 
         Raises:
             ValueError: an unknown name, another shape or type, or a mask without an active entry.
@@ -237,7 +250,8 @@ class DynamicSparsity(OptimizerMixin):
         return {name: active.get(name, size(name)) / size(name) for name in self._masks.shapes}
 
     def begin_task(self, task: int, *, steps: int | None = None, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Begin a task with a mask of its own; weights of ended tasks are frozen. Between two steps. Collective where sharded.
+        """Begin a task with a mask of its own; weights of ended tasks are frozen. Between two
+        steps. Collective where sharded.
 
         Args:
             task: 1, 2, ... in order.
@@ -245,7 +259,8 @@ class DynamicSparsity(OptimizerMixin):
             masks: whole masks to start from, by name, instead of random ones.
 
         Raises:
-            RuntimeError: another task is open, or grow_into_used="forbid" and too few weights are free.
+            RuntimeError: another task is open, or grow_into_used="forbid" and too few weights are
+                free.
             ValueError: a task out of order, steps < 1, masks that do not fit.
         """
         state: Kept = self.states[DynamicSparsity]
@@ -253,12 +268,13 @@ class DynamicSparsity(OptimizerMixin):
         self._installed()
 
     def keep_best(self, score: float) -> bool:
-        """Keep weights, masks and statistics as they are now if `score` is the open task's largest so far; for
-        `end_task(select="best")`. Give the same score on every rank."""
+        """Keep weights, masks and statistics as they are now if `score` is the open task's largest
+        so far; for `end_task(select="best")`. Give the same score on every rank."""
         return tasks.keep_best(self.states[DynamicSparsity], self.host, score)
 
     def end_task(self, *, select: Literal["last", "best"] = "last") -> None:
-        """Freeze the open task's weights, with the mask they have now, or at the best score. Collective where sharded.
+        """Freeze the open task's weights, with the mask they have now, or at the best score.
+        Collective where sharded.
 
         Raises:
             RuntimeError: no task is open, a frozen weight changed, or "best" without `keep_best`.
@@ -269,7 +285,8 @@ class DynamicSparsity(OptimizerMixin):
 
     @contextmanager
     def task(self, task: int) -> Iterator[None]:
-        """Compute as at the end of a task inside the block: its mask, weights, biases and statistics. Collective.
+        """Compute as at the end of a task inside the block: its mask, weights, biases and
+        statistics. Collective.
 
         Raises:
             RuntimeError: a task that has neither ended nor is open.
@@ -278,7 +295,8 @@ class DynamicSparsity(OptimizerMixin):
             yield
 
     def capacity(self) -> dict[str, Capacity]:
-        """Used and free entries of each layer, and what each task shares with earlier ones. Collective where sharded."""
+        """Used and free entries of each layer, and what each task shares with earlier ones.
+        Collective where sharded."""
         return capacity(self._masks, self.states[DynamicSparsity], self.host)
 
     def cost(self) -> Cost:

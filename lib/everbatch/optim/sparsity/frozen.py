@@ -82,7 +82,8 @@ def check_frozen(masks: Masks, kept: Kept, host: Host) -> None:
 
 
 def checksums(masks: Masks, kept: Kept, host: Host) -> dict[str, int]:
-    """A sum over the stored bits that ended tasks use, each times an odd number of its position; the same at any sharding."""
+    """A sum over the stored bits that ended tasks use, each times an odd number of its position;
+    the same at any sharding."""
     used, names = masks.used(kept) or {}, list(masks.shapes)
     sums = torch.zeros(len(names), dtype=torch.int64, device=host.device)
     for shard in masks.shards(host, kept):

@@ -1,4 +1,5 @@
-"""The masks at work: which layers have one, where it comes from, and what it does to gradients, moves and weights."""
+"""The masks at work: which layers have one, where it comes from, and what it does to gradients,
+moves and weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ __all__ = ["Masks"]
 
 
 class Masks:
-    """Layers, their counts, and what is made of the masks for a step. The masks themselves are saved, so they are in `Kept`.
+    """Layers, their counts, and what is made of the masks for a step. The masks themselves are
+    saved, so they are in `Kept`.
 
     Args:
         options: of `DynamicSparsity`.
@@ -44,7 +46,7 @@ class Masks:
         self._whole: tuple[ByName, dict[str, Tensor]] | None = None
         self._used: tuple[ByName, int, dict[str, Tensor]] | None = None
 
-    # ------------------------------------------------------------------------------------------------------- layers
+    # --------------------------------------------------------------------------------------- layers
     def size(self, name: str) -> int:
         """Entries of a whole layer."""
         return int(torch.Size(self.shapes[name]).numel())
@@ -63,9 +65,10 @@ class Masks:
         part = whole.reshape(-1)[shard.start : shard.start + data.numel()]
         return part.to(data.device).view(data.shape).clone()
 
-    # ---------------------------------------------------------------------------------------- where masks come from
+    # ------------------------------------------------------------------------ where masks come from
     def draw(self, host: Host, task: int, names: list[str]) -> dict[str, Tensor]:
-        """This rank's slices of fresh random masks of these layers: a function of (seed, task, name)."""
+        """This rank's slices of fresh random masks of these layers: a function of (seed, task,
+        name)."""
         options, result = self.options, {}
         for shard in host.shards:
             name = shard.name
@@ -98,7 +101,8 @@ class Masks:
 
         Args:
             who: the optimizer, for the error of ranks that differ.
-            names: the layers that are masked from here on; None: those that are, and those that are not left dense.
+            names: the layers that are masked from here on; None: those that are, and those that are
+                not left dense.
 
         Collective where weights are sharded.
         """
@@ -112,7 +116,7 @@ class Masks:
         self.enforce(host, kept, moments=True)
         host.publish_if_dirty()
 
-    # ------------------------------------------------------------------------------------- what ended tasks use
+    # ------------------------------------------------------------------------- what ended tasks use
     def used(self, kept: Kept) -> dict[str, Tensor] | None:
         """Entries that ended tasks use, by name; None before the first has ended."""
         if not kept.done:
@@ -132,7 +136,7 @@ class Masks:
             return None
         return torch.where(used[shard.name], kept.store[shard.name], torch.zeros_like(shard.data))
 
-    # ------------------------------------------------------------------------------------------------- masks at work
+    # -------------------------------------------------------------------------------- masks at work
     def mask_gradient_(self, shards: Iterable[Shard], gradients: Iterable[Tensor], kept: Kept) -> None:
         """Zero what masks leave out in the gradients of these shards, and what is frozen."""
         used, kind = self.used(kept), "gradient"
@@ -174,8 +178,9 @@ class Masks:
         return self._whole[1]
 
     def _factor(self, kept: Kept, name: str, dtype: torch.dtype, kind: str, used: dict[str, Tensor] | None) -> Tensor:
-        """What to multiply with: the mask without frozen entries for "gradient", all but those for "frozen". A factor of the
-        gradient's type on CPU, where torch multiplies by bytes six times slower."""
+        """What to multiply with: the mask without frozen entries for "gradient", all but those for
+        "frozen". A factor of the gradient's type on CPU, where torch multiplies by bytes six times
+        slower."""
         mask, made = kept.masks[name], self._factors.get((name, kind))
         if made is None or made[0] is not mask or made[1].dtype not in (dtype, torch.bool):
             value = mask
@@ -186,7 +191,8 @@ class Masks:
 
     @torch.no_grad()
     def enforce(self, host: Host, kept: Kept, *, moments: bool = False) -> None:
-        """Zero what masks leave out in the weights, and with `moments` in the base's state; put frozen weights back."""
+        """Zero what masks leave out in the weights, and with `moments` in the base's state; put
+        frozen weights back."""
         for shard in self.shards(host, kept):
             off = ~kept.masks[shard.name]
             shard.data.masked_fill_(off, 0.0)
@@ -196,7 +202,8 @@ class Masks:
         host.touch()
 
     def thaw(self, host: Host, kept: Kept) -> None:
-        """Copy stored values back into the active weights that earlier tasks use: exact under any decay or momentum."""
+        """Copy stored values back into the active weights that earlier tasks use: exact under any
+        decay or momentum."""
         used = self.used(kept)
         if used is None or not kept.task or self.options.as_released:
             return

@@ -31,11 +31,13 @@ class Options:
     """The options of `DynamicSparsity`."""
 
     density: float = 0.1
-    """Share of the maskable weights that is active, over all layers; in (0, 1], 1 switches sparsity off."""
+    """Share of the maskable weights that is active, over all layers; in (0, 1], 1 switches sparsity
+    off."""
     distribution: Literal["erk", "er", "uniform"] = "erk"
     """How the density differs between layers."""
     densities: Mapping[str, float] = field(default_factory=dict)
-    """Density of single layers, by name or pattern; in (0, 1]. The others share `density` among themselves."""
+    """Density of single layers, by name or pattern; in (0, 1]. The others share `density` among
+    themselves."""
     erk_power: float = 1.0
     """Exponent of the Erdos-Renyi raw densities; > 0."""
     first_dense: bool = False
@@ -47,7 +49,8 @@ class Options:
     min_fan_in: bool = False
     """Give every output row at least one weight at the start."""
     bernoulli: bool = False
-    """Draw first masks, and random growth, entry by entry: counts vary, as in the ITOP and CL-DST code."""
+    """Draw first masks, and random growth, entry by entry: counts vary, as in the ITOP and CL-DST
+    code."""
     prune: Literal["magnitude", "set", "taylor", "soft", "momentum"] = "magnitude"
     """What marks a weight as unimportant."""
     grow: Literal["gradient", "random", "momentum", "random_unfired"] = "gradient"
@@ -55,12 +58,13 @@ class Options:
     global_threshold: bool = False
     """Prune by one threshold over all layers instead of one per layer."""
     redistribute: Literal["layer", "survivors", "momentum", "global"] = "layer"
-    """Where pruned weights grow again: in their layer, in proportion to what is left (DSR) or to the mean momentum (SNFS),
-    or wherever the growth score is largest."""
+    """Where pruned weights grow again: in their layer, in proportion to what is left (DSR) or to
+    the mean momentum (SNFS), or wherever the growth score is largest."""
     update_every: int = 100
     """Steps between two changes of topology; >= 1."""
     drop_fraction: float = 0.3
-    """Share of the active weights that the first changes drop; in [0, 1], 0 for a mask that stays."""
+    """Share of the active weights that the first changes drop; in [0, 1], 0 for a mask that
+    stays."""
     drop_floor: float = 0.0
     """What the share falls to; in [0, 1] (ITOP: .005)."""
     anneal: Literal["auto", "cosine", "linear", "constant"] = "auto"
@@ -74,24 +78,29 @@ class Options:
     score_steps: int = 1
     """Gradients averaged for growth, the last ones before a change; in [1, update_every)."""
     topology_step: Literal["auto", "instead", "after"] = "auto"
-    """Whether a change replaces the optimizer's update or follows it; auto: instead for grow="gradient" (RigL)."""
+    """Whether a change replaces the optimizer's update or follows it; auto: instead for
+    grow="gradient" (RigL)."""
     as_released: bool = False
-    """Do as the ITOP and CL-DST code: drop ceil(zeta n) and, by magnitude, every weight that ties with the threshold; let
-    active entries take growth's places where too few have a gradient; frozen weights have none, and those that growth
-    activates train as zero, but have their stored value in prediction. Counts drift."""
+    """Do as the ITOP and CL-DST code: drop ceil(zeta n) and, by magnitude, every weight that ties
+    with the threshold; let active entries take growth's places where too few have a gradient;
+    frozen weights have none, and those that growth activates train as zero, but have their stored
+    value in prediction. Counts drift."""
     gradient_decay: float = 0.9
     """Decay of the mean dense gradient (momentum criteria); in [0, 1)."""
     newborn: Literal["layer_mean_v", "zero"] = "layer_mean_v"
     """Adam's second moment of a new weight: the mean over its layer, or zero."""
     dense_moments: bool = False
-    """Let moments see the dense gradient and survive changes, as the CL-DST code does with Adam; costs one more pass over
-    the weights per step."""
+    """Let moments see the dense gradient and survive changes, as the CL-DST code does with Adam;
+    costs one more pass over the weights per step."""
     fresh_init: Literal["initializer", "zeros"] = "initializer"
-    """Never used weights at the start of a later task: U(-1, 1) / sqrt(fan in), torch's default, or zeros."""
+    """Never used weights at the start of a later task: U(-1, 1) / sqrt(fan in), torch's default, or
+    zeros."""
     grow_into_used: Literal["allow", "forbid", "prefer"] = "allow"
-    """Whether a task may use (frozen) weights of earlier ones: by score, never, before all others."""
+    """Whether a task may use (frozen) weights of earlier ones: by score, never, before all
+    others."""
     per_task_params: bool = True
-    """Keep biases, norms and running statistics per task; without it later tasks change what earlier ones compute."""
+    """Keep biases, norms and running statistics per task; without it later tasks change what
+    earlier ones compute."""
     reset_moments: bool = True
     """Start every task with fresh optimizer state."""
 

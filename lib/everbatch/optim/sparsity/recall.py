@@ -1,4 +1,5 @@
-"""Computing as at the end of an earlier task, and what that takes beside masks: whole parameters and buffers, as plain values."""
+"""Computing as at the end of an earlier task, and what that takes beside masks: whole parameters
+and buffers, as plain values."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ __all__ = ["bare", "buffers", "set_buffers", "showing"]
 
 @contextmanager
 def showing(kept: Kept, host: Host, task: int) -> Iterator[None]:
-    """See `DynamicSparsity.task`. Two publications; one if the block raises, and the next pass then publishes the weights."""
+    """See `DynamicSparsity.task`. Two publications; one if the block raises, and the next pass then
+    publishes the weights."""
     if task == kept.task and task:
         yield
         return
@@ -65,7 +67,7 @@ def _show(kept: Kept, host: Host, task: int) -> None:
     host.touch()
 
 
-# ----------------------------------------------------------------------------------------------- what no mask covers
+# ------------------------------------------------------------------------------ what no mask covers
 def bare(masks: Masks, host: Host) -> dict[str, Any]:
     """Whole parameters that have no mask. Collective where weights are sharded."""
     names = [name for name in host.names if name not in masks.shapes]
@@ -74,7 +76,8 @@ def bare(masks: Masks, host: Host) -> dict[str, Any]:
 
 
 def buffers(host: Host) -> dict[str, Any]:
-    """All buffers: statistics that differ by rank become their mean, anything else rank 0's. Collective with several ranks."""
+    """All buffers: statistics that differ by rank become their mean, anything else rank 0's.
+    Collective with several ranks."""
     world, result = World.current(), {}
     for name, buffer in _named_buffers(host):
         value = buffer.detach().clone()

@@ -14,7 +14,8 @@ __all__ = ["Scores"]
 
 
 class Scores:
-    """What is noted of gradients before they are masked: those of single steps, their running mean, or neither."""
+    """What is noted of gradients before they are masked: those of single steps, their running mean,
+    or neither."""
 
     def __init__(self, options: Options) -> None:
         self.options = options

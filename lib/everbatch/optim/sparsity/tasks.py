@@ -1,13 +1,13 @@
 """Tasks with weights of their own in one network: what `DynamicSparsity.begin_task` and its kin do.
 
-A task trains a sparse mask. When it ends, its weights go into a store and are frozen for good: later tasks may compute with
-them, and never move them. Prediction for a task puts its mask, its stored weights, and its biases, norms and statistics back:
-see `recall`.
+A task trains a sparse mask. When it ends, its weights go into a store and are frozen for good:
+later tasks may compute with them, and never move them. Prediction for a task puts its mask, its
+stored weights, and its biases, norms and statistics back: see `recall`.
 
-Source: Yildirim et al. 2023, arXiv 2308.14831, and the code muratonuryildirim/CL-with-DST. Differs where that code forgets:
-parameters no mask covers are kept per task, frozen weights are restored after every update (there, weight decay moves them), and
-an activated weight of an earlier task has its stored value in training too (there it trains as zero and comes back in
-prediction).
+Source: Yildirim et al. 2023, arXiv 2308.14831, and the code muratonuryildirim/CL-with-DST. Differs
+where that code forgets: parameters no mask covers are kept per task, frozen weights are restored
+after every update (there, weight decay moves them), and an activated weight of an earlier task has
+its stored value in training too (there it trains as zero and comes back in prediction).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from everbatch.optim.sparsity.select import Piece, choose
 __all__ = ["begin", "end", "keep_best"]
 
 
-# ----------------------------------------------------------------------------------------------------- a task begins
+# ------------------------------------------------------------------------------------ a task begins
 @torch.no_grad()
 def begin(
     masks: Masks, kept: Kept, host: Host, task: int, steps: int | None, given: Mapping[str, Tensor] | None, *, taken: int,
@@ -72,7 +72,8 @@ def begin(
 
 
 def _first(masks: Masks, kept: Kept, host: Host) -> dict[str, Tensor]:
-    """The first task keeps what it was built with; layers that were left dense get a mask of ones, to be frozen by."""
+    """The first task keeps what it was built with; layers that were left dense get a mask of ones,
+    to be frozen by."""
     result = {}
     with host.frozen_too():
         for shard in host.shards:
@@ -105,7 +106,8 @@ def _draw(masks: Masks, kept: Kept, host: Host, task: int, names: list[str]) -> 
 
 
 def _load(masks: Masks, kept: Kept, shard: Shard, mask: Tensor, task: int) -> None:
-    """Weights of a new task: stored values where earlier tasks use an entry, fresh ones elsewhere. The mask comes later."""
+    """Weights of a new task: stored values where earlier tasks use an entry, fresh ones elsewhere.
+    The mask comes later."""
     used, data, name = masks.used(kept), shard.data, shard.name
     assert used is not None
     value = torch.where(used[name], kept.store[name], torch.zeros_like(data))
@@ -144,7 +146,7 @@ def _warn(masks: Masks, kept: Kept, host: Host, room: dict[str, Capacity]) -> No
     masks.told.add("bare")
 
 
-# ------------------------------------------------------------------------------------------------------- a task ends
+# -------------------------------------------------------------------------------------- a task ends
 @torch.no_grad()
 def keep_best(kept: Kept, host: Host, score: float) -> bool:
     """See `DynamicSparsity.keep_best`."""

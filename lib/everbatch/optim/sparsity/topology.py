@@ -56,16 +56,18 @@ def change(
 
     Args:
         shards: this rank's slices of masked layers. masks: their masks.
-        active: active entries of every whole layer, the same on every rank; its keys say which layers are masked.
+        active: active entries of every whole layer, the same on every rank; its keys say which
+            layers are masked.
         shapes: whole shapes by name.
         fraction: share of each layer's active entries to drop.
         key: (seed, purpose, task, step), for random growth.
-        gradients, averages: dense gradient to grow by, and its running mean, by name; what is missing counts as zero.
-            A masked layer that is frozen is left out, and keeps its mask.
+        gradients, averages: dense gradient to grow by, and its running mean, by name; what is
+            missing counts as zero. A masked layer that is frozen is left out, and keeps its mask.
         fired: entries that were ever active (for "random_unfired"). used: entries of earlier tasks.
 
-    Cost: at most 4 (float64: 8) all-reduces of 256 counts per layer for pruning and as many for growth (random: 8), up to 4 more
-    for each where scores tie, and one of the counts of dropped entries. No tensor is gathered.
+    Cost: at most 4 (float64: 8) all-reduces of 256 counts per layer for pruning and as many for
+    growth (random: 8), up to 4 more for each where scores tie, and one of the counts of dropped
+    entries. No tensor is gathered.
     """
     trained = host.master_layout()
     frozen = {n: Change(m, torch.zeros_like(m)) for n, m in masks.items() if n not in trained}
@@ -113,7 +115,8 @@ def _layers(
     shards: Sequence[Shard], masks: Mapping[str, Tensor], names: Sequence[str], sizes: Sequence[int],
     gradients: Mapping[str, Tensor], averages: Mapping[str, Tensor], hidden: Mapping[str, Tensor] | None,
 ) -> list[Layer]:
-    """This rank's slices with what they are scored by; gradients of `hidden` entries count as zero."""
+    """This rank's slices with what they are scored by; gradients of `hidden` entries count as
+    zero."""
     starts = np.concatenate([[0], np.cumsum(sizes)])
     result = []
     for shard in shards:
@@ -131,8 +134,8 @@ def _tally(
     host: Host, layers: Sequence[Layer], count: int, dropped: Sequence[Tensor], left: Sequence[Tensor],
     forbidden: Sequence[Tensor] | None, *, moments: bool,
 ) -> tuple[list[int], list[float], list[int]]:
-    """Of each whole layer: entries dropped, the sum of the survivors' mean gradients in size, and entries where nothing may
-    grow. One all-reduce."""
+    """Of each whole layer: entries dropped, the sum of the survivors' mean gradients in size, and
+    entries where nothing may grow. One all-reduce."""
     sums = torch.zeros(3, count, dtype=torch.float64, device=host.device)
     for i, layer in enumerate(layers):
         sums[0, layer.index] += dropped[i].sum()
@@ -172,9 +175,10 @@ def apply(
 ) -> None:
     """Make weights and moments follow the new masks.
 
-    Dropped entries become exactly zero, in weights and moments. New ones start at zero (or at `stored`), with zero moments;
-    Adam's second one starts at the mean over the layer's other active entries (`newborn="layer_mean_v"`), for with zero the first
-    step would be lr (1 - b1) / sqrt(1 - b2), 3.16 lr for the usual betas: bias correction is per tensor.
+    Dropped entries become exactly zero, in weights and moments. New ones start at zero (or at
+    `stored`), with zero moments; Adam's second one starts at the mean over the layer's other active
+    entries (`newborn="layer_mean_v"`), for with zero the first step would be lr (1 - b1) / sqrt(1 -
+    b2), 3.16 lr for the usual betas: bias correction is per tensor.
 
     Args:
         names: all masked layers, the same on every rank.

@@ -32,19 +32,24 @@ class Replay(TrainerMixin):
         dark_er:       CE(B) + alpha * mse(u(M1), z(M1))
         dark_er_pp:    CE(B) + alpha * mse(u(M1), z(M1)) + beta * CE(M2)      two independent draws
 
-    Stored are inputs before augmentation, labels, and the logits of the pass before the update; on the draw the training
-    augmentation is applied anew. Each draw is min(replay_batch, filled) samples without replacement, forwarded on its own.
-    The memory is a function of the stream: the same at any world size. A skipped step adds nothing.
+    Stored are inputs before augmentation, labels, and the logits of the pass before the update; on
+    the draw the training augmentation is applied anew. Each draw is min(replay_batch, filled)
+    samples without replacement, forwarded on its own. The memory is a function of the stream: the
+    same at any world size. A skipped step adds nothing.
 
-    Args (Config): see the fields; `capacity=0` switches rehearsal off and leaves every bit of the training.
+    Args (Config): see the fields; `capacity=0` switches rehearsal off and leaves every bit of the
+    training.
 
-    Cost: one forward and backward of replay_batch samples per draw; payload capacity / world rows on each rank's CPU; one
-    all-to-all per draw and per step that stores.
-    Order: right of mixins that craft from the stream (ConAdv), so that crafted parts are not stored.
+    Cost: one forward and backward of replay_batch samples per draw; payload capacity / world rows
+    on each rank's CPU; one all-to-all per draw and per step that stores.
+    Order: right of mixins that craft from the stream (ConAdv), so that crafted parts are not
+    stored.
 
-    Source: Buzzega et al. 2020, arXiv 2004.07211 (DER, DER++), named dark_er here because DER also names another method.
-    Differs: the memory keeps the samples with the largest hashed keys (the law of reservoir sampling, without its history)
-    and, by default, a sample met again in a later epoch refreshes its logits instead of entering twice.
+    Source: Buzzega et al. 2020, arXiv 2004.07211 (DER, DER++), named dark_er here because DER also
+    names another method.
+    Differs: the memory keeps the samples with the largest hashed keys (the law of reservoir
+    sampling, without its history) and, by default, a sample met again in a later epoch refreshes
+    its logits instead of entering twice.
     """
 
     example = {"capacity": 12, "replay_batch": 8, "alpha": 0.3}
@@ -54,7 +59,8 @@ class Replay(TrainerMixin):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         method: Literal["er", "dark_er", "dark_er_pp"] = field(default="dark_er_pp", metadata={"spellings": _SPELLINGS})
-        """Which terms: labels, stored logits, or both from independent draws; recipes take der and derpp for them, too."""
+        """Which terms: labels, stored logits, or both from independent draws; recipes take der and
+        derpp for them, too."""
         capacity: int = 500
         """Samples in the memory, over all ranks; >= 0, 0 switches rehearsal off."""
         replay_batch: int = 32
@@ -64,9 +70,11 @@ class Replay(TrainerMixin):
         beta: float = 0.5
         """Weight of the label term; >= 0."""
         memory: Literal["reservoir", "class_balanced", "ring"] = "reservoir"
-        """Which samples stay: uniformly over the stream, equally many of each class, or the last of each task."""
+        """Which samples stay: uniformly over the stream, equally many of each class, or the last of
+        each task."""
         key: Literal["stream", "sample"] = "sample"
-        """What a sample's key hashes: its place in the stream (every visit counts), or its id (a visit refreshes it)."""
+        """What a sample's key hashes: its place in the stream (every visit counts), or its id (a
+        visit refreshes it)."""
         reduction: Literal["element_mean", "sample_sum"] = "element_mean"
         """Squared distance of logits: mean over classes (the authors' code) or sum (the paper)."""
 
@@ -118,7 +126,8 @@ class Replay(TrainerMixin):
         return super().configure_model(model)  # type: ignore[misc, no-any-return]
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
-        """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels), or both."""
+        """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels),
+        or both."""
         added = Replay.terms(self)
         parts = super().draw_batch(parts)  # type: ignore[misc]
         config: Replay.Config = self.configs[Replay]
