@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = ROOT / "tests" / "worker.py"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "lib")}
 
 
@@ -101,6 +102,13 @@ class Zygote:
 
     def run(self, script: Path, *arguments: str, **options: Any) -> Job:
         return self.finish(self.start(script, *arguments, **options))
+
+    def found(self, jobs: Path, out: Path, *arguments: str, **options: Any) -> dict[str, Any]:
+        """What the jobs of a module found (`worker.py`), on ranks that all ended well."""
+        job = self.run(WORKER, str(jobs), str(out), *arguments, **options)
+        assert not any(job.codes), f"{job.codes}: {job.err[-5000:]}"
+        results: dict[str, Any] = json.loads(out.read_text())
+        return results
 
     def close(self) -> None:
         self.process.stdin.close()  # type: ignore[union-attr]

@@ -91,6 +91,16 @@ class When:
         return pytest.param(*values, id=id, marks=self.marks)
 
 
+def in_turn(values: Iterable[str], turns: int) -> dict[str, When]:
+    """Each of these in one of so many rounds."""
+    return {value: When(place % turns, turns) for place, value in enumerate(values)}
+
+
+def hosts_in_turn(when: dict[str, When], hosts: Iterable[str]) -> pytest.MarkDecorator:
+    """A test of each of these hosts, when the launch that it reads has it."""
+    return pytest.mark.parametrize("host", [when[host].param(host) for host in hosts])
+
+
 def split(items: Iterable[pytest.Item], round: Round = ROUND) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Tests of this round, and those that wait for another."""
     now: list[pytest.Item] = []

@@ -73,7 +73,8 @@ def jobs(copy: Path, store: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, *
     monkeypatch.setitem(processes.ENVIRONMENT, "PYTHONPATH", str(copy / "lib"))
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     out = store / f"{ranks}.json"
-    job = torchrun(ranks, copy / "tests" / "distributed" / "worker.py", str(out), str(store), *names, limit=240)
+    own = copy / "tests"
+    job = torchrun(ranks, own / "worker.py", str(own / "distributed" / "jobs.py"), str(out), str(store), *names, limit=240)
     assert job.codes == [0], job.err[-3000:]
     found: dict[str, Any] = json.loads(out.read_text())
     return found

@@ -1,9 +1,10 @@
-"""Outcomes of checks, agreed between the ranks, as data."""
+"""Outcomes of checks, agreed between the ranks, and other findings, as data."""
 
 from __future__ import annotations
 
+import functools
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from everbatch.distributed import World
 
 Tensors = dict[str, Tensor]
+Job = tuple[str, Callable[[], Any]]
+"""What a launch does under a name."""
 
 
 class Outcome:
@@ -46,10 +49,21 @@ class Outcome:
 
 
 class Record:
-    """Outcomes by check/host/case."""
+    """Outcomes of checks by check/host/case; what else was found by its name."""
 
     def __init__(self) -> None:
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, Any] = {}
+
+    def note(self, key: str, make: Callable[..., Any], *arguments: Any) -> None:
+        """Keep what `make` gives, or the text of the error that it raises."""
+        try:
+            self.results[key] = make(*arguments)
+        except Exception as error:
+            self.results[key] = f"{type(error).__name__}: {error}"
+
+    def noted(self, key: str, make: Callable[..., Any], *arguments: Any) -> Job:
+        """The job that does this."""
+        return key, functools.partial(self.note, key, make, *arguments)
 
     @contextmanager
     def check(self, key: str, tolerance: float = 0.0) -> Iterator[Outcome]:

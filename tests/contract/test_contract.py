@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from plans import plan
 
-from processes import Zygote
+from processes import WORKER, Zygote
 from rotation import ROUND
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(7500)]  # above all launches, which have limits of their own
-WORKER = Path(__file__).parent / "worker.py"
+JOBS = Path(__file__).parent / "matrix.py"
 TIMEOUT_S = {1: 240, 2: 600, 3: 400}
 """Of a launch by world size; six times as much with `--wide`."""
 Launch = Callable[[int, bool], dict[str, Any]]
@@ -39,7 +39,8 @@ def launched(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Launch
 
     def launch(world: int, wide: bool) -> dict[str, Any]:
         out = folder / f"{world}{'-wide' * wide}.json"
-        words = [str(out), str(folder / "store"), "--round", "all" if ROUND is None else str(ROUND), *["--wide"] * wide]
+        round = "all" if ROUND is None else str(ROUND)
+        words = [str(JOBS), str(out), str(folder / "store"), "--round", round, *["--wide"] * wide]
         try:
             job = zygote.run(WORKER, *words, ranks=world, limit=TIMEOUT_S[world] * (6 if wide else 1))
             last = "" if not any(job.codes) else f"exit codes {job.codes}\n{job.err[-3000:]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +48,7 @@ def launched(alone: Record, store: Path, zygote: Zygote) -> Callable[[], dict[st
     def results() -> dict[str, Any]:
         if not found:
             jobs = [f"method:{key}/{host}" for (key, host), when in WHEN.items() if when.due(ROUND)]
-            job = zygote.run(HERE.parent / "distributed" / "worker.py", str(store / "out.json"), str(store), *jobs, limit=300)
-            assert job.codes == [0, 0], job.err[-3000:]
-            found.update(json.loads((store / "out.json").read_text()))
+            found.update(zygote.found(HERE.parent / "distributed" / "jobs.py", store / "out.json", str(store), *jobs, limit=300))
         return found
 
     return results

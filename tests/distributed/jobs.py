@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import trainers
-from record import Outcome, Record, Tensors
+from record import Job, Outcome, Record, Tensors
 from torch import Tensor
 
 import learning
@@ -361,3 +363,11 @@ def reordered() -> Any:
     ids[[0, 1]] = ids[[1, 0]]
     return type(s)((Task(first.id, first.name, first.classes, ids, first.test_ids), *s.tasks[1:]), s.train, s.test, s.num_classes,
                    s.kind, s.label_map)
+
+
+def jobs(record: Record, store: str, *names: str) -> Iterator[Job]:
+    """STORE NAME[:ARGUMENT] ...: functions of this module. STORE is a folder in which one launch leaves what a later one, of
+    another size, goes on from."""
+    for name in names:
+        job, _, argument = name.partition(":")
+        yield name, functools.partial(globals()[job], record, Path(store), *([argument] if argument else []))

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from processes import Zygote, torchrun
+from processes import WORKER, Zygote, torchrun
 from rotation import ROUND, Round, When
 
-WORKER = Path(__file__).parent / "worker.py"
+JOBS = Path(__file__).parent / "jobs.py"
 SHARDED = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 ROUNDED = ("ddp", "fsdp2", "zero1", "zero3")
 """Engines for what is to rounding, or about the trainer more than the engine."""
@@ -86,9 +86,7 @@ def launch(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable
             for before in NEEDS.get(name, []):
                 results(before)
             out = folder / f"{name}.json"
-            job = zygote.run(WORKER, str(out), str(folder / "store"), *jobs(name, ROUND), ranks=RANKS[name], limit=900)
-            assert job.codes == [0] * RANKS[name], job.err[-5000:]
-            found[name] = json.loads(out.read_text())
+            found[name] = zygote.found(JOBS, out, str(folder / "store"), *jobs(name, ROUND), ranks=RANKS[name], limit=900)
         return found[name]
 
     return results
@@ -157,7 +155,7 @@ def test_kill_9_and_restart(tmp_path: Path, hosts: tuple[str, ...]) -> None:
     that was never interrupted."""
     out = tmp_path / "out.json"
     todo = [f"killed:{host}/{number}/{(number + (host == 'zero1')) % 2}" for number, host in enumerate(hosts)]
-    job = torchrun(2, WORKER, str(out), str(tmp_path / "store"), *todo, limit=500, restarts=len(hosts))
+    job = torchrun(2, WORKER, str(JOBS), str(out), str(tmp_path / "store"), *todo, limit=500, restarts=len(hosts))
     assert job.codes == [0], job.err[-5000:]
     results = json.loads(out.read_text())
     assert list(results) == [f"killed/{host}" for host in hosts]

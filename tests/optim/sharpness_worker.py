@@ -1,30 +1,24 @@
-"""One rank of the test of SAM(scope="group") where ranks reach different parameters.
+"""Jobs of the test of SAM(scope="group") where ranks reach different parameters; see worker.py.
 
-    torchrun --nproc-per-node 2 sharpness_worker.py FOLDER
-
-FOLDER/RANK.pt: {"case/host": (the displacement of each parameter in pass 2, the group's mean gradient of each, how many
-all-reduces this rank issued in the group)}.
+OUT.json: {"case/host": for each rank the displacement of each parameter in pass 2, the group's mean gradient of each, how many
+all-reduces this rank issued in the group}.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+import hosts
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-
-import hosts
+from record import Job, Record
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from everbatch import compose
-from everbatch.distributed import init
+from everbatch.distributed import World
 from everbatch.optim import SAM
 
 REACHED = {"all": ("ab", "ab"), "split": ("a", "b"), "none": ("", "ab")}
@@ -81,13 +75,14 @@ def measure(host: str, case: str, rank: int) -> tuple[list[Tensor], list[Tensor]
     return model.seen[1], [*mean, torch.zeros(2)], len(issued)
 
 
-def main() -> None:
-    logging.disable(logging.WARNING)  # DeepSpeed tells its whole configuration for every engine
-    rank = init("cpu", timeout_s=60).rank
-    found = {f"{case}/{host}": measure(host, case, rank) for host in ("ddp", "zero0", "zero1") for case in REACHED}
-    torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
-    dist.destroy_process_group()
+def gathered(host: str, case: str) -> list[Any]:
+    """`measure` of every rank, as plain numbers."""
+    world = World.current()
+    moves, mean, count = measure(host, case, world.rank)
+    return world.gather(([move.tolist() for move in moves], [g.tolist() for g in mean], count))
 
 
-if __name__ == "__main__":
-    main()
+def jobs(record: Record) -> Iterator[Job]:
+    for host in ("ddp", "zero0", "zero1"):
+        for case in REACHED:
+            yield record.noted(f"{case}/{host}", gathered, host, case)

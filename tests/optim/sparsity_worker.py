@@ -1,6 +1,4 @@
-"""One process of the parity launch of dynamic sparsity: runs every method on every host and writes what it found.
-
-    torchrun --nproc-per-node 2 sparsity_worker.py OUT.json [HOST ...]
+"""Jobs of the parity launch of dynamic sparsity: [HOST ...]; every method on every host. See worker.py.
 
 OUT.json, by key: "weights/method/host" the largest difference of any weight from one process on the whole batch;
 "masks/method/host" the mask entries that differ from there, summed over all steps; "zeros/method/host" the weights off the mask
@@ -10,19 +8,14 @@ that are not zero; "copies/host" what an altered mask on rank 1 raises. A text e
 from __future__ import annotations
 
 import functools
-import json
-import logging
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 import hosts
 import torch
-import torch.distributed as dist
 from hosts import BY_NAME, Run
+from record import Job, Record
 from torch import Tensor
 
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity, ShrinkPerturb
@@ -114,30 +107,19 @@ def copies(host: str) -> str:
     return "nothing"
 
 
-def main() -> None:
-    out, only = Path(sys.argv[1]), sys.argv[2:]
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    dist.init_process_group("gloo")
-    values: dict[str, Any] = {}
+def spread(record: Record, key: str, make: Callable[..., dict[str, Any]], *arguments: str) -> None:
+    """Keep each figure under its kind, or the error."""
+    record.note(f"error/{key}", make, *arguments)
+    figures = record.results[f"error/{key}"]
+    if isinstance(figures, dict):
+        del record.results[f"error/{key}"]
+        record.results |= {f"{kind}/{key}": value for kind, value in figures.items()}
 
-    def note(key: str, make: Callable[[], Any]) -> None:
-        try:
-            found = make()
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        for kind, value in found.items() if isinstance(found, dict) else [("error", found)]:
-            values[f"{kind}/{key}"] = value
-        if dist.get_rank() == 0:
-            out.write_text(json.dumps(values))
 
-    for host in only or HOSTS:
-        for method in METHODS:
-            note(f"{method}/{host}", lambda host=host, method=method: compare(host, method))  # type: ignore[misc]
+def jobs(record: Record, *only: str) -> Iterator[Job]:
+    wanted = only or HOSTS
+    for host, method in itertools.product(wanted, METHODS):
+        key = f"{method}/{host}"
+        yield key, functools.partial(spread, record, key, compare, host, method)
     for host in ("ddp", "zero0"):
-        note(host, lambda host=host: {"copies": copies(host)})  # type: ignore[misc]
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        yield record.noted(f"copies/{host}", copies, host)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("deepspeed")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from processes import torchrun
+from processes import Zygote
+from rotation import ROUND, hosts_in_turn, in_turn
 
 # Slow: the contract suite carries these mixins over the hosts by default; this adds every option on every host.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]
 HOSTS = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload",
          "zero3-offload")
+WHEN = in_turn(HOSTS, 4)
 METHODS = ("rigl", "rigl, mean of 2 gradients, adamw", "set", "snfs", "unfired, taylor", "global, soft", "as released, adamw",
            "warm", "tasks, allow", "tasks, prefer", "tasks, forbid")
 TOLERANCE = 1e-6
@@ -25,16 +23,14 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one launch on two ranks measured."""
+    due = [host for host, when in WHEN.items() if when.due(ROUND)]
     out = tmp_path_factory.mktemp("sparsity") / "out.json"
-    job = torchrun(2, Path(__file__).parent / "sparsity_worker.py", str(out), limit=500.0)
-    assert job.codes == [0], job.err[-3000:]
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
+    return zygote.found(Path(__file__).parent / "sparsity_worker.py", out, *due, limit=500.0)
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@hosts_in_turn(WHEN, HOSTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_masks_are_equal_and_weights_agree(found: dict[str, Any], method: str, host: str) -> None:
     key = f"{method}/{host}"

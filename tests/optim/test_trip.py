@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,7 @@ MOST = 60
 def test_a_step_of_sam_and_dynamic_sparsity_on_zero2(tmp_path: Path, zygote: Zygote) -> None:
     """Two passes through a real engine, a displacement, a masked gradient and an update; no change of topology."""
     out = tmp_path / "trip.json"
-    job = zygote.run(Path(__file__).parent / "trip_worker.py", str(out), ranks=1, limit=90.0)
-    assert job.codes == [0], job.err[-3000:]
-    found = json.loads(out.read_text())
+    found = zygote.found(Path(__file__).parent / "trip_worker.py", out, ranks=1, limit=90.0)["step"]
     print(found["text"])
     assert found["shards"] == 7
     assert found["hops"] <= MOST, found["text"]

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("deepspeed")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from processes import torchrun
+from processes import Zygote
+from rotation import ROUND, hosts_in_turn, in_turn
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 ZERO = ("zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload", "zero3-offload")
 FP32 = ("ddp", "fsdp2", "hsdp", "zero0", *ZERO)
+WHEN = in_turn([*FP32, "zero2-bf16"], 4)
 MIXES = ("factory", "modules", "weights, kept", "gaussian, scaled", "right", "all", "accumulated", "update right", "update all")
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
 """Largest difference after any step; see the contract suite. bf16: gradients err by some 1 %, and Adam takes whole steps."""
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one launch on two ranks measured."""
+    due = [host for host, when in WHEN.items() if when.due(ROUND)]
     out = tmp_path_factory.mktemp("warm") / "out.json"
-    job = torchrun(2, Path(__file__).parent / "warm_worker.py", str(out), limit=800.0)
-    assert job.codes == [0], job.err[-3000:]
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
+    return zygote.found(Path(__file__).parent / "warm_worker.py", out, *due, limit=800.0)
 
 
-@pytest.mark.parametrize("host", [*FP32, "zero2-bf16"])
+@hosts_in_turn(WHEN, [*FP32, "zero2-bf16"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_parity(found: dict[str, Any], mix: str, host: str) -> None:
     value = found[f"{mix}/{host}"]
     assert isinstance(value, float) and value <= TOLERANCE["bf16" if "bf16" in host else "fp32"], value
 
 
-@pytest.mark.parametrize("host", FP32)
+@hosts_in_turn(WHEN, FP32)
 def test_named_matrices_cost_one_collective_where_they_are_cut(found: dict[str, Any], host: str) -> None:
     """FSDP2 cuts between rows, so maps on the right alone cost nothing there; ZeRO cuts anywhere."""
     one = {"allreduce": 1}

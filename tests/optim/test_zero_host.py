@@ -6,18 +6,15 @@ Parity, resume and the other contracts are in tests/contract.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from processes import Zygote
+
 if importlib.util.find_spec("deepspeed") is None:  # looked up, not imported: only the processes started here need it
     pytest.skip("needs deepspeed", allow_module_level=True)
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 CLIPPING = "UnsupportedHost: DeepSpeed: gradient_clipping={} in the engine"
 
 EXPECTED = {
@@ -63,15 +60,9 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def ended(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("zero") / "modes.json"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "lib"),
-                                "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, str(Path(__file__).parent / "zero_modes.py"), str(out)], env=environment, timeout=180,
-                         capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    results: dict[str, str] = json.loads(out.read_text())
-    return results
+    return zygote.found(Path(__file__).parent / "zero_modes.py", out, ranks=1, limit=180)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -1,19 +1,13 @@
-"""One step of SAM with DynamicSparsity on a real ZeRO-2 engine, counted: `trip_worker.py OUT.json`, on one rank."""
+"""The job of counting one step of SAM with DynamicSparsity on a real ZeRO-2 engine; see worker.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
+from collections.abc import Iterator
+from typing import Any
 
 import hosts
+import torch
+from record import Job, Record
 
 from everbatch import compose
 from everbatch.optim import SAM, DynamicSparsity
@@ -23,8 +17,8 @@ WARM = 3
 """Steps in which engine and library set themselves up."""
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def step() -> dict[str, Any]:
+    """The walk of one step."""
     cls = compose(SAM, DynamicSparsity, base=torch.optim.SGD)
     run = hosts.start(hosts.BY_NAME["zero2"], cls, {"rho": 0.05, "density": 0.5, "update_every": 100})
     (x, y), *_ = hosts.batches(1)
@@ -38,11 +32,8 @@ def main() -> None:
         run.opt.step(closure)
     trip = walk(lambda: run.opt.step(closure))
     assert run.opt.last_applied and run.opt.last_passes == 2
-    found = {"hops": trip.hops, "text": trip.text(most=30), "shards": len(run.opt.host.shards)}
-    Path(sys.argv[1]).write_text(json.dumps(found))
-    sys.stdout.flush()
-    os._exit(0)  # DeepSpeed's threads outlive the group
+    return {"hops": trip.hops, "text": trip.text(most=30), "shards": len(run.opt.host.shards)}
 
 
-if __name__ == "__main__":
-    main()
+def jobs(record: Record) -> Iterator[Job]:
+    yield record.noted("step", step)

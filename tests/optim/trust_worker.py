@@ -1,6 +1,4 @@
-"""One process of the parity launch of LARS and LAMB: runs every mix on every host and writes what it found.
-
-    torchrun --nproc-per-node 2 trust_worker.py OUT.json [HOST ...]
+"""Jobs of the parity launch of LARS and LAMB: [HOST ...]; every mix on every host. See worker.py.
 
 OUT.json, by key: "mix/host" the largest difference of any weight from the reference: timm's optimizer in one process on
 the whole batch, or the same class there for mixes that timm lacks. "timm alone/mix/host" the same for timm's optimizer inside
@@ -11,17 +9,11 @@ DeepSpeed. "collectives/mix/host" what the mix adds to its base's step, by name.
 from __future__ import annotations
 
 import functools
-import gc
-import json
-import logging
-import sys
+import itertools
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 import deepspeed
 import hosts
@@ -29,6 +21,7 @@ import timm.optim
 import torch
 import torch.distributed as dist
 from hosts import BY_NAME, Run
+from record import Job, Record
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -171,23 +164,6 @@ def collectives(host: str, name: str) -> dict[str, int]:
     return {k: n for k, n in more.items() if n}
 
 
-@dataclass
-class Found:
-    """What goes into OUT.json, after each entry, so that a launch that dies tells how far it came."""
-
-    out: Path
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, key: str, make: Callable[..., Any], *arguments: str) -> None:
-        try:
-            value = make(*arguments)
-        except Exception as error:
-            value = f"{type(error).__name__}: {error}"
-        self.values[key] = value
-        if dist.get_rank() == 0:
-            self.out.write_text(json.dumps(self.values))
-
-
 def timm_alone(host: str, name: str) -> float:
     """timm's optimizer as the engine's own: what the mixins are for."""
     mix, spec, model = MIXES[name], BY_NAME[host], hosts.net()
@@ -229,29 +205,18 @@ def engine_schedule(host: str) -> float:
     return worst
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    dist.init_process_group("gloo")
-    gc.collect()
-    gc.freeze()
-    found = Found(Path(sys.argv[1]))
-    wanted = sys.argv[2:] or HOSTS
+def jobs(record: Record, *wanted: str) -> Iterator[Job]:
+    hosts = wanted or HOSTS
     for name in MIXES:
-        found.add(f"moved/{name}", moved, name)
-        for host in ("plain", *wanted):
-            found.add(f"{name}/{host}", parity, host, name)
-    for host in wanted:
+        yield record.noted(f"moved/{name}", moved, name)
+        for host in ("plain", *hosts):
+            yield record.noted(f"{name}/{host}", parity, host, name)
+    for host in hosts:
         if not BY_NAME[host].bf16 and not BY_NAME[host].offload:
             for name in ("LARS", "LAMB", "LAMB clipped, all"):
-                found.add(f"collectives/{name}/{host}", collectives, host, name)
+                yield record.noted(f"collectives/{name}/{host}", collectives, host, name)
         if host in ("zero0", "zero2", "zero3"):
-            found.add(f"engine schedule/{host}", engine_schedule, host)
-        if host in ("zero0", "zero2"):
-            for name in ("LARS", "LAMB"):
-                found.add(f"timm alone/{name}/{host}", timm_alone, host, name)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+            yield record.noted(f"engine schedule/{host}", engine_schedule, host)
+        if host == "zero2":
+            for name, alone in itertools.product(("LARS", "LAMB"), ("zero0", "zero2")):
+                yield record.noted(f"timm alone/{name}/{alone}", timm_alone, alone, name)

@@ -1,6 +1,4 @@
-"""One process of the parity launch of ShrinkPerturb and SubspaceProjection: runs every mix on every host.
-
-    torchrun --nproc-per-node 2 warm_worker.py OUT.json [HOST ...]
+"""Jobs of the parity launch of ShrinkPerturb and SubspaceProjection: [HOST ...]; every mix on every host. See worker.py.
 
 OUT.json, by key: "mix/host" the largest difference from one process of any weight, average or output, after each step and after
 each call. "collectives/mix/host" what the mix adds to its base's step, by name. Other keys are named where they are set. A text
@@ -10,16 +8,10 @@ is an error.
 from __future__ import annotations
 
 import functools
-import gc
-import json
-import logging
-import sys
+import itertools
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
 
 import deepspeed  # noqa: F401  # before torch.distributed starts
 import hosts
@@ -28,6 +20,7 @@ import torch.distributed as dist
 from engines import issued
 from hosts import BY_NAME, Run
 from maps import MAPS, RIGHT, basis
+from record import Job, Record
 from torch import Tensor, nn
 
 from everbatch.nn import bn_recalibrate
@@ -35,6 +28,7 @@ from everbatch.optim import EMA, SAM, ClipGradNorm, Projection, SecondMoment, Sh
 from everbatch.optim.subspace.transforms import null_space
 
 Found = dict[str, Any]
+Lived = Callable[[str, str], list[dict[str, Tensor]]]
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
 ADAM = functools.partial(torch.optim.AdamW, lr=0.01, eps=1e-4)
 
@@ -109,29 +103,27 @@ def subspace(name: str, mix: str) -> list[dict[str, Tensor]]:
     return [*seen, {"outputs": second.outputs().float()}]
 
 
-def measure(found: Found, names: list[str], run: Callable[[str, str], list[dict[str, Tensor]]], mixes: Any) -> None:
-    for mix in mixes:
-        wanted = run("plain", mix)
-        for name in names:
-            key = f"{mix}/{name}"
-            try:
-                found[key] = max(hosts.difference(a, b) for a, b in zip(run(name, mix), wanted, strict=True))
-            except Exception as error:  # it is the result
-                found[key] = f"{type(error).__name__}: {error}"
-        gc.collect()
+@functools.cache
+def reference(run: Lived, mix: str) -> list[dict[str, Tensor]]:
+    """The same in one process."""
+    return run("plain", mix)
 
 
-def collectives(found: Found, names: list[str]) -> None:
-    for name in names:
-        for mix, maps in (("right", RIGHT), ("all", MAPS)):
-            counts = []
-            for options in ({"projections": maps}, {}):
-                run = hosts.start(BY_NAME[name], Bare, options, base=SGD)
-                for i in range(2):
-                    run.step(*hosts.batches(3)[i])
-                counts.append(Counter(issued(lambda run=run: run.step(*hosts.batches(3)[2]))))  # type: ignore[misc]
-            counts[0].subtract(counts[1])
-            found[f"collectives/{mix}/{name}"] = {k: n for k, n in counts[0].items() if n}
+def apart(run: Lived, mix: str, name: str) -> float:
+    """Largest difference of a host from one process."""
+    return max(hosts.difference(a, b) for a, b in zip(run(name, mix), reference(run, mix), strict=True))
+
+
+def collectives(name: str, maps: dict[str, Projection]) -> dict[str, int]:
+    """What projections add to the base's step."""
+    counts = []
+    for options in ({"projections": maps}, {}):
+        run = hosts.start(BY_NAME[name], Bare, options, base=SGD)
+        for i in range(2):
+            run.step(*hosts.batches(3)[i])
+        counts.append(Counter(issued(lambda run=run: run.step(*hosts.batches(3)[2]))))  # type: ignore[misc]
+    counts[0].subtract(counts[1])
+    return {k: n for k, n in counts[0].items() if n}
 
 
 def agreement(found: Found) -> None:
@@ -173,20 +165,13 @@ def agreement(found: Found) -> None:
     found["recalibrated"] = float((model[0].running_mean - means).abs().max())  # summed in float32
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    dist.init_process_group("gloo")
-    names = sys.argv[2:] or [h.name for h in hosts.HOSTS if h.kind != "plain" and (not h.bf16 or h.name == "zero2-bf16")]
-    found: Found = {}
-    measure(found, names, warm, WARM)
-    measure(found, names, subspace, SUB)
-    collectives(found, [n for n in names if not BY_NAME[n].bf16])
-    agreement(found)
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def jobs(record: Record, *wanted: str) -> Iterator[Job]:
+    names = wanted or [h.name for h in hosts.HOSTS if h.kind != "plain" and (not h.bf16 or h.name == "zero2-bf16")]
+    for run, mixes in ((warm, WARM), (subspace, SUB)):
+        for mix, name in itertools.product(mixes, names):
+            yield record.noted(f"{mix}/{name}", apart, run, mix, name)
+    for name in names:
+        if not BY_NAME[name].bf16:
+            yield record.noted(f"collectives/right/{name}", collectives, name, RIGHT)
+            yield record.noted(f"collectives/all/{name}", collectives, name, MAPS)
+    yield "agreement", functools.partial(agreement, record.results)

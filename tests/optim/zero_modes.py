@@ -1,6 +1,4 @@
-"""Builds real DeepSpeed engines in one process (gloo, CPU) in many modes, and writes what each ended in.
-
-    python zero_modes.py OUT.json
+"""Jobs that build real DeepSpeed engines on one rank (gloo, CPU) in many modes; see worker.py.
 
 OUT.json: {name: "ok" or "ErrorClass: message"}.
 """
@@ -8,18 +6,12 @@ OUT.json: {name: "ok" or "ErrorClass: message"}.
 from __future__ import annotations
 
 import copy
-import json
-import logging
 import math
-import os
-import socket
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from record import Job, Record
 from torch import nn
 
 from everbatch.optim import SAM, ClipGradNorm, ShrinkPerturb
@@ -377,24 +369,11 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main() -> None:
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(probe.getsockname()[1])}
-    dist.init_process_group("gloo")
-    results = {}
+def ended(case: Callable[[], Any]) -> str:
+    case()
+    return "ok"
+
+
+def jobs(record: Record) -> Iterator[Job]:
     for name, case in CASES.items():
-        try:
-            case()
-            results[name] = "ok"
-        except Exception as error:  # it is the result
-            results[name] = f"{type(error).__name__}: {error}"
-    Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        yield record.noted(name, ended, case)

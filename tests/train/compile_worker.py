@@ -1,23 +1,15 @@
-"""Runs with compile=true, on two ranks: OUT.json HOST...; see test_compile.py."""
+"""Jobs with compile=true: HOST ...; see worker.py and test_compile.py."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import sys
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-
-import torch
+from record import Job, Record
 from test_compile import BARE, SAMS, counted, difference, net
 
 import learning
-from everbatch.distributed import init
 
 
 def found(host: str) -> dict[str, Any]:
@@ -43,18 +35,7 @@ def refused(host: str) -> str:
     return ""
 
 
-def main() -> None:
+def jobs(record: Record, *hosts: str) -> Iterator[Job]:
     warnings.simplefilter("ignore")  # of DeepSpeed's
-    logging.disable(logging.WARNING)
-    world = init("cpu")
-    results = {host: refused(host) if host == "zero3" else found(host) for host in sys.argv[2:]}
-    if world.rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
-    world.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # DeepSpeed's threads outlive the group
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    for host in hosts:
+        yield record.noted(host, refused if host == "zero3" else found, host)

@@ -1,4 +1,4 @@
-"""Ranks of a launch that runs ConAdv: OUT.json STORE HOST/CHECK [HOST/CHECK ...] [--wide]; see test_conadv_hosts.py.
+"""Jobs of a launch that runs ConAdv: STORE HOST/CHECK [HOST/CHECK ...] [--wide]; see worker.py and test_conadv_hosts.py.
 
 With host "plain", on one rank, the parity checks leave in STORE what the runs of all other hosts are compared with.
 """
@@ -6,26 +6,18 @@ With host "plain", on one rank, the parity checks leave in STORE what the runs o
 from __future__ import annotations
 
 import functools
-import json
-import logging
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from record import Job, Record
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))
-
-from record import Record
 
 import learning
 from everbatch import compose
-from everbatch.distributed import World, init
+from everbatch.distributed import World
 from everbatch.optim import LARS, SAM, ClipGradNorm, DynamicSparsity, StaleSAM
 from everbatch.train import ConAdv, Replay, Trainer
 from learning import Abandoned, everything, stream, whole
@@ -178,26 +170,12 @@ def fork_adversaries() -> None:
     multiprocessing.get_context = lambda method=None: context if method == "spawn" else real(method)
 
 
-def main() -> None:
-    out, store, wide = Path(sys.argv[1]), Path(sys.argv[2]), "--wide" in sys.argv
-    store.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    init("cpu", timeout_s=60)
-    record = Record()
+def jobs(record: Record, store: str, *names: str) -> Iterator[Job]:
+    wide = "--wide" in names
+    Path(store).mkdir(parents=True, exist_ok=True)
     if not wide:
         fork_adversaries()
-    for name in sys.argv[3:]:
-        if name == "--wide":
-            continue
-        begin = time.monotonic()
-        host, _, check = name.partition("/")
-        CHECKS[check](record, store, host, wide)
-        if dist.get_rank() == 0:
-            out.write_text(json.dumps(record.results, indent=1))
-            print(f"{name} {time.monotonic() - begin:.1f} s", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    for name in names:
+        if name != "--wide":
+            host, _, check = name.partition("/")
+            yield name, functools.partial(CHECKS[check], record, Path(store), host, wide)

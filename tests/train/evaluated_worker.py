@@ -1,22 +1,18 @@
-"""Runs on FSDP2 that are evaluated before they begin, or go on: FOLDER; see test_resume.py."""
+"""Jobs of runs on FSDP2 that are evaluated before they begin, or go on: FOLDER; see worker.py and test_resume.py."""
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import Job, Record
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import learning
 from everbatch import compose
-from everbatch.distributed import init
 from everbatch.evaluate.evaluator import accuracies
 from everbatch.evaluate.export import whole_state
 from everbatch.nn import SmallConv
@@ -78,17 +74,9 @@ def begun(decay_vectors: bool) -> list[str]:
     return odd(one, other)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    logging.disable(logging.WARNING)
-    init("cpu")
-    found = {}
+def jobs(record: Record, folder: str) -> Iterator[Job]:
     for decay_vectors in (True, False):
         for frozen in (True, False):
-            found[f"resumed/{frozen}/{decay_vectors}"] = resumed(folder / f"{frozen}-{decay_vectors}", frozen, decay_vectors)
-        found[f"begun/{decay_vectors}"] = begun(decay_vectors)
-    (folder / "odd.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+            own = Path(folder) / f"{frozen}-{decay_vectors}"
+            yield record.noted(f"resumed/{frozen}/{decay_vectors}", resumed, own, frozen, decay_vectors)
+        yield record.noted(f"begun/{decay_vectors}", begun, decay_vectors)

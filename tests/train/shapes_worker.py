@@ -1,13 +1,11 @@
-"""Models of every shape in the Trainer on DDP and on FSDP2: the same steps to rounding. Writes what it found, by model."""
+"""Models of every shape in the Trainer on DDP and on FSDP2, as jobs: the same steps to rounding."""
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,12 @@ from torch.nn import functional
 
 from everbatch import compose
 from everbatch.data import TensorSource, iid
-from everbatch.distributed import init
 from everbatch.optim import SAM
 from everbatch.train import Trainer
 from everbatch.train.blocks import blocks_of
+
+if TYPE_CHECKING:  # tests of one process import the models from here, without the contract suite at hand
+    from record import Job, Record
 
 
 class Net(nn.Module):
@@ -145,12 +145,6 @@ def compare(kind: type[Net]) -> dict[str, Any]:
             "still": [n for n in ddp if torch.equal(ddp[n], names[n])]}
 
 
-def main() -> None:
-    rank = init("cpu").rank
-    found = {name: compare(kind) for name, kind in MODELS.items()}
-    if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+def jobs(record: Record) -> Iterator[Job]:
+    for name, kind in MODELS.items():
+        yield record.noted(name, compare, kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,8 @@ def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def launch(name: str, ranks: int, *more: str) -> Results:
         if name not in known:
             out = folder / f"{name}.json"
-            job = zygote.run(WORKER, str(out), str(folder / "store"), *jobs(name, ROUND), *more, ranks=ranks, limit=1200.0)
-            assert not any(job.codes), job.err[-3000:]
-            known[name] = json.loads(out.read_text())
+            words = [str(folder / "store"), *jobs(name, ROUND), *more]
+            known[name] = zygote.found(WORKER, out, *words, ranks=ranks, limit=1200.0)
         return known[name]
 
     def get(host: str, wide: bool) -> Results:
