@@ -18,7 +18,7 @@ import learning
 from everbatch import compose
 from everbatch.evaluate.export import whole_state
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity
-from everbatch.train import Trainer
+from everbatch.train import ConAdv, Trainer
 from learning import Abandoned, stream
 from processes import Zygote
 
@@ -80,6 +80,21 @@ def test_graphs_of_a_run(optimizer: Any, cls: type, decay_vectors: bool, most: i
             assert len(graphs) == most
     assert difference(*runs) <= 1e-6
     assert [row[:2] for row in runs[0].matrix[1:]] == [row[:2] for row in runs[1].matrix[1:]]
+
+
+@pytest.mark.parametrize(("one_forward", "most"), [(False, 2), (True, 1)])
+def test_crafting_runs_as_it_is(one_forward: bool, most: int) -> None:
+    """A graph for each branch of the batch norms, or one for both; none for attacks, which elsewhere have none either."""
+    learner: Any = type("Learner", (ConAdv, Trainer), {})
+    runs = []
+    with counted() as graphs:
+        for compiled in (True, False):
+            config = Trainer.Config(batch_size=8, compile=compiled)
+            t = learner(net(), BARE, config=config, prepare=learning.scale, device="cpu", radius=8.0, one_forward=one_forward)
+            t.fit(stream())
+            runs.append(t)
+            assert len(graphs) == most
+    assert difference(*runs) <= 1e-6
 
 
 def test_a_run_goes_on_with_and_without(tmp_path: Path) -> None:
