@@ -15,6 +15,7 @@ import pytest
 
 import processes
 from processes import ROOT, torchrun
+from rotation import When
 
 COPIED = ("lib", "launch", "recipes", "tests", "README.md")
 TABLE = "lib/everbatch/methods.py"
@@ -81,7 +82,7 @@ def jobs(copy: Path, store: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, *
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("hosts", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
+@pytest.mark.parametrize("hosts", [When(0, 2).param(FEW, id="few"), When(slow=True).param(ALL, id="all")])
 def test_a_file_and_a_line_are_all(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]) -> None:
     before = contents(copy)
     found = jobs(copy, tmp_path, 1, monkeypatch, "told:centralise", "told:confidence", "case:GradientCentralisation/plain",
@@ -98,6 +99,7 @@ def test_a_file_and_a_line_are_all(copy: Path, tmp_path: Path, monkeypatch: pyte
     assert changed(before, contents(copy)) == []
 
 
+@pytest.mark.rotated(1, 2)
 def test_the_written_blocks_are_all_that_a_command_changes(copy: Path) -> None:
     before = contents(copy)
     code = ("import sys; sys.path.insert(0, 'launch'); import methods\n"

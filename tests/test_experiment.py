@@ -16,6 +16,7 @@ from everbatch.experiment import Experiment, Finished, run
 from everbatch.train import StepRecord, Trainer, TrainerMixin
 from experiment_worker import KINDS, digest, experiment, process_state, twice
 from processes import ROOT, Zygote
+from rotation import When
 
 WORKER = ROOT / "tests" / "experiment_worker.py"
 
@@ -26,7 +27,7 @@ def test_twice_in_this_process(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "kinds"), [
-    (1, ("zero3",)), (2, ("ddp",)), pytest.param(1, KINDS[1:], marks=pytest.mark.slow),
+    When(0, 2).param(1, ("zero3",)), When(1, 2).param(2, ("ddp",)), pytest.param(1, KINDS[1:], marks=pytest.mark.slow),
     pytest.param(2, KINDS[1:], marks=pytest.mark.slow)])
 def test_twice_on_other_engines(zygote: Zygote, tmp_path: Path, ranks: int, kinds: tuple[str, ...]) -> None:
     """On one rank without a launch, where a group is made and left; on two in a group that is the caller's."""

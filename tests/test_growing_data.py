@@ -34,6 +34,7 @@ def recipe() -> ModuleType:
     return module
 
 
+@pytest.mark.rotated(0, 2)
 def test_a_short_run_alone(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
@@ -53,6 +54,7 @@ def test_a_short_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.rotated(1, 2)
 def test_a_short_run_on_two_ranks(zygote: Zygote, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     job = zygote.run(RECIPE, *SHORT, f"output={tmp_path}", limit=200.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ def test_one_rank_gives_back_what_was_stored() -> None:
 def test_ranks_together_are_the_single_process(size: int, tmp_path: Path) -> None:
     single = {kind: run(kind, World()) for kind in ("stream", "sample", "class")}
     torch.save(single, tmp_path / "single.pt")
-    context = mp.spawn(worker, (size, str(tmp_path)), nprocs=size, join=False)
+    # A server imports torch once and forks every rank; without effect where one runs already.
+    multiprocessing.set_forkserver_preload(["torch", "everbatch.data"])
+    context = mp.start_processes(worker, (size, str(tmp_path)), nprocs=size, join=False, start_method="forkserver")
     try:
         for _ in range(24):
             if context.join(timeout=5):

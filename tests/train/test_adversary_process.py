@@ -26,6 +26,7 @@ from everbatch.train.adversarial import Attack, Fifo
 from everbatch.train.adversarial.fifo import Waiting
 from everbatch.train.adversarial.server import _take
 from processes import ENVIRONMENT, ROOT
+from rotation import When
 
 
 def test_signs_from_a_checkpoint_follow_the_inputs_to_their_device() -> None:
@@ -109,7 +110,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("way", ["clean", "inline", "stop"])
+@pytest.mark.parametrize("way", [When(i, 3).param(way) for i, way in enumerate(("clean", "inline", "stop"))])
 def test_a_killed_adversary(way: Any) -> None:
     """Two batches are lost at most, those under way; what then happens is the option's choice."""
     t, weights = beside(tau=2, on_failure=way, normalize=True, weight_clean=3.0), list[nn.Module]()
