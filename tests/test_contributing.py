@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import processes
-from processes import ROOT, torchrun
+from processes import ROOT
 from rotation import When
 
 COPIED = ("lib", "launch", "recipes", "tests", "README.md")
@@ -69,26 +69,27 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def jobs(copy: Path, store: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, Any]:
-    """What jobs of the copy's own worker found."""
-    monkeypatch.setitem(processes.ENVIRONMENT, "PYTHONPATH", str(copy / "lib"))
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    out = store / f"{ranks}.json"
-    own = copy / "tests"
-    job = torchrun(ranks, own / "worker.py", str(own / "distributed" / "jobs.py"), str(out), str(store), *names, limit=240)
-    assert job.codes == [0], job.err[-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+@pytest.fixture(scope="module")
+def forked(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process with the copy's package imported, from which the copy's own jobs are forked."""
+    spec = importlib.util.spec_from_file_location("copied_processes", copy / "tests" / "processes.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["copied_processes"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.Zygote(tmp_path_factory.mktemp("forked"))
+    yield made
+    made.close()
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("hosts", [When(0, 2).param(FEW, id="few"), When(slow=True).param(ALL, id="all")])
-def test_a_file_and_a_line_are_all(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hosts: tuple[str, ...]) -> None:
+def test_a_file_and_a_line_are_all(copy: Path, forked: Any, tmp_path: Path, hosts: tuple[str, ...]) -> None:
     before = contents(copy)
-    found = jobs(copy, tmp_path, 1, monkeypatch, "told:centralise", "told:confidence", "case:GradientCentralisation/plain",
-                 "method:confidence/plain")
+    todo = copy / "tests" / "distributed" / "jobs.py"
+    alone = ["told:centralise", "told:confidence", "case:GradientCentralisation/plain", "method:confidence/plain"]
     two = [job.format(host) for job in ("case:GradientCentralisation/{}", "method:confidence/{}") for host in hosts]
-    found |= jobs(copy, tmp_path, 2, monkeypatch, *two)
+    found = forked.found(todo, tmp_path / "1.json", str(tmp_path), *alone, ranks=1, limit=120)
+    found |= forked.found(todo, tmp_path / "2.json", str(tmp_path), *two, ranks=2, limit=240)
     bad = {key: value["problem"] for key, value in found.items() if not value["passed"]}
     assert bad == {}
     assert {key for key in found if key.startswith("told/")} == {
