@@ -23,11 +23,20 @@ done
 cd "$ROOT"
 failed=0
 found=false
+export EVERBATCH_DURATIONS="$(mktemp)"
+
+# The slowest of all parts, and how long it took.
+summary() {
+    echo "everbatch: the slowest ten of $((SECONDS / 60)) min $((SECONDS % 60)) s, in seconds"
+    sort -rn "$EVERBATCH_DURATIONS" | sed -n 1,10p  # reads to the end: sort is not cut off
+    rm -f "$EVERBATCH_DURATIONS"
+}
+trap summary EXIT
 
 # part WORDS: run pytest; what it ends with counts, but for 5: none of the tests that were asked for is in this part.
 part() {
     local code=0
-    "$PYTHON" -m pytest --durations=10 "$@" ${arguments[@]+"${arguments[@]}"} || code=$?
+    "$PYTHON" -m pytest "$@" ${arguments[@]+"${arguments[@]}"} || code=$?
     [ $code -eq 5 ] || found=true
     [ $code -eq 0 ] || [ $code -eq 5 ] || failed=$code
     case " ${arguments[*]:-} " in *" -x "*) [ "$failed" -eq 0 ] || exit "$failed" ;; esac
