@@ -1,13 +1,14 @@
 """torch.compile under the Trainer: what is compiled on which engine, and when it runs as it is.
 
     plain, DDP      the bare module, inside of DDP
-    FSDP2           the forwards of the blocks that are sharded for themselves; the rest runs as it is
+    FSDP2           the forwards of the blocks that are sharded for themselves
     ZeRO 0 to 2     the engine's module, by `engine.compile()`
     ZeRO 3          refused: its hooks, which gather weights around every layer, break every graph
 
-Compiled are training passes alone. Evaluation, predictions and the crafting of adversarial inputs run the modules as they are:
-another mode, or batches of other sizes, would each be one more graph, and adversaries elsewhere run them so. Nothing is wrapped,
-so that names, hooks, checkpoints and exports are those of the bare module.
+Compiled are training passes alone. Evaluation, predictions and the crafting of adversarial inputs run
+the modules as they are: another mode, or batches of other sizes, would each be one more graph, and
+adversaries elsewhere run them so. Nothing is wrapped, so that names, hooks, checkpoints and exports are
+those of the bare module.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ __all__ = ["as_it_is", "compile_blocks", "compile_engine"]
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Have the forwards of these modules compiled, each for itself and without its hooks: FSDP2's, which gather weights, are not
-    to be traced, and nothing would be compiled around them."""
+    """Have the forwards of these modules compiled, each for itself and without its hooks: FSDP2's, which
+    gather weights, are not to be traced, and nothing would be compiled around them."""
     for block in blocks:
         block.forward = torch.compile(block.forward)
 
@@ -38,8 +39,9 @@ def compile_engine(engine: Any) -> None:
     """
     stage = int(engine.zero_optimization_stage())
     if stage == 3:
-        raise UnsupportedHost("DeepSpeed: compile=true on ZeRO stage 3, whose hooks gather weights around every layer and break "
-                              "every graph; use ZeRO stage 0 to 2, engine='fsdp2' or 'ddp', or set compile=false")
+        raise UnsupportedHost("DeepSpeed: compile=true on ZeRO stage 3, whose hooks gather weights around "
+                              "every layer and break every graph; use ZeRO stage 0 to 2, engine='fsdp2' "
+                              "or 'ddp', or set compile=false")
     engine.compile()
 
 

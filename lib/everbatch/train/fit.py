@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -76,15 +75,17 @@ def loader_of(trainer: Stepper, stream: Stream, task: Task, *, done: int = 0, wo
     """A task's batches, from its step `done` on."""
     config = trainer.config
     position = (trainer.step - done) * config.batch_size
-    return Loader(stream, task, config.batch_size, config.epochs, trainer.seed, trainer.world, start=done,
-                  workers=workers, position0=position)
+    return Loader(
+        stream, task, config.batch_size, config.epochs, trainer.seed, trainer.world, start=done, workers=workers,
+        position0=position)
 
 
 def schedule_of(trainer: Stepper, loader: Loader, *, done: int = 0) -> LRScheduler:
     """A task's learning rates, from its step `done` on."""
     config = trainer.config
-    return task_schedule(config.schedule, trainer.begun.rates, epochs=config.epochs, batch_size=config.batch_size,
-                         steps_per_epoch=loader.steps_per_epoch, done=done)
+    return task_schedule(
+        config.schedule, trainer.begun.rates, epochs=config.epochs, batch_size=config.batch_size,
+        steps_per_epoch=loader.steps_per_epoch, done=done)
 
 
 def _train(trainer: Stepper, run: Run, stream: Stream) -> None:
@@ -102,7 +103,7 @@ def _train(trainer: Stepper, run: Run, stream: Stream) -> None:
 
 
 def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
-    """All steps of a task that are left; False where a signal asked to stop before its end was told."""
+    """All steps of a task that are left; False where a signal asked to stop."""
     config, stop = trainer.config, run.stop
     loader = loader_of(trainer, stream, task, done=run.task_step, workers=config.workers)
     run.begin_task(loader)
@@ -142,10 +143,13 @@ def _end_task(trainer: Stepper, task: Task) -> None:
 
 
 def _close_task(trainer: Stepper, run: Run, stream: Stream) -> None:
-    """Evaluate after a task, and keep all of it; stopped in between, keep that the evaluation is missing."""
+    """Evaluate after a task, and keep all of it; stopped meanwhile, keep that the evaluation is missing."""
     task = stream.tasks[run.task_index]
     last = len(stream) if trainer.config.eval_future else run.task_index + 1
-    stop: Callable[[bool], bool] = lambda now: run.stop.agree(trainer.world, trainer.step, now=now)  # noqa: E731
+
+    def stop(now: bool) -> bool:
+        return run.stop.agree(trainer.world, trainer.step, now=now)
+
     row = accuracies(trainer, stream, run.task_index, list(stream.tasks[:last]), stop=stop)
     run.end_task()
     if row is not None:
@@ -161,7 +165,8 @@ def _tell_accuracies(trainer: Stepper, run: Run, stream: Stream, task: Task, row
     values["accuracy/seen"] = float(np.mean(row[: run.task_index]))
     trainer.recorder.scalars(trainer.step - 1, values)
     shown = " ".join(f"{100 * a:5.1f}" for a in row)
-    trainer.recorder.say(f"after task {task.id + 1}/{len(stream)} ({task.name}): accuracy by task, %: {shown}")
+    done = f"after task {task.id + 1}/{len(stream)} ({task.name})"
+    trainer.recorder.say(f"{done}: accuracy by task, %: {shown}")
 
 
 def _account(trainer: Stepper, run: Run, record: StepRecord) -> None:
@@ -182,22 +187,26 @@ def _account(trainer: Stepper, run: Run, record: StepRecord) -> None:
 def _scalars(trainer: Stepper, record: StepRecord) -> dict[str, float | Tensor]:
     """What is written of a step; one small all-reduce."""
     optimizer = trainer.optimizer
-    terms = {"loss/total": record.loss, **{f"loss/{name}": term for name, term in record.terms.items()}}
-    shares = trainer.world.sum(torch.stack([term.float() for term in terms.values()])) / trainer.world.size
+    terms = {"loss/total": record.loss}
+    terms |= {f"loss/{name}": term for name, term in record.terms.items()}
+    sums = trainer.world.sum(torch.stack([term.float() for term in terms.values()]))
+    shares = sums / trainer.world.size
     values: dict[str, float | Tensor] = dict(zip(terms, shares, strict=True))
-    values |= {"lr": optimizer.param_groups[0]["lr"], "steps/skipped": float(optimizer.skipped_count)}
+    values["lr"] = optimizer.param_groups[0]["lr"]
+    values["steps/skipped"] = float(optimizer.skipped_count)
     values |= {f"optimizer/{name}": value for name, value in optimizer.metrics.items()}
     return values
 
 
 def _keep_scalars(trainer: Stepper, error: BaseException) -> None:
-    """Write what led to an error; where that fails as well, on a full disk, say so beside it and not in its place."""
+    """Write what led to an error; where that fails as well, on a full disk, say so beside it."""
     try:
         if trainer.recorder is not None:
             trainer.recorder.flush()
     except Exception as another:
         with warnings.catch_warnings():
-            warnings.simplefilter("always")  # made an error by a filter, it would stand in the place of the first
+            # Made an error by a filter, it would stand in the place of the first.
+            warnings.simplefilter("always")
             warnings.warn(f"Trainer: the last scalars before {type(error).__name__} were not written: "
                           f"{type(another).__name__}: {another}", stacklevel=4)
 
@@ -205,5 +214,6 @@ def _keep_scalars(trainer: Stepper, error: BaseException) -> None:
 def _save(trainer: Stepper) -> None:
     if trainer.folder is not None:
         if trainer.recorder is not None:
-            trainer.recorder.flush()  # or a kill would lose scalars of steps that the checkpoint has behind it
+            # Or a kill would lose scalars of steps that the checkpoint has behind it.
+            trainer.recorder.flush()
         persist.save(trainer)

@@ -15,7 +15,7 @@ __all__ = ["Run"]
 
 @dataclass
 class Run:
-    """One `Trainer.fit`. A checkpoint holds it, beside weights, optimizer and what mixins remember."""
+    """One `Trainer.fit`. A checkpoint holds it, beside weights, optimizer and what mixins keep."""
 
     stream: Stream | None = None
     loader: Loader | None = None

@@ -1,4 +1,4 @@
-"""The verbs of the Trainer, innermost, in the order in which a batch travels, and the step that calls them."""
+"""The verbs of the Trainer, innermost, in the order a batch travels, and the step that calls them."""
 
 from __future__ import annotations
 
@@ -74,11 +74,12 @@ class Stepper:
         return parts
 
     def augment_batch(self, parts: list[Batch]) -> list[Batch]:
-        """Once per step: augment, move to the device, prepare. The stream part keeps its raw inputs in `extras`."""
+        """Once per step: augment, move to the device, prepare. The stream part keeps its raw inputs in
+        `extras`."""
         kept = self.run.peeked.pop(self.step, None)
         if kept is None:
             return self.ready(parts, self.step)
-        # The stream's was made before its step, for `peek`: of these inputs, if nobody has changed them.
+        # The stream's was made before its step, for `peek`, if nobody has changed its inputs since.
         rest = [part for part in parts if part.inputs is not kept.extras["raw"]]
         made = iter(self.ready(rest, self.step))
         return [kept if part.inputs is kept.extras["raw"] else next(made) for part in parts]
@@ -93,11 +94,13 @@ class Stepper:
             shape = tuple(outputs.shape)
             check(wide, "Trainer", f"logits of {shape}, {known} classes", "be (n, classes)",
                   "give the model a head as wide as the stream")
-            check(False, "Trainer", f"logits of {shape} for {len(batch.inputs)} samples", "be one row for each")
+            check(False, "Trainer", f"logits of {shape} for {len(batch.inputs)} samples",
+                  "be one row for each")
         return outputs
 
     def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
-        """Logits of all parts of a micro-batch, one `forward` each; the losses of one are taken before the next runs."""
+        """Logits of all parts of a micro-batch, one `forward` each; the losses of one are taken before
+        the next runs."""
         return map(self.forward, parts)
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -105,7 +108,8 @@ class Stepper:
         if batch.part != "stream":
             return {}
         smoothing = self.config.label_smoothing
-        rows = functional.cross_entropy(outputs, batch.targets, reduction="none", label_smoothing=smoothing)
+        rows = functional.cross_entropy(
+            outputs, batch.targets, reduction="none", label_smoothing=smoothing)
         return {"cross_entropy": batch.mean(rows)}
 
     def after_step(self, record: StepRecord) -> None:
@@ -121,13 +125,14 @@ class Stepper:
         """Logits of a batch whose inputs are ready, in evaluation mode.
 
         Args:
-            batch: a batch, while the trainer evaluates; or model inputs (n, ...), at any time: then the model is put into
-                evaluation mode with the ranks' mean buffers, no gradient is kept, and modes and buffers are as before.
+            batch: a batch, while the trainer evaluates; or model inputs (n, ...), at any time: then the
+                model is put into evaluation mode with the ranks' mean buffers, no gradient is kept, and
+                modes and buffers are as before.
 
         Collective for a tensor: call it on every rank; ranks may have different inputs.
         """
-        check(isinstance(batch, Tensor | Batch), "Trainer", f"predict() of a {type(batch).__name__}", "get a tensor of inputs "
-              "(n, ...), or a Batch", "torch.as_tensor(...) makes one of arrays")
+        check(isinstance(batch, Tensor | Batch), "Trainer", f"predict() of a {type(batch).__name__}",
+              "get a tensor of inputs (n, ...), or a Batch", "torch.as_tensor(...) makes one of arrays")
         if isinstance(batch, Batch):
             return self.forward(batch)
         with torch.no_grad(), frozen_statistics(self.module), evaluating(self.module, self.world):
@@ -167,7 +172,9 @@ class Stepper:
             result.append(replace(part, inputs=self.inputs_of(part.inputs), extras=extras))
         return result
 
-    def _augmented(self, parts: list[Batch], step: int, augment: Callable[[Tensor], Tensor]) -> list[Batch]:
+    def _augmented(
+        self, parts: list[Batch], step: int, augment: Callable[[Tensor], Tensor],
+    ) -> list[Batch]:
         """Each row under a seed of its own, the same on any rank."""
         result = []
         with torch.random.fork_rng(devices=[]):
@@ -175,7 +182,7 @@ class Stepper:
                 rows = []
                 keys = seeds.derive_each(part.ids.tolist(), self.seed, "augment", part.part, step)
                 for row, key in zip(part.inputs, keys, strict=True):
-                    # Not torch.manual_seed, which seeds devices as well: their dropout follows the step.
+                    # Not torch.manual_seed, which seeds devices too: their dropout follows the step.
                     torch.default_generator.manual_seed(key)
                     rows.append(augment(row))
                 result.append(replace(part, inputs=torch.stack(rows)))
@@ -203,12 +210,13 @@ class Stepper:
         return logits.float()  # type: ignore[no-any-return]
 
     def bare(self, inputs: Tensor) -> Tensor:
-        """Logits of the bare module, (n, classes) float32, for gradients of inputs: no parameter gradient is reduced."""
+        """Logits of the bare module, (n, classes) float32, for gradients of inputs: no parameter gradient
+        is reduced."""
         return self.logits(self.engine.bare, inputs)
 
     def peek(self, ahead: int) -> Batch | None:
-        """Inside a step: the stream part of the step `ahead` steps from now, as that step will train on it; None past the end
-        of the task. Memory: the batches in between wait on the device."""
+        """Inside a step: the stream part of the step `ahead` steps from now, as that step will train on it;
+        None past the end of the task. Memory: the batches in between wait on the device."""
         if not self.run.fetched(ahead):
             return None
         step = self.step + ahead
@@ -217,6 +225,7 @@ class Stepper:
         return self.run.peeked[step]
 
     def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, targets and positions of the whole global batch: a function of the step, without communication."""
+        """Ids, targets and positions of the whole global batch: a function of the step, without
+        communication."""
         assert self.run.loader is not None
         return self.run.loader.global_rows(self.run.task_step)
