@@ -59,6 +59,17 @@ def test_one_that_comes_with_a_task_is_found_at_its_start() -> None:
         assert counted(late) == step
 
 
+def test_a_module_that_the_given_one_gains_later_is_walked() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    opt = Sharp(model, lr=0.1, rho=0.05)
+    for _ in range(3):
+        opt.step(closure_of(opt, model))
+    late = model[1] = nn.BatchNorm1d(5, affine=False)
+    for step in range(1, 4):
+        opt.step(closure_of(opt, model))
+        assert counted(late) == step
+
+
 def test_a_skipped_step_puts_back_what_is_outside() -> None:
     model, outside = net(), nn.BatchNorm1d(6)
     opt = Sharp(model, lr=0.1, rho=0.05)

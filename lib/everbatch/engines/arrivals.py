@@ -25,7 +25,7 @@ class Reach:
     Cost: one hook per parameter and backward, no tensor.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(self, named: Sequence[tuple[str, Tensor]], device: torch.device) -> None:
         self.names = [name for name, _ in named]
         self.last: set[str] = set()
         """Reached since gradients were last discarded."""
@@ -33,21 +33,20 @@ class Reach:
         """Reached by earlier passes of the step."""
         self.mixed = False
         """Whether the gradient holds parts of all passes of this step, not of the last alone."""
-        self._all = torch.ones(len(self.names), dtype=torch.float64)
+        self.all = torch.ones(len(self.names), dtype=torch.float64, device=device)
+        """`flags()` where every parameter was reached."""
         # The hooks hold the set alone, so neither the model nor the engine is kept alive by them.
         note = self.last.add
         handles = [p.register_post_accumulate_grad_hook(functools.partial(_note, note, name))  # type: ignore[no-untyped-call]
                    for name, p in named]
         weakref.finalize(self, _remove, handles)
 
-    def flags(self, device: torch.device) -> Tensor:
+    def flags(self) -> Tensor:
         """One number per parameter, in the order of `names`: 1 where this rank has a gradient. (n,) float64."""
         found = self.last | self.earlier if self.mixed else self.last
         if len(found) == len(self.names):
-            if self._all.device != device:
-                self._all = self._all.to(device)
-            return self._all
-        return torch.tensor([float(n in found) for n in self.names], dtype=torch.float64, device=device)
+            return self.all
+        return torch.tensor([float(n in found) for n in self.names], dtype=torch.float64, device=self.all.device)
 
 
 def _note(note: Callable[[str], None], name: str, _: Tensor) -> None:

@@ -166,6 +166,10 @@ class LocalHost(Host):
         return kept
 
     def begin_step(self) -> None:
+        self.watch.parts = []
+        self._note_present()
+
+    def _note_present(self) -> None:
         self._stepping = None
         self._stepping = self._now()
 
@@ -265,7 +269,7 @@ class LocalHost(Host):
         """Refuse sparse gradients, which a host given parameters alone sees here first. Unscale by hand: `GradScaler.unscale_`
         allows one call per step, and a step may have several passes."""
         if self._stepping is not None:
-            self.begin_step()
+            self._note_present()
         look = self.watch.looking or self.module is None
         sparse = [n for n, p in self._named if p.grad is not None and p.grad.is_sparse] if look else []
         if sparse:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Objective:
     its own. The host's `Watch` knows the modules.
     """
 
+    local: ClassVar[bool] = False
+    """Whether its passes are local ones, if a call does not say."""
     accumulation: Accumulation
     closures: Mapping[str, Closure]
     penalty: Callable[[], None] | None
@@ -161,6 +163,8 @@ class Objective:
 
 class _Apart(Objective):
     """Shares everything with another one, but for a default."""
+
+    local = True
 
     def __init__(self, whole: Objective) -> None:
         self.__dict__ = whole.__dict__

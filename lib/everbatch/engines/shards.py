@@ -347,7 +347,7 @@ class Scratch:
 
     def _lend(self, like: Vector) -> Vector | None:
         """A vector over the same shards, with any values; None where memory is not kept."""
-        kinds = {(t.dtype, t.device) for t in like.tensors}
+        kinds = {(t.dtype, t.device) for t in (like.tensors if like.flat is None else [like.flat])}
         if len(kinds) != 1 or len(like.shards) < 2:
             return None
         ((dtype, device),) = kinds

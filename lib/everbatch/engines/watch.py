@@ -52,8 +52,10 @@ class Watch:
         """Modules met in the pass under way; None outside of passes."""
         self.undo: list[Callable[[], None]] = []
         """What lets go of what the pass under way holds, last first."""
-        self._parts: list[nn.Module] = []
-        """Modules of the root, as a pass of the step under way has found them."""
+        self._wrappers: set[type] = set()
+        """Classes of DDP's, of those met: asking each module costs as much as all else about it."""
+        self.parts: list[nn.Module] = []
+        """Modules of the root, as a pass of the step under way has found them; hosts empty it when a step begins."""
         self.buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._stop: Callable[[], None] | None = None
 
@@ -63,7 +65,7 @@ class Watch:
 
     def end_step(self) -> None:
         """After the last pass of a step, or one that raised; needed where `looking` or `buffers` is true."""
-        self._meet_all, self.buffers, self._parts, self.looking = None, [], [], False
+        self._meet_all, self.buffers, self.parts, self.looking = None, [], [], False
         if self._stop is not None:
             self._stop()
             self._stop, self._look, self._compiled = None, False, self._found_compiled
@@ -105,25 +107,26 @@ class Watch:
         """Hold, or copy, what a module and those below it keep; whatever else is called of them is known then."""
         seen = self._seen
         assert seen is not None
-        parts = self._parts if inside and not self.looking else []
+        parts = self.parts if inside and not self.looking else []
         if not parts:
             parts = every_module(module)
         if inside:
-            self._parts = parts
+            self.parts = parts
         if seen:
             parts = [m for m in parts if id(m) not in seen]
         if self.looking:
             seen.update(map(id, parts))
+            self._wrappers |= {kind for kind in set(map(type, parts)) if issubclass(kind, DistributedDataParallel)}
             if self._meet_all is not None:
                 self._meet_all(parts)
             self._found_compiled = self._found_compiled or any(map(is_compiled, parts))
         if not inside:
-            self._outside = self._outside or any(p._buffers or isinstance(p, DistributedDataParallel) for p in parts)
+            self._outside = self._outside or any(p._buffers or type(p) in self._wrappers for p in parts)
         if self._recorded:
             self.buffers += [(m, n, b, b.clone()) for m in parts if m._buffers for n, b in m._buffers.items() if b is not None]
             return
         for part in parts:
-            if part._buffers or isinstance(part, DistributedDataParallel):
+            if part._buffers or type(part) in self._wrappers:
                 self.undo += hold_statistics(part)
 
 

@@ -66,7 +66,7 @@ class ZeroHost(Host):
         self._own: dict[str, Tensor] = {}
         self._gradient_of: dict[str, Callable[[], Tensor | None]] = {}
         self._own_methods: dict[str, tuple[Callable[..., Any], Any]] = {}
-        self._reach = Reach(self._named)
+        self._reach = Reach(self._named, self.device)
         self._clocks = Clocks(self.inner, lambda: self.shards)
         self._in_order = None
         if self.kind == "DeepSpeedZeroOptimizer":
@@ -213,6 +213,7 @@ class ZeroHost(Host):
         self.unreached = frozenset()
 
     def begin_step(self) -> None:
+        self.watch.parts = []
         self._reach.earlier.clear()
         self._reach.mixed = False
 
@@ -231,7 +232,7 @@ class ZeroHost(Host):
         self._reach.mixed = True
 
     def reached(self) -> Tensor | None:
-        flags = self._reach.flags(self.device).clone()
+        flags = self._reach.flags().clone()
         if self.world > 1:
             dist.all_reduce(flags)
         return flags
@@ -247,7 +248,9 @@ class ZeroHost(Host):
         shards = self.shards if self._shards is None else self._shards
         gradient = self.gradient()
         bad_here = count_bad(masters_of(self, shards), gradient, self.device)
-        table = torch.cat([bad_here.view(1), self._reach.flags(self.device)])
+        reach = self._reach
+        flags = reach.all if len(reach.last) == len(reach.names) else reach.flags()
+        table = torch.cat([bad_here.view(1), flags])
         if self.world > 1:
             dist.all_reduce(table)
         bad, *ranks = table.tolist()

@@ -220,7 +220,7 @@ class OptimizerMixin(Contract):
     def estimate_gradient(self, objective: Objective) -> Any:
         """Leave the gradient to use in the shards; returns the recorded pass's result."""
         loss = objective()
-        if self.host.unproven and objective.several:
+        if self.host.unproven and objective.several and not objective.local:
             objective.prove()
         return loss
 
