@@ -13,8 +13,8 @@ from everbatch.optim import SAM
 from everbatch.train import StepRecord
 from trips import Trip, walk
 
-MOST = 130
-"""Turns of one step with DER++ and SAM on one rank of plain torch."""
+MOST = 110
+"""Turns of one step with DER++ and SAM on one rank of plain torch; hops are counted and printed beside them."""
 WARM = 3
 """Steps in which everything sets itself up, and the memory gets what it draws from."""
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["bregman", "dark_term", "distillation", "entropy", "gaussian_divergence", "kl_divergence", "label_term",
+__all__ = ["bregman", "distillation", "entropy", "gaussian_divergence", "kl_divergence",
            "mean_square", "natural_step", "negative_entropy", "quadratic_form", "quadratic_penalty", "squared_norm",
            "uniform_divergence"]
 
@@ -63,26 +62,6 @@ def quadratic_form(precision: Tensor) -> Callable[[Tensor], Tensor]:
         return value
 
     return generator
-
-
-def label_term(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each row: CE(u_i, y_i). Shapes (n, C), (n,) -> (n,). ER's term, averaged over the replay batch."""
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def dark_term(
-    logits: Tensor, stored: Tensor, reduction: Literal["element_mean", "sample_sum"] = "element_mean",
-) -> Tensor:
-    """Squared distance of each row's logits to those stored with it: ||u_i - z_i||^2, divided by C for "element_mean".
-
-    Where the head has grown since, the common prefix is compared. Shapes (n, C), (n, C') -> (n,).
-
-    Source: Buzzega et al. 2020, arXiv 2004.07211. The authors' code averages over all n * C elements, hence the default;
-    the paper's squared norm is "sample_sum", so alpha there is alpha here divided by C.
-    """
-    width = min(logits.shape[1], stored.shape[1])
-    distance = (logits[:, :width].float() - stored[:, :width].float()).square()
-    return distance.mean(1) if reduction == "element_mean" else distance.sum(1)
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:

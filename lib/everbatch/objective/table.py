@@ -26,14 +26,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional
 
-from everbatch.objective.bregman import (
-    dark_term,
-    label_term,
-    mean_square,
-    negative_entropy,
-    squared_norm,
-)
-from everbatch.objective.terms import Divergence, OutputTerm, WeightTerm
+from everbatch.objective.bregman import mean_square, negative_entropy, squared_norm
+from everbatch.objective.terms import Divergence, OutputTerm, WeightTerm, dark_term, label_term
 
 __all__ = ["CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "dark_er", "dark_er_pp", "er",
            "ewc", "mas", "online_ewc", "si"]

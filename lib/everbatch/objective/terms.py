@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from everbatch.contract import parts_of
 from everbatch.objective.bregman import bregman, quadratic_form
 
-__all__ = ["Divergence", "OutputTerm", "Rows", "WeightTerm", "evaluate", "texts"]
+__all__ = ["Divergence", "OutputTerm", "Rows", "WeightTerm", "dark_term", "evaluate", "label_term",
+           "texts"]
 
 Generator = Callable[[Tensor], Tensor]
 
@@ -71,6 +73,26 @@ class Divergence:
                 rows.append(slope(h) - slope(z))
         gradient: Tensor = pull_back(torch.stack(rows))[0]
         return gradient
+
+
+def label_term(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row: CE(u_i, y_i). Shapes (n, C), (n,) -> (n,). ER's term, averaged over the replay batch."""
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def dark_term(
+    logits: Tensor, stored: Tensor, reduction: Literal["element_mean", "sample_sum"] = "element_mean",
+) -> Tensor:
+    """Squared distance of each row's logits to those stored with it: ||u_i - z_i||^2, divided by C for "element_mean".
+
+    Where the head has grown since, the common prefix is compared. Shapes (n, C), (n, C') -> (n,).
+
+    Source: Buzzega et al. 2020, arXiv 2004.07211. The authors' code averages over all n * C elements, hence the default;
+    the paper's squared norm is "sample_sum", so alpha there is alpha here divided by C.
+    """
+    width = min(logits.shape[1], stored.shape[1])
+    distance = (logits[:, :width].float() - stored[:, :width].float()).square()
+    return distance.mean(1) if reduction == "element_mean" else distance.sum(1)
 
 
 class Rows(Protocol):

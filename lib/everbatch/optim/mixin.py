@@ -188,7 +188,7 @@ class OptimizerMixin(Contract):
         self._accumulation.leave()
 
     def micro_batches(self, batches: Iterable[Any], *, average: bool = True) -> Iterator[Any]:
-        """Yield micro-batches of one pass, reducing gradients with the last only.
+        """The micro-batches of one pass, one after the other, reducing gradients with the last only.
 
             return sum(opt.backward(loss_fn(model(x), y)) for x, y in opt.micro_batches(batches))
 
@@ -206,7 +206,7 @@ class OptimizerMixin(Contract):
             ValueError: no micro-batch; or a DeepSpeed engine whose gradient_accumulation_steps is neither 1 nor their number.
             RuntimeError: the loop is left early, holds another one, or passes no loss to `backward` although it averages.
         """
-        yield from self._accumulation.over(batches, average)
+        return self._accumulation.over(batches, average)
 
     def base_step(self) -> None:
         """The base optimizer's own step, without torch's hook wrapper, so step hooks fire once per step of ours."""

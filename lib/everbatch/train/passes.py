@@ -109,7 +109,7 @@ class Passes:
     def _over(self, micros: Sequence[tuple[Batch, ...]]) -> Tensor:
         """One pass: forward and backward of each micro-batch, all parts of it. Returns the loss."""
         done = Pass()
-        if self.optimizer.recording:
+        if self.recorded is None and self.optimizer.recording:
             self.recorded = done
         for parts in self.optimizer.micro_batches(micros, average=False):
             terms: dict[str, Tensor] = {}

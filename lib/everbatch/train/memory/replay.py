@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
 from everbatch.errors import check, check_real, check_whole
-from everbatch.objective.bregman import dark_term, label_term
 from everbatch.objective.table import dark_er, dark_er_pp, er
-from everbatch.objective.terms import OutputTerm, evaluate
+from everbatch.objective.terms import OutputTerm, dark_term, evaluate, label_term
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import StepRecord
 
