@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs everything tests need and runs them: first those of one process, side by side, then those of several ranks.
+# Installs everything tests need and runs them side by side: first those of one process, then those of several ranks.
 # Some take turns, one in four or eight each run; EVERBATCH_ROUND=N repeats round N, and the run says which one it is.
 #   --slow   the slow ones too, an eighth of the contract suite's wide matrix among them, and those of one process once more
 #            with the vector instructions of lesser processors
@@ -48,7 +48,8 @@ case " ${arguments[*]:-} " in *" -m "*) part; exit "$failed" ;; esac  # whoever 
 quick="not slow"
 if $slow; then quick="(slow or not slow)"; fi
 beside -m "$quick and not distributed"
-part -m "$quick and distributed"  # each takes a core per rank
+# Ranks wait for each other a third of the time: two files beside each other fill it. What a file launches, its tests share.
+part -n 2 --dist loadfile -m "$quick and distributed"
 if $slow; then
     for capability in avx2 default; do  # torch takes the best the processor has: sums run in another order on others
         echo "everbatch: the tests of one process with ATEN_CPU_CAPABILITY=$capability"

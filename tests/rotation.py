@@ -136,7 +136,7 @@ class Coverage:
     def write(self) -> str:
         """Bring the file up to date; returns what it says in a line."""
         kept = json.loads(self.path.read_text()) if self.path.exists() else {}
-        if self.prune and self.known:  # with xdist only the workers know
+        if self.prune and self.known:
             kept = {test: last for test, last in kept.items() if test in self.known}
         now = {test: None for test in self.known} | kept | self.ran
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class Rotation:
     """Leaves out what is not due, says which round this is, and writes down what ran."""
 
     def __init__(self, config: pytest.Config) -> None:
-        everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("ignore")
         folder = config.rootpath / ".pytest_cache"
         if config.pluginmanager.has_plugin("cacheprovider"):
             folder = config.cache.mkdir("everbatch")
@@ -172,6 +172,15 @@ class Rotation:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and "rotated" in report.keywords:
             self.coverage.note(report.nodeid, report.outcome)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Tests that run side by side are met in the workers, and written down by the process that started those."""
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["rotated"] = sorted(self.coverage.known)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.coverage.known.update(getattr(node, "workeroutput", {}).get("rotated", ()))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.coverage.ran:
