@@ -21,6 +21,7 @@ from everbatch.distributed import World
 from everbatch.engines.release import release
 from everbatch.errors import check, check_real, check_whole
 from everbatch.experiment.base import Experiment, Result
+from everbatch.experiment.data import Data
 from everbatch.experiment.growing_report import ARMS, gap, report, verdict
 from everbatch.experiment.job import Job
 from everbatch.experiment.options import learner
@@ -132,7 +133,7 @@ class Fitted(TrainerMixin):
 def compare(options: GrowingData, job: Job) -> Result:
     """All arms, and the report."""
     world, folder = job.world, job.folder
-    train, test = (noisy(source, options.pixel_noise, options.data.source) for source in options.data.open())
+    train, test = (noisy(source, options.pixel_noise, options.data) for source in options.data.open())
     sizes = round_sizes(len(train), options.rounds, options.first)
     accuracy: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     epochs: dict[str, list[list[int]]] = {arm: [] for arm in options.arms}
@@ -210,21 +211,21 @@ def one_run(options: GrowingData, stream: Stream, arm: str, seed: int, world: Wo
                       augment=options.data.augmentation(sample.shape[-1]), num_tasks=len(stream))
     try:
         matrix = trainer.fit(stream)
+        if home is not None:
+            trainer.export(home, options.data.described(sample, options.model))
     finally:
         if hasattr(trainer, "close"):  # what works beside it
             trainer.close()
-    if home is not None:
-        trainer.export(home, options.data.described(sample, options.model))
-    release(getattr(trainer.optimizer.host, "engine", None))
+        release(getattr(trainer.optimizer.host, "engine", None))
     return [matrix[k][k] for k in range(len(stream))], list(trainer.states[Fitted].epochs), trainer.step
 
 
-def noisy(source: Source, sigma: float, name: str) -> Source:
+def noisy(source: Source, sigma: float, data: Data) -> Source:
     """The same samples with noise that belongs to each of them, clamped to the pixel range."""
     if sigma == 0:
         return source
     inputs = source.fetch(torch.arange(len(source)))
-    top = 16.0 if name == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
+    top = data.scale(inputs)
     noise = seeds.normal(("pixel_noise", source.name), 0, inputs.numel()).view(inputs.shape)
     values = (inputs.float() + sigma * top * noise).clamp(0.0, top)
     values = values if inputs.is_floating_point() else values.round()
