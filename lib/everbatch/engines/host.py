@@ -85,6 +85,8 @@ class Host(abc.ABC):
     """What is to be proven in the first step with several passes, namely that a pass can be repeated; "" if it is known."""
     replicas: int = 1
     """Data-parallel ranks that hold the same masters."""
+    flat: bool = False
+    """Whether a parameter group is one tensor to the base, with one count of steps for all in it."""
 
     def __init__(self) -> None:
         self.dirty = False

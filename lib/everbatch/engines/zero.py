@@ -52,6 +52,7 @@ class ZeroHost(Host):
         world = World.current()
         self.rank, self.world, self.sharded = world.rank, world.size, self.stage > 0 and world.size > 1
         self.replicas = 1 if self.stage else self.world
+        self.flat = self.stage > 0
         self.agrees = self.world > 1
         self._named = [(plain_name(n), p) for n, p in engine.module.named_parameters() if p.requires_grad]
         refuse_complex("DeepSpeed", self._named)

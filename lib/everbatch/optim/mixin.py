@@ -307,17 +307,24 @@ class OptimizerMixin(Contract):
         """
         return persistence.state_dict(self, weights=weights)
 
-    def load_state_dict(self, state_dict: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> None:
+    def load_state_dict(
+        self, state_dict: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None,
+        grown: bool = False,
+    ) -> None:
         """Restore what `state_dict` gave, at any world size and ZeRO stage. Collective when sharded.
 
         Args:
             weights: `model.state_dict()` of the saved model. Needed on DeepSpeed for a state saved elsewhere, which has no
                 masters; elsewhere `model.load_state_dict` does it.
+            grown: the model has parameters that the saved one had not, or is without some that it
+                had. What both have is restored, equal in shape; the rest begins anew. A group goes
+                on as the saved one that it has members of; a new one keeps its options.
 
         Raises:
-            CheckpointMismatch: what does not fit, naming it; nothing is touched then.
+            CheckpointMismatch: what does not fit, naming it; nothing is touched then. Where a group
+                has one count of steps (ZeRO 1 to 3): new parameters in a group with known ones.
         """
-        persistence.load_state_dict(self, state_dict, weights=weights)
+        persistence.load_state_dict(self, state_dict, weights=weights, grown=grown)
 
     def __getstate__(self) -> dict[str, Any]:
         rebuilt = ("host", "step", "_accumulation")

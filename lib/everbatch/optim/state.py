@@ -101,11 +101,15 @@ def _torchs_own(opt: Composed, whole: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**own, "state": state}
 
 
-def load_state_dict(opt: Composed, saved: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None) -> None:
+def load_state_dict(
+    opt: Composed, saved: dict[str, Any], *, weights: Mapping[str, Tensor] | None = None,
+    grown: bool = False,
+) -> None:
     """Restore what `state_dict` gave, on any host; a plain `state_dict` of the base optimizer alone is an error.
 
     Args:
         weights: whole weights by name, as `model.state_dict()` of the bare model: masters that the state does not hold.
+        grown: the model has grown since: see `OptimizerMixin.load_state_dict`.
 
     Raises:
         CheckpointMismatch: what does not fit, and on DeepSpeed a state without masters, unless `weights` has them; nothing is
@@ -121,13 +125,14 @@ def load_state_dict(opt: Composed, saved: dict[str, Any], *, weights: Mapping[st
     for name in opt.host.master_layout() if given else ():
         if name in given:
             tensors.setdefault(f"master/{name}", given[name])
-    state_checks.fits(opt, meta, {name: tuple(t.shape) for name, t in tensors.items()}, complete=opt.host.masters_apart)
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    state_checks.fits(opt, meta, shapes, complete=opt.host.masters_apart, grown=grown)
 
     def read(key: str, s: Shard) -> Tensor | None:
         whole = tensors.get(f"{key}/{s.name}")
         return None if whole is None else whole.reshape(-1)[s.start : s.start + s.numel]
 
-    _restore(opt, meta, read, {n.split("/", 1)[0] for n in tensors})
+    _restore(opt, meta, read, {n.split("/", 1)[0] for n in tensors}, grown=grown)
 
 
 def _plain(opt: Composed) -> dict[str, Any]:
@@ -159,13 +164,16 @@ def _held(opt: Composed) -> dict[str, list[tuple[Shard, Tensor]]]:
     return result
 
 
-def _restore(opt: Composed, meta: dict[str, Any], read: Any, kinds: set[str]) -> None:
+def _restore(
+    opt: Composed, meta: dict[str, Any], read: Any, kinds: set[str], *, grown: bool = False,
+) -> None:
     host = opt.host
     with host.frozen_too():
         shards = host.shards
         host.reset_moments()
-    for group, saved in zip(host.groups(), meta["groups"], strict=True):
-        for name, value in saved["options"].items():
+    groups = state_checks.matched(opt, meta["groups"], grown=grown)
+    for group, saved in zip(host.groups(), groups, strict=True):
+        for name, value in saved["options"].items() if saved is not None else ():
             value = _decode(value, host.device)
             if torch.is_tensor(group.get(name)):
                 group[name].fill_(value)  # a schedule or a captured graph may hold it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from everbatch.engines.shards import ByName
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim.composed import Composed
 
-__all__ = ["are_tensors", "fits", "like"]
+__all__ = ["are_tensors", "fits", "like", "matched"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of the saved tensors, by kind/name."""
@@ -29,17 +29,20 @@ def are_tensors(who: str, saved: Any) -> None:
                                  "this class's state_dict()")
 
 
-def fits(opt: Composed, meta: Any, shapes: Shapes, *, complete: bool) -> None:
+def fits(
+    opt: Composed, meta: Any, shapes: Shapes, *, complete: bool, grown: bool = False,
+) -> None:
     """Raise `CheckpointMismatch`, naming what differs, unless the state fits the optimizer's model, groups and mixins.
 
     Args:
         complete: the state must hold the weights.
+        grown: the state is of a model that has grown since: names on one side alone are left out.
     """
     who = type(opt).__name__
     try:
         _same_kind(opt, meta)
-        _same_weights(opt, meta, shapes, complete)
-        _same_groups(opt, meta["groups"])
+        _same_weights(opt, meta, shapes, complete, grown)
+        _same_groups(opt, meta, grown)
         _scalars(who, meta["scalars"])
         _mixins(opt, meta["mixins"], shapes)
         for key in ("seed", "steps", "skipped"):
@@ -78,12 +81,20 @@ def _same_kind(opt: Composed, meta: Any) -> None:
         raise CheckpointMismatch(f"{who}: the state is of base {meta['base']}, this class has {base}; compose with the same base")
 
 
-def _same_weights(opt: Composed, meta: Any, shapes: Shapes, complete: bool) -> None:
+def _same_weights(
+    opt: Composed, meta: Any, shapes: Shapes, complete: bool, grown: bool,
+) -> None:
     who, host = type(opt).__name__, opt.host
     held = {n.split("/", 1)[1]: shape for n, shape in shapes.items() if n.startswith("master/")}
     told = {n: tuple(shape) for n, shape in meta.get("shapes", {}).items()}
     ours = {n: tuple(shape) for n, (_, shape) in host.master_layout().items() if shape.numel()}  # an empty one has no piece
     theirs = {**told, **held}
+    if grown:
+        theirs = {n: shape for n, shape in theirs.items() if n in ours}
+        ours = {n: shape for n, shape in ours.items() if n in theirs}
+        if not ours:
+            raise CheckpointMismatch(f"{who}: the state and the model have no trained parameter in "
+                                     "common, must be of one model before and after it grew")
     odd = sorted(set(ours) ^ set(theirs)) or [n for n in ours if ours[n] != theirs[n]]
     if odd:
         raise CheckpointMismatch(f"{who}: parameters {odd[:5]} differ between the state and the model "
@@ -101,17 +112,58 @@ def _same_weights(opt: Composed, meta: Any, shapes: Shapes, complete: bool) -> N
             raise CheckpointMismatch(f"{who}: {key} has shape {shape} in the state, the parameter has {every[name]}")
 
 
-def _same_groups(opt: Composed, saved: Any) -> None:
+def matched(opt: Composed, saved: Sequence[Mapping[str, Any]], *, grown: bool) -> list[Any]:
+    """Of each parameter group the saved one that it goes on as: the one at its place; where the
+    model has grown, the one that has a member of it, and None where the group is new.
+
+    Raises:
+        CheckpointMismatch: other members; in a grown model, members of several saved groups.
+    """
     who, host = type(opt).__name__, opt.host
     index = host.group_index()
     names = [[n for n, i in index.items() if i == k] for k in range(len(host.groups()))]
-    if names != [g["names"] for g in saved]:
-        raise CheckpointMismatch(f"{who}: the state has {len(saved)} parameter groups with other members than the "
-                                 f"{len(names)} here; build the same groups")
-    for group, theirs in zip(host.groups(), saved, strict=True):
-        for name, value in theirs["options"].items():
+    if not grown:
+        if names != [g["names"] for g in saved]:
+            raise CheckpointMismatch(f"{who}: the state has {len(saved)} parameter groups with other members than the "
+                                     f"{len(names)} here; build the same groups")
+        return list(saved)
+    home = {name: k for k, group in enumerate(saved) for name in group["names"]}
+    result: list[Any] = []
+    for members in names:
+        homes = sorted({home[name] for name in members if name in home})
+        if len(homes) > 1:
+            ends = [next(n for n in members if home.get(n) == k) for k in homes[:2]]
+            raise CheckpointMismatch(
+                f"{who}: {ends} are in one parameter group here and in two in the state, whose "
+                "options differ; keep the groups of before, and put new parameters into one of "
+                "their own")
+        result.append(saved[homes[0]] if homes else None)
+    return result
+
+
+def _same_groups(opt: Composed, meta: Any, grown: bool) -> None:
+    who, host = type(opt).__name__, opt.host
+    for group, theirs in zip(host.groups(), matched(opt, meta["groups"], grown=grown), strict=True):
+        for name, value in theirs["options"].items() if theirs is not None else ():
             like(who, f"group option {name}", value, group.get(name))
             _decodable(who, name, value)
+    if grown and host.flat:
+        _apart(opt, meta)
+
+
+def _apart(opt: Composed, meta: Any) -> None:
+    """Refuse new parameters beside known ones where a group has one count of steps."""
+    known = {name for group in meta["groups"] for name in group["names"]}
+    counted = {name for name in known if meta["scalars"].get(name)}
+    index = opt.host.group_index()
+    for k in sorted({index[name] for name in counted if name in index}):
+        new = [name for name, i in index.items() if i == k and name not in known]
+        if new:
+            old = next(name for name in index if index[name] == k and name in counted)
+            raise CheckpointMismatch(
+                f"{type(opt).__name__}: {new[:3]} are new and in one parameter group with {old!r}, "
+                f"and on {opt.host.title} a group has one count of steps, which would be theirs "
+                "too; put what a growth adds into a parameter group of its own")
 
 
 def _scalars(who: str, saved: Any) -> None:
