@@ -226,9 +226,10 @@ class Reservoir(Buffer):
             rows, again, again_slots = self._met_again(ids, task)
             self._write(again_slots, ids[again], targets[again], positions[again], task)
         self._see(targets, task)
-        old, tasks = self.filled, np.full(len(ids), task)
-        keys = np.r_[self._slot_keys(old), self._keys(ids[rows], positions[rows], tasks[rows])]
-        keep = self._keep(keys, np.r_[self.targets[old], targets[rows]], np.r_[self.tasks[old], tasks[rows]])
+        old = self.filled
+        tasks = np.r_[self.tasks[old], np.full(len(rows), task)]
+        keys = self._keys(np.r_[self.ids[old], ids[rows]], np.r_[self.positions[old], positions[rows]], tasks)
+        keep = self._keep(keys, np.r_[self.targets[old], targets[rows]], tasks)
         evicted, entering = old[~keep[: len(old)]], rows[keep[len(old) :]]
         self.used[evicted] = False
         slots = np.flatnonzero(~self.used)[: len(entering)]
@@ -238,9 +239,6 @@ class Reservoir(Buffer):
         kept, where = np.r_[entering, again[stay]], np.r_[slots, again_slots[stay]]
         order = np.argsort(kept)
         return Slots(_ints(kept[order]), _ints(where[order]), _ints(evicted))
-
-    def _slot_keys(self, slots: Ints) -> NDArray[np.float64]:
-        return self._keys(self.ids[slots], self.positions[slots], self.tasks[slots])
 
     def _place(
         self, state: Mapping[str, np.ndarray | int], capacity: int, slots: Ints, ids: Ints, targets: Ints,
