@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.engines.shards import Scratch, Shard, Vector, count_bad, masters_of
+from everbatch.engines.shards import Scratch, Shard, Vector, masters_of
 from everbatch.engines.watch import Watch
 from everbatch.errors import UnsupportedHost, check
 
@@ -242,15 +242,10 @@ class Host(abc.ABC):
             self.publish()
             self.dirty = False
 
+    @abc.abstractmethod
     def finite(self) -> Tensor:
-        """0-dim bool: whether every element of gradients and masters on every rank is finite. At most one all-reduce, no host
-        sync."""
-        return self.total(self._bad()) == 0
-
-    def _bad(self) -> Tensor:
-        """> 0 where this rank holds a gradient or a master with an element that is not finite: an update that overflowed is found
-        here, also in weights that no pass reaches."""
-        return count_bad(self.weights(), self.gradient(), self.device)
+        """0-dim bool: whether every element of gradients and masters on every rank is finite: an update that overflowed is found
+        here, also in weights that no pass reaches. At most one all-reduce."""
 
     def gradient(self) -> Vector:
         """The present gradient as views; in the engine's accumulation dtype."""

@@ -27,7 +27,7 @@ from everbatch.engines.host import (
     refuse_sparse,
     unwrap,
 )
-from everbatch.engines.shards import Shard, Vector
+from everbatch.engines.shards import Shard, Vector, count_bad
 from everbatch.engines.unreduced import forget_unreduced, unreduced
 from everbatch.engines.watch import Watch
 from everbatch.engines.wrappers import holds, is_wrapped
@@ -308,13 +308,17 @@ class LocalHost(Host):
         """
         if self._group is None:
             self._check_reduced()
-            return super().finite()
+            return self._bad() == 0
         flags = torch.tensor([float(p.grad is not None) for _, p in self._counted], dtype=torch.float64)
         table = torch.cat([self._bad().view(1), flags.to(self.device)])
         dist.all_reduce(table)  # replicas too: their gradients are averaged parameter by parameter
         bad, *ranks = table.tolist()
         refuse_partly(self.title, [n for n, count in zip(self.names, ranks, strict=True) if 0 < count < self.world])
         return torch.tensor(bad == 0)
+
+    def _bad(self) -> Tensor:
+        """> 0 where this rank holds a gradient or a master with an element that is not finite."""
+        return count_bad(self.weights(), self.gradient(), self.device)
 
     def any_gradient(self) -> bool:
         return any(p.grad is not None for _, p in self._named if p.requires_grad) or not self._counted

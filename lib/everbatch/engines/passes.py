@@ -125,12 +125,14 @@ class Objective:
         host.discard()
         host.local = local
         host.set_sync(True)
+        micro_batches.ready = True
         watch = host.watch
         try:
             watch.open(host.meet, recorded=recorded)
             with torch.enable_grad():
                 result = closure()
         finally:
+            micro_batches.ready = False
             if watch.looking or watch.undo:
                 watch.close()
         if counted and micro_batches.loop is not None:
@@ -186,6 +188,8 @@ class Accumulation:
         """Numbers of micro-batches that the host takes."""
         self._known: set[str] = set()
         """Closures that have been looked at."""
+        self.ready = False
+        """Whether the host is set for a backward that reduces: from the begin of a pass to its first micro-batch or backward."""
         self.excused = False
         """Whether gradients may lie about that nobody misses: of a step whose closure raised, of parameters just added."""
 
@@ -205,7 +209,9 @@ class Accumulation:
         try:
             for i, item in enumerate(items):
                 loop.last = i == len(items) - 1
-                self.host.set_sync(loop.last)
+                if not (self.ready and loop.last):
+                    self.host.set_sync(loop.last)
+                self.ready = False
                 yield item
                 if self.loop is not loop:
                     raise RuntimeError(f"{self.who}: another pass, or another loop over micro_batches, began inside this one; "
@@ -216,7 +222,7 @@ class Accumulation:
 
     def share(self, loss: Tensor) -> Tensor:
         """What is to be back-propagated of a loss: in a loop that averages, its share of the mean."""
-        loop = self.loop
+        loop, self.ready = self.loop, False
         if loop is None:
             self._agree(1)
         if loop is None or loop.ended:

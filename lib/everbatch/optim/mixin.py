@@ -45,6 +45,8 @@ class OptimizerMixin(Contract):
     moves_first: ClassVar[bool] = False
     """Whether the recorded pass runs at weights that this part has moved; what reads weights in that pass must know."""
     final: ClassVar[tuple[str, ...]] = ("step", "backward", "zero_grad", "state_dict", "load_state_dict")
+    _foundation: ClassVar[type[torch.optim.Optimizer] | None] = None
+    """The class that parts stand on; None for a part."""
     host: Host
     param_groups: list[dict[str, Any]]
     state: Any
@@ -57,6 +59,7 @@ class OptimizerMixin(Contract):
         if base is not None and (not issubclass(base, torch.optim.Optimizer) or base is torch.optim.Optimizer):
             raise CompositionError(f"{cls.__name__}: its base {base.__name__} is no optimizer with a step of its own; end the "
                                    "class in one, such as torch.optim.SGD")
+        cls._foundation = base
 
     def __init__(self, params: Any, *, seed: int = 0, scaler: Any | None = None, **options: Any) -> None:
         """Build over plain torch, DDP or FSDP2.
@@ -210,7 +213,7 @@ class OptimizerMixin(Contract):
 
     def base_step(self) -> None:
         """The base optimizer's own step, without torch's hook wrapper, so step hooks fire once per step of ours."""
-        step = base_of(type(self)).step  # type: ignore[union-attr]
+        step: Any = self._foundation.step  # type: ignore[union-attr]
         (step.__wrapped__ if getattr(step, "hooked", False) else step)(self)
 
     # -------------------------------------------------------------------------------------------- verbs, innermost

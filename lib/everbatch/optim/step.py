@@ -77,11 +77,13 @@ def take_step(opt: Stepped, closure: Callable[[], Any] | None = None, **auxiliar
     opt.metrics, opt._on_apply, opt._on_skip, opt._replaced = {}, [], [], ""
     host.begin_step()
     closures = {**auxiliary, "loss": closure} if closure is not None else auxiliary
-    penalty = opt.add_penalty if "add_penalty" in opt._acting else None
+    acting = opt._acting  # verbs that nobody overrides need no call
+    penalty = opt.add_penalty if "add_penalty" in acting else None
     opt._objective = objective = Objective(micro_batches, closures, penalty, several, (opt.seed, opt.step_count))
     applied = None
     try:
-        opt.move_parameters(objective)
+        if "move_parameters" in acting:
+            opt.move_parameters(objective)
         loss = opt.estimate_gradient(objective)
         if closure is not None and not host.any_gradient():
             who = type(opt).__name__
@@ -89,17 +91,19 @@ def take_step(opt: Stepped, closure: Callable[[], Any] | None = None, **auxiliar
                                f"loss of this model (of a DeepSpeed engine: {who}.on(engine))")
         applied = bool(host.finite())
         if applied:
-            opt.edit_gradient()
+            if "edit_gradient" in acting:
+                opt.edit_gradient()
             for commit in opt._on_apply:
                 commit()
             if not opt._replaced:
-                _update(opt) if opt._held or "update" in opt._acting else host.update()
+                _update(opt) if opt._held or "update" in acting else host.update()
                 host.dirty = False
             if not opt._savable:
                 check_held(opt)
                 opt._savable = True
             opt.step_count += 1
-            opt.edit_parameters()
+            if "edit_parameters" in acting:
+                opt.edit_parameters()
         else:
             opt.last_nonfinite = next(iter(nonfinite_gradients(host)), None)
             host.watch.rollback()

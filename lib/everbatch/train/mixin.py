@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -45,12 +46,16 @@ class TrainerMixin(Contract):
     world: World
     seed: int
     step: int
+    global_rows: Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+    """Ids, targets and positions of the global batch of which `batch` is this rank's part, the same on every rank."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         base = base_of(cls)
         if base is None:
             return
+        if not hasattr(cls, "global_rows"):
+            cls.global_rows = _gathered  # type: ignore[assignment]  # bound when it is read
         for part in parts_of(cls):
             needed = [verb for verb in cls.verbs if verb not in cls.optional]
             lacking = [verb for verb in needed if verb in vars(part) and not hasattr(base, verb)]
@@ -73,10 +78,10 @@ class TrainerMixin(Contract):
         """Called of each part by `Trainer.describe`: a line about what it does, with these options; "" for none."""
         return ""
 
-    def global_rows(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, targets and positions of the global batch of which `batch` is this rank's part, the same on every rank."""
-        base = super()
-        return base.global_rows(batch) if hasattr(base, "global_rows") else gather_rows(batch, self.world)
+
+def _gathered(trainer: TrainerMixin, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """`global_rows` of a trainer that has none."""
+    return gather_rows(batch, trainer.world)
 
 
 def gather_rows(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor]:

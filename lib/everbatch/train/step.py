@@ -163,7 +163,8 @@ class Stepper:
         raw = parts
         if self.augment is not None:
             parts = self._augmented(parts, step, self.augment)
-        parts = [part.to(self.device) for part in parts]
+        if self.device.type != "cpu":  # where batches come from
+            parts = [part.to(self.device) for part in parts]
         result = []
         for part, before in zip(parts, raw, strict=True):
             extras = part.extras
