@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -29,6 +30,12 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Rotation(config), "everbatch rotation")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and every full collection in a test would walk it: most of a second where timm is there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -6,6 +6,7 @@ fails) for processes forked from one that has imported everything, so that a cas
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "worker.py"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "lib")}
+# DeepSpeed takes it for the number of devices here. Without it, it asks `numactl` in every backward of ZeRO-3.
+FORKED = {**ENVIRONMENT, "LOCAL_SIZE": "1"}
+IMPORTED = ("deepspeed", "matplotlib.figure", "sklearn.datasets", "timm", "torch.utils.tensorboard", "pytest", "everbatch.train",
+            "everbatch.composition", "everbatch.engines.zero", "everbatch.experiment.main", "jsonargparse")
+"""What ranks import, here once."""
+FIRST_ENGINE = ("runtime.zero.muon.muon_optimizer", "module_inject.auto_ep_layer", "moe.ep_repack", "moe.ep_router",
+                "runtime.superoffload.superoffload_stage3")
+"""What DeepSpeed imports with a first engine; the first of them brings all of torch's compiler, a second or two of each rank."""
+
 
 
 @dataclass
@@ -73,7 +83,7 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
-        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env={**os.environ, **FORKED}, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
@@ -118,26 +128,31 @@ class Zygote:
 
 def _serve() -> None:
     """The zygote's own loop: one order per line of stdin, one answer per line of stdout."""
+    import gc
+    import importlib
     import runpy
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print on the way is not an answer
-    import deepspeed  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-    import timm  # noqa: F401
     import torch
     import torch.distributed as dist
-    from deepspeed.comm.torch import build_shm_op
-    from torch.utils import tensorboard  # noqa: F401
 
-    import everbatch.train  # noqa: F401
+    for name in IMPORTED:
+        importlib.import_module(name)
+    for name in FIRST_ENGINE:
+        with contextlib.suppress(ModuleNotFoundError):  # another version of DeepSpeed has it elsewhere: the rank imports it
+            importlib.import_module(f"deepspeed.{name}")
+    from deepspeed.comm.torch import build_shm_op
+
     from everbatch import methods
 
     for key in methods.TABLE:  # packages import a method when it is used: here once, not in every rank
         methods.load(key)
 
     build_shm_op()  # compiled on the first use on a machine, a minute or more that no case shall be charged with
+    torch.set_printoptions(threshold=0, edgeitems=1)  # ZeRO-3 formats every parameter, for a message that it does not print
+    gc.collect()
+    gc.freeze()  # what a rank's collector would walk each time, and so copy from this process page by page
     answers.write("ready\n")
 
     def begin(order: dict[str, Any], rank: int, port: int) -> int:

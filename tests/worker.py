@@ -45,11 +45,12 @@ def main() -> None:
 
     from everbatch.distributed import init
 
+    gc.freeze()  # DeepSpeed collects garbage several times per engine; what is here already need not be walked each time
     rank, record = init("cpu", timeout_s=60).rank, Record()
     for name, job in module.jobs(record, *arguments):
         begin = time.monotonic()
         job()
-        gc.freeze()  # DeepSpeed collects garbage several times per engine; what is here already need not be walked each time
+        gc.freeze()
         if rank == 0:
             partial = out.with_suffix(".partial")
             partial.write_text(json.dumps(record.results, indent=1))

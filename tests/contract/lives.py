@@ -41,7 +41,7 @@ def advance(run: Run, case: str, begin: int, end: int) -> None:
         if case and BY_CASE[case].call and i in CALLS:
             run.bare.way = 0  # as a replica that a factory builds has it
             getattr(run.opt, BY_CASE[case].call)()
-        torch.manual_seed(1000 + i)
+        torch.default_generator.manual_seed(1000 + i)
         if case and BY_CASE[case].fork:
             run.bare.way = hosts.WAYS[BY_CASE[case].fork][i]
         run.step(*BATCHES[i])
