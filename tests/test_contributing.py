@@ -21,6 +21,8 @@ COPIED = ("lib", "launch", "recipes", "tests", "README.md")
 TABLE = "lib/everbatch/methods.py"
 WRITTEN = ["README.md", "lib/everbatch/optim/__init__.py", "lib/everbatch/train/__init__.py"]
 """By launch/methods.py."""
+MOST = 40
+"""Lines of an example, blank ones counted."""
 FEW, ALL = ("ddp", "zero2"), ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 
 
@@ -29,6 +31,7 @@ def blocks() -> list[tuple[str, str]]:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     found = re.findall(r"^```python\n# (.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     assert len(found) == 4
+    assert all(body.count("\n") <= MOST for _, body in found), [(title, body.count("\n")) for title, body in found]
     return found
 
 
@@ -86,16 +89,16 @@ def forked(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
 def test_a_file_and_a_line_are_all(copy: Path, forked: Any, tmp_path: Path, hosts: tuple[str, ...]) -> None:
     before = contents(copy)
     todo = copy / "tests" / "distributed" / "jobs.py"
-    alone = ["told:centralise", "told:confidence", "case:GradientCentralisation/plain", "method:confidence/plain"]
-    two = [job.format(host) for job in ("case:GradientCentralisation/{}", "method:confidence/{}") for host in hosts]
+    alone = ["told:gradient_noise", "told:confidence", "case:GradientNoise/plain", "method:confidence/plain"]
+    two = [job.format(host) for job in ("case:GradientNoise/{}", "method:confidence/{}") for host in hosts]
     found = forked.found(todo, tmp_path / "1.json", str(tmp_path), *alone, ranks=1, limit=120)
     found |= forked.found(todo, tmp_path / "2.json", str(tmp_path), *two, ranks=2, limit=240)
     bad = {key: value["problem"] for key, value in found.items() if not value["passed"]}
     assert bad == {}
-    assert {key for key in found if key.startswith("told/")} == {
-        *(f"told/{key}/{what}" for key in ("centralise", "confidence") for what in ("package", "option", "command", "search")),
-        "told/centralise/plain loop"}
-    assert len([key for key in found if "GradientCentralisation" in key]) == 4 * 2 * (1 + len(hosts))  # checks, bases, hosts
+    asked = ("package", "option", "command", "search")
+    told = {f"told/{key}/{what}" for key in ("gradient_noise", "confidence") for what in asked}
+    assert {key for key in found if key.startswith("told/")} == {*told, "told/gradient_noise/plain loop"}
+    assert len([key for key in found if "GradientNoise" in key]) == 4 * 2 * (1 + len(hosts))  # checks, bases, hosts
     assert len([key for key in found if key.endswith("/confidence")]) == 3 + 4 * len(hosts)
     assert changed(before, contents(copy)) == []
 
@@ -108,6 +111,6 @@ def test_the_written_blocks_are_all_that_a_command_changes(copy: Path) -> None:
     ended = subprocess.run([sys.executable, "-B", "-c", code], cwd=copy, timeout=100, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "[1, 0, 0]", ended  # old, written, new
     assert changed(before, contents(copy)) == WRITTEN
-    assert "| `GradientCentralisation` | optimizer mixin | Take the mean out" in (copy / "README.md").read_text()
+    assert "| `GradientNoise` | optimizer mixin | Add noise to the gradient" in (copy / "README.md").read_text()
     line = "    from everbatch.train.confidence import ConfidencePenalty as ConfidencePenalty\n"
     assert line in (copy / WRITTEN[2]).read_text()
