@@ -11,9 +11,9 @@ from processes import ROOT
 PACKAGE = ROOT / "lib" / "everbatch"
 MOST_LINES = 400
 FLOORS = (
-    ("errors", "version", "quiet", "moved", "seeds", "processes"), ("distributed",), ("ends",), ("config",),
-    ("declared", "contract", "methods"), ("checkpoint", "report", "nn"), ("engines",), ("objective",), ("optim",),
-    ("data", "metrics"), ("evaluate",), ("train",), ("composition",), ("integrations",), ("experiment",), ("cli",))
+    ("errors", "version", "quiet", "moved", "seeds", "processes", "rows"), ("distributed",), ("ends",), ("config",),
+    ("declared", "contract", "methods"), ("checkpoint", "report", "nn", "problems"), ("engines",), ("objective",), ("optim",),
+    ("data", "metrics"), ("evaluate",), ("train",), ("composition",), ("experiment",), ("cli",))
 """Rooms from the ground up: each imports from below, and from its own floor."""
 
 

@@ -7,6 +7,8 @@ from everbatch.data.domains import Permute, Rotate, permuted, rotated
 from everbatch.data.load import load
 from everbatch.data.loader import Loader, evaluation_batches
 from everbatch.data.pairs import as_stream
+from everbatch.data.row_dataset import RowDataset
+from everbatch.data.row_source import RowSource
 from everbatch.data.slots import balancoir_index, group_quotas, largest, reservoir_index, ring_index, share
 from everbatch.data.sources import (
     ConcatSource,
@@ -31,7 +33,7 @@ from everbatch.data.streams import (
 
 __all__ = [
     "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
-    "ReplayStore", "Reservoir", "Ring", "Rotate", "Slots", "Source", "Stream", "SubsetSource",
+    "ReplayStore", "Reservoir", "Ring", "Rotate", "RowDataset", "RowSource", "Slots", "Source", "Stream", "SubsetSource",
     "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index",
     "class_incremental", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
     "iid", "largest", "load", "permuted", "pilot_increments", "reservoir_index", "ring_index",

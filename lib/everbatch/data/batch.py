@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from everbatch.rows import Rows, each
 
 __all__ = ["Batch", "split_parts"]
 
@@ -17,10 +21,10 @@ class Batch:
     Every row carries where it came from, so buffers and queues are functions of the stream alone, at any world size.
     """
 
-    inputs: Tensor
-    """(n, ...) model inputs; as the source gave them until the trainer augments and normalises them."""
+    inputs: Rows
+    """(n, ...) model inputs, or several by name; as the source gave them until the trainer augments and normalises them."""
     targets: Tensor
-    """(n,) int64 class indices, in order of appearance in the stream."""
+    """(n,) int64 class indices, in order of appearance in the stream; or (n, ...) what the source gives as targets."""
     ids: Tensor
     """(n,) int64 sample ids, unique in the data set."""
     position: Tensor
@@ -31,8 +35,8 @@ class Batch:
     weight: Tensor | None = None
     """(n,) weight of each row in this rank's loss, such that the mean over ranks of the weighted sums is the loss of
     the part; None: 1/n each (every rank holds as many rows)."""
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    """Further rows a mixin carries: "raw" inputs before augmentation, stored "logits", ..."""
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Further rows a mixin carries, tensors or several by name: "raw" inputs before augmentation, stored "logits", ..."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -40,8 +44,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`."""
 
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
+        def move(rows: Any) -> Any:
+            return rows.to(device, non_blocking=True) if isinstance(rows, Tensor) else each(move, rows)
 
         return replace(
             self, inputs=move(self.inputs), targets=move(self.targets), ids=move(self.ids), position=move(self.position),
@@ -58,15 +62,35 @@ class Batch:
         A batch of fewer rows than pieces is filled up with its first row at weight 0, so that every rank runs as many
         forwards.
         """
-        index, weight = torch.arange(len(self), device=self.targets.device), self.weight
+        weight = self.weight
         if weight is None:
             weight = torch.full((len(self),), 1.0 / len(self), device=self.targets.device)
-        if len(self) < pieces:
-            fill = index.new_zeros(pieces - len(self))
-            index, weight = torch.cat([index, fill]), torch.cat([weight, weight.new_zeros(len(fill))])
-        return [replace(self, inputs=self.inputs[at], targets=self.targets[at], ids=self.ids[at],
-                        position=self.position[at], weight=w, extras={k: v[at] for k, v in self.extras.items()})
-                for at, w in zip(index.tensor_split(pieces), weight.tensor_split(pieces), strict=True)]
+        missing = max(0, pieces - len(self))
+        weight = torch.cat([weight, weight.new_zeros(missing)]) if missing else weight
+        places: dict[torch.device, Sequence[Tensor]] = {}
+
+        def places_on(device: torch.device) -> Sequence[Tensor]:
+            """Made where they are used: a batch on a GPU may keep raw rows on the host, and neither waits for the other."""
+            if device not in places:
+                index = torch.arange(len(self), device=device)
+                places[device] = torch.cat([index, index.new_zeros(missing)]).tensor_split(pieces)
+            return places[device]
+
+        return [replace(self._taken(lambda device, piece=piece: places_on(device)[piece]), weight=w)  # type: ignore[misc]
+                for piece, w in enumerate(weight.tensor_split(pieces))]
+
+    def rows(self, index: Tensor) -> Batch:
+        """The rows at `index`, with their weights."""
+        return self._taken(index.to)
+
+    def _taken(self, index_on: Callable[[torch.device], Tensor]) -> Batch:
+        def take(rows: Any) -> Any:
+            return rows[index_on(rows.device)] if isinstance(rows, Tensor) else each(take, rows)
+
+        return replace(
+            self, inputs=take(self.inputs), targets=take(self.targets), ids=take(self.ids), position=take(self.position),
+            weight=None if self.weight is None else take(self.weight),
+            extras={name: take(rows) for name, rows in self.extras.items()})
 
 
 def split_parts(parts: list[Batch], pieces: int) -> list[tuple[Batch, ...]]:

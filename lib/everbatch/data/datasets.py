@@ -7,10 +7,7 @@ evaluation, under a seed of the sample alone.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from everbatch import seeds
 from everbatch.data.arrays import Array, as_labels, as_tensor, check_labels, numbered
+from everbatch.data.draws import drawing, seed_sample, seeded
 from everbatch.data.notes import tell
+from everbatch.data.row_dataset import RowDataset
 from everbatch.data.sources import Source, TensorSource, digest, target_bytes
 from everbatch.errors import check
 
@@ -35,20 +33,12 @@ PROBES = 8
 MANY = 10_000
 """Samples that take a while to be read for their labels."""
 _PAIR = "give (input, label): an array, a tensor or a PIL image, and a class index"
-_key: ContextVar[tuple[int | str, ...]] = ContextVar("everbatch_draws", default=("fetch",))
 
 
-@contextmanager
-def drawing(*key: int | str) -> Iterator[None]:
-    """Inside the block, what data sets draw at random is a function of `key` and the sample."""
-    token = _key.set(key)
-    try:
-        yield
-    finally:
-        _key.reset(token)
-
-
-def as_source(data: Samples | Any, *, name: str | None = None, classes: Sequence[str] | None = None) -> Source:
+def as_source(
+    data: Samples | Any, *, name: str | None = None, classes: Sequence[str] | None = None, target: str | None = None,
+    labels: Array | None = None, collate: Callable[[list[Any]], Any] | None = None,
+) -> Source:
     """A source of whatever holds labelled samples.
 
     Args:
@@ -56,6 +46,8 @@ def as_source(data: Samples | Any, *, name: str | None = None, classes: Sequence
             `__getitem__`, of (input, label) pairs; or a pair (inputs, targets) of arrays or tensors.
         name: for messages and the fingerprint.
         classes: name of each label; by default the data set's own `classes`, and numbers where it has none.
+        target, labels, collate: any of them makes a `RowDataset`: of dicts, whose target has this name, or of pairs whose target
+            is no class index.
 
     Raises:
         ValueError: what is no data set (a DataLoader, an iterable data set, a path), what gives no (input, label) pairs,
@@ -64,10 +56,13 @@ def as_source(data: Samples | Any, *, name: str | None = None, classes: Sequence
     Cost: see `DatasetSource`.
     """
     who = "as_source"
+    given = {"target": target, "labels": labels, "collate": collate}
+    rows = [option for option, value in given.items() if value is not None]
     if isinstance(data, Source):
         check(classes is None, who, f"classes= beside {data.name!r}", "be left out", "the source has names")
+        check(not rows, who, f"{', '.join(rows)}= beside {data.name!r}", "be left out", "give the data set itself")
         return data
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
+    if not rows and isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
         return TensorSource(data[0], data[1], name=name or "tensors", classes=classes)
     check(not isinstance(data, DataLoader), who, "a DataLoader", "be a data set",
           "give its .dataset; the trainer makes the batches")
@@ -78,6 +73,8 @@ def as_source(data: Samples | Any, *, name: str | None = None, classes: Sequence
           "give (inputs, targets), or TensorSource(inputs, targets)")
     check(hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, dict), who,
           type(data).__name__, "be a map-style data set, with __len__ and __getitem__", _PAIR)
+    if rows:
+        return RowDataset(data, target=target, labels=labels, collate=collate, classes=classes, name=name)
     if isinstance(data, TensorDataset) and len(data.tensors) == 2:
         return TensorSource(*data.tensors, name=name or "TensorDataset", classes=classes or class_names(data))
     return DatasetSource(data, name=name, classes=classes)
@@ -110,7 +107,7 @@ class DatasetSource:
         self.dataset, self.name = dataset, name or _name(dataset)
         count = len(dataset)
         check(count > 0, self.name, "no samples", "hold at least one")
-        with _seeded():
+        with seeded():
             first, _ = self._sample(0)
             self._shape, self._dtype = first.shape, first.dtype
             kept = kept_labels(dataset, self.name)
@@ -131,7 +128,7 @@ class DatasetSource:
     def fetch(self, ids: Tensor) -> Tensor:
         """See `Source.fetch`."""
         rows = []
-        with _seeded():
+        with seeded():
             for index in ids.tolist():
                 row, label = self._sample(index)
                 check(row.shape == self._shape and row.dtype == self._dtype, self.name,
@@ -150,11 +147,8 @@ class DatasetSource:
         """
         spread = torch.linspace(0, len(self) - 1, min(len(self), PROBES)).round().long()
         files = [Path(path).name for i in spread.tolist() if (path := path_of(self.dataset, i)) is not None]
-        token = _key.set(("fetch",))
-        try:
+        with drawing("fetch"):
             rows = self.fetch(spread) if not self._dtype.is_floating_point else torch.empty(0)
-        finally:
-            _key.reset(token)
         pixels = rows.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
         shape = f"{tuple(self._shape)} {self._dtype}"
         return digest(self.name, shape, *self.classes, target_bytes(self.targets), *files, pixels)
@@ -165,10 +159,7 @@ class DatasetSource:
 
     def _sample(self, index: int) -> tuple[Tensor, int]:
         """One (input, label) pair, drawn under its own seed."""
-        seed = seeds.derive(*_key.get(), index)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  # the generator that transforms draw from
+        seed_sample(index)
         try:
             pair = self.dataset[index]
         except Exception as error:  # whatever a data set of one's own, or the decoder behind it, raises
@@ -203,18 +194,6 @@ class DatasetSource:
               "be a class index", "number the classes from 0, and name them in an attribute `classes`")
         row = as_tensor(self.name, what, value)
         return int(as_labels(self.name, what, row.reshape(1, -1) if row.numel() > 1 else row.reshape(1))[0])
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Puts the global generators back that `_sample` seeds."""
-    kept = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])  # noqa: NPY002
 
 
 def _name(dataset: Any) -> str:

@@ -15,6 +15,7 @@ from everbatch.data.label_space import as_pair
 from everbatch.data.memory import check_memory
 from everbatch.data.sources import Source, TransformedSource
 from everbatch.errors import check, check_real
+from everbatch.rows import one_tensor
 from everbatch.seeds import generator
 
 __all__ = ["Permute", "Rotate", "permuted", "rotated"]
@@ -63,7 +64,7 @@ def permuted(
     """
     check(tasks >= 1, "permuted", f"tasks={tasks}", "be at least 1")
     train, test = as_pair("permuted", train, test)
-    one = train.fetch(torch.tensor([0]))
+    one = one_tensor("permuted", train.fetch(torch.tensor([0])))
     positions = one[0, 0].numel() if one.ndim == 4 else one[0].numel()
     check_memory("permuted", f"tasks={tasks}", 8 * tasks * positions, "make fewer tasks")
     pairs: list[tuple[Source, Source]] = []
@@ -87,7 +88,7 @@ def rotated(train: Samples, test: Samples, degrees: Sequence[float]) -> list[tup
     for angle in degrees:
         check_real("rotated", "degrees", angle)
     train, test = as_pair("rotated", train, test)
-    shape = tuple(train.fetch(torch.tensor([0])).shape[1:])
+    shape = tuple(one_tensor("rotated", train.fetch(torch.tensor([0]))).shape[1:])
     check(len(shape) == 3, "rotated", f"samples of shape {shape}", "be (C, H, W) images")
     return [
         (TransformedSource(train, Rotate(angle), name=f"{train.name}, turned {angle:g}"),

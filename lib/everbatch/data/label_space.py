@@ -12,6 +12,7 @@ from torch import Tensor
 from everbatch.data.datasets import as_source
 from everbatch.data.sources import Source, digest, target_bytes
 from everbatch.errors import check
+from everbatch.rows import Rows
 
 __all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data"]
 
@@ -35,7 +36,7 @@ class RelabelledSource:
     def __len__(self) -> int:
         return len(self.base)
 
-    def fetch(self, ids: Tensor) -> Tensor:
+    def fetch(self, ids: Tensor) -> Rows:
         """See `Source.fetch`."""
         return self.base.fetch(ids)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from everbatch.data.batch import Batch
 from everbatch.data.datasets import drawing
-from everbatch.data.streams import Stream, Task
+from everbatch.data.streams import Stream, Task, rows_of_stream
 from everbatch.distributed import World
 from everbatch.errors import check
 from everbatch.processes import follow_trainer
@@ -136,9 +136,9 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step`, un-augmented."""
-        ids, targets, position = (value[self.local] for value in self.global_rows(step))
+        ids, _, position = (value[self.local] for value in self.global_rows(step))
         with drawing(self.seed, "fetch", self.task.id, step):
-            return Batch(self.stream.fetch(ids), targets, ids, position, task=self.task.id)
+            return Batch(*rows_of_stream(self.stream, ids), ids, position, task=self.task.id)
 
     def __iter__(self) -> Iterator[Batch]:
         steps = range(self.start, len(self))
@@ -191,5 +191,5 @@ def _evaluation(stream: Stream, task: int, batch_size: int, world: World, ids: T
         index = start + world.rank * share + torch.arange(share)
         real = index < start + rows
         mine = ids[torch.where(real, index, start)]
-        yield Batch(stream.fetch(mine), stream.targets(mine), mine, torch.where(real, index, -1), task=task,
+        yield Batch(*rows_of_stream(stream, mine), mine, torch.where(real, index, -1), task=task,
                     part="evaluation", weight=real.float())

@@ -15,9 +15,14 @@ from torch import Tensor
 
 from everbatch.data.arrays import Array, as_inputs, as_labels, check_labels, numbered
 from everbatch.errors import check
+from everbatch.rows import Rows, named, unnamed
 from everbatch.seeds import generator
 
-__all__ = ["ConcatSource", "Source", "SubsetSource", "TensorSource", "TransformedSource", "stratified_split"]
+__all__ = ["TARGETS", "ConcatSource", "Source", "SubsetSource", "TensorSource", "TransformedSource", "stratified_split"]
+
+TARGETS = "targets"
+"""The name under which a source gives targets that are no labels, among inputs by name."""
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -35,8 +40,9 @@ class Source(Protocol):
     def classes(self) -> tuple[str, ...]:
         """Name of each label."""
 
-    def fetch(self, ids: Tensor) -> Tensor:
-        """Un-augmented inputs of the samples `ids` (n,), shape (n, ...): uint8 (n, C, H, W) images or float tensors."""
+    def fetch(self, ids: Tensor) -> Rows:
+        """Un-augmented inputs of the samples `ids` (n,), shape (n, ...): uint8 (n, C, H, W) images or float tensors; or several
+        by name, among which "targets" are what the loss compares outputs with, in place of the labels."""
 
     def fingerprint(self) -> str:
         """A short hash that differs when the samples differ; cheap, so it may look at a part of them."""
@@ -113,7 +119,7 @@ class SubsetSource:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def fetch(self, ids: Tensor) -> Tensor:
+    def fetch(self, ids: Tensor) -> Rows:
         """See `Source.fetch`."""
         return self.base.fetch(self.ids[ids])
 
@@ -123,7 +129,7 @@ class SubsetSource:
 
 
 class TransformedSource:
-    """Another source whose inputs pass through a deterministic function of a batch of inputs."""
+    """Another source whose inputs pass through a deterministic function of a batch of inputs, of each where they have names."""
 
     def __init__(self, base: Source, transform: Callable[[Tensor], Tensor], *, name: str) -> None:
         self.base, self.transform, self.name = base, transform, name
@@ -132,9 +138,12 @@ class TransformedSource:
     def __len__(self) -> int:
         return len(self.base)
 
-    def fetch(self, ids: Tensor) -> Tensor:
+    def fetch(self, ids: Tensor) -> Rows:
         """See `Source.fetch`."""
-        return self.transform(self.base.fetch(ids))
+        rows = self.base.fetch(ids)
+        if not isinstance(rows, dict):
+            return self.transform(rows)
+        return {name: value if name == TARGETS else self.transform(value) for name, value in rows.items()}
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`; the transform counts by `name`."""
@@ -163,21 +172,24 @@ class ConcatSource:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def fetch(self, ids: Tensor) -> Tensor:
+    def fetch(self, ids: Tensor) -> Rows:
         """See `Source.fetch`; one call of every source that holds some of `ids`."""
         home = torch.bucketize(ids, self.ends, right=True)
-        result: Tensor | None = None
+        result: dict[str, Tensor] = {}
         for index in torch.unique(home).tolist():
             rows = torch.nonzero(home == index).flatten()
             source = self.sources[index]
-            got = source.fetch(ids[rows] - (int(self.ends[index]) - len(source)))
-            if result is None:
-                result = got.new_empty((len(ids), *got.shape[1:]))
-            check(got.shape[1:] == result.shape[1:] and got.dtype == result.dtype, self.name,
-                  f"{source.name!r} gives {tuple(got.shape[1:])} {got.dtype}",
-                  f"be {tuple(result.shape[1:])} {result.dtype} as the others", "load them with one image_size")
-            result[rows] = got
-        return self.sources[0].fetch(ids) if result is None else result
+            parts = named("inputs", source.fetch(ids[rows] - (int(self.ends[index]) - len(source))))
+            result = result or {name: part.new_empty((len(ids), *part.shape[1:])) for name, part in parts.items()}
+            check(parts.keys() == result.keys(), self.name, f"{source.name!r} gives {sorted(parts)}",
+                  f"be {sorted(result)} as the others")
+            for name, got in parts.items():
+                like = result[name]
+                check(got.shape[1:] == like.shape[1:] and got.dtype == like.dtype, self.name,
+                      f"{source.name!r} gives {tuple(got.shape[1:])} {got.dtype}",
+                      f"be {tuple(like.shape[1:])} {like.dtype} as the others", "load them with one image_size")
+                like[rows] = got
+        return unnamed("inputs", result) if result else self.sources[0].fetch(ids)
 
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""

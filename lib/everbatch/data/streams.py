@@ -23,8 +23,9 @@ from everbatch.data.datasets import Samples, as_source
 from everbatch.data.label_space import Pair, as_pair, in_one_label_space
 from everbatch.data.memory import check_memory
 from everbatch.data.notes import notes_of, speaks
-from everbatch.data.sources import ConcatSource, Source, digest, stratified_split, target_bytes
+from everbatch.data.sources import TARGETS, ConcatSource, Source, digest, stratified_split, target_bytes
 from everbatch.errors import check
+from everbatch.rows import Rows, unnamed
 from everbatch.seeds import generator
 
 __all__ = [
@@ -92,9 +93,17 @@ class Stream:
         """(n,) labels of the samples `ids`, as the stream numbers them."""
         return self.label_map[self._everything.targets[ids]]
 
-    def fetch(self, ids: Tensor) -> Tensor:
-        """(n, ...) un-augmented inputs of the samples `ids`, training and test samples alike."""
-        return self._everything.fetch(ids)
+    def fetch(self, ids: Tensor) -> Rows:
+        """(n, ...) un-augmented inputs of the samples `ids`, training and test samples alike; or several by name."""
+        return self.rows(ids)[0]
+
+    def rows(self, ids: Tensor) -> tuple[Rows, Tensor]:
+        """Inputs and targets of the samples `ids`: the targets that the source gives with its rows, else their labels."""
+        rows = self._everything.fetch(ids)
+        if not isinstance(rows, dict):
+            return rows, self.targets(ids)
+        inputs = {name: value for name, value in rows.items() if name != TARGETS}
+        return unnamed("inputs", inputs) if inputs.keys() == {"inputs"} else inputs, rows.get(TARGETS, self.targets(ids))
 
     def seen_classes(self, task: int) -> tuple[int, ...]:
         """Labels of tasks 0 to `task`, ascending."""
@@ -107,6 +116,11 @@ class Stream:
         for task in self.tasks:
             parts += [str(task.classes), target_bytes(task.train_ids), target_bytes(task.test_ids)]
         return digest(*parts)
+
+
+def rows_of_stream(stream: Stream, ids: Tensor) -> tuple[Rows, Tensor]:
+    """Inputs and targets of samples, also of a stream of one's own that knows of labels alone."""
+    return stream.rows(ids) if hasattr(stream, "rows") else (stream.fetch(ids), stream.targets(ids))
 
 
 def _pair(who: str, train: Samples, test: Samples) -> Pair:

@@ -12,6 +12,7 @@ from torch import Tensor
 from everbatch.data import Stream
 from everbatch.distributed import World
 from everbatch.errors import check
+from everbatch.experiment.data import sample_of
 from everbatch.experiment.job import Job
 from everbatch.experiment.options import TRAINER_MIXINS, Parts, check_together, unused_together
 from everbatch.report.recorder import Recorder
@@ -100,7 +101,7 @@ class Experiment(Parts):
     def serve(self, role: Role) -> None:
         """Craft for the ranks that train."""
         stream = self.stream()
-        sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+        sample = sample_of(stream)
         serve(role, self.model.build(sample, stream.num_classes, self.trainer.seed))
 
     def before(self, trainer: Trainer, stream: Stream) -> Any:

@@ -12,6 +12,7 @@ from everbatch.distributed import World
 from everbatch.errors import check, check_whole
 from everbatch.evaluate.evaluator import accuracies
 from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.data import sample_of
 from everbatch.metrics import summary
 from everbatch.report.plots import accuracy_heatmap
 from everbatch.train import Replay, Trainer
@@ -52,7 +53,7 @@ class ClassIncremental(Experiment):
             return
         machines = max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         rows = min(self.replay.capacity, sum(len(task.train_ids) for task in stream.tasks)) / machines
-        sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+        sample = sample_of(stream)
         check_memory("replay", f"capacity={self.replay.capacity}", int(rows * sample.nbytes), "lower replay.capacity")
 
     def before(self, trainer: Trainer, stream: Stream) -> list[float] | None:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from everbatch.data import Source, load
+from everbatch.data import Source, Stream, load
 from everbatch.errors import check, check_whole
 from everbatch.experiment.model import Model
+from everbatch.rows import one_tensor
 
-__all__ = ["Data"]
+__all__ = ["Data", "sample_of"]
 
 MOST_PIXELS = 2**14
 """Side of an image; one of that size takes 800 MB."""
@@ -113,3 +114,8 @@ class Data:
         name = self.policy or ("original" if self.augment == "auto" else "rand-m9-mstd0.5")
         policy = Policy(name, image_size, self.means, top=16 if self.source == "digits" else 255)
         return lambda row: policy(flipped(row))
+
+
+def sample_of(stream: Stream) -> Tensor:
+    """One sample (C, H, W) of a stream, as its source gives it."""
+    return one_tensor("data", stream.fetch(stream.tasks[0].train_ids[:1]))[0]

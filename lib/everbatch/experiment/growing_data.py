@@ -21,7 +21,7 @@ from everbatch.distributed import World
 from everbatch.engines.release import release
 from everbatch.errors import check, check_real, check_whole
 from everbatch.experiment.base import Experiment, Result
-from everbatch.experiment.data import Data
+from everbatch.experiment.data import Data, sample_of
 from everbatch.experiment.growing_report import ARMS, gap, report, verdict
 from everbatch.experiment.job import Job
 from everbatch.experiment.options import learner
@@ -29,6 +29,7 @@ from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.report.plots import compare_curves
 from everbatch.report.recorder import Recorder, versions
+from everbatch.rows import one_tensor
 from everbatch.train import StepRecord, Trainer, TrainerMixin, WarmStart
 from everbatch.train.begin import begin_from
 
@@ -177,7 +178,7 @@ def compare(options: GrowingData, job: Job) -> Result:
 def one_run(options: GrowingData, stream: Stream, arm: str, seed: int, world: World, home: Path | None = None,
             ) -> tuple[list[float], list[int], int]:
     """Test accuracy after each round, epochs to fit it, and steps, of one arm under one seed; its last weights go to `home`."""
-    sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+    sample = sample_of(stream)
 
     def model(number: int) -> nn.Module:
         if options.model.name != "small_conv":
@@ -224,7 +225,7 @@ def noisy(source: Source, sigma: float, data: Data) -> Source:
     """The same samples with noise that belongs to each of them, clamped to the pixel range."""
     if sigma == 0:
         return source
-    inputs = source.fetch(torch.arange(len(source)))
+    inputs = one_tensor("pixel_noise", source.fetch(torch.arange(len(source))))
     top = data.scale(inputs)
     noise = seeds.normal(("pixel_noise", source.name), 0, inputs.numel()).view(inputs.shape)
     values = (inputs.float() + sigma * top * noise).clamp(0.0, top)

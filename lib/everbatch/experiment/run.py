@@ -12,6 +12,7 @@ from everbatch.data import Stream
 from everbatch.distributed import init
 from everbatch.engines.release import release
 from everbatch.experiment.base import Experiment, Finished, Result
+from everbatch.experiment.data import sample_of
 from everbatch.experiment.job import Job, would_refuse
 from everbatch.experiment.model import Factory
 from everbatch.experiment.options import learner
@@ -66,7 +67,7 @@ def _run(options: Experiment, job: Job, signals: bool) -> Result:
 
 def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
     """The trainer of an experiment, and one sample (C, H, W) of its data. Collective."""
-    sample = stream.fetch(stream.tasks[0].train_ids[:1])[0]
+    sample = sample_of(stream)
     made = options.trainer_config(job.world)
     options.check_stream(stream, job.world)
     factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)
