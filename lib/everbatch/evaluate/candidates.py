@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from everbatch.data import Stream, Task
+from everbatch.problems.classification import best
 
 __all__ = ["allowed_classes", "best"]
 
@@ -21,8 +22,3 @@ def allowed_classes(stream: Stream, seen: int, task: Task) -> Tensor:
     if stream.kind == "class":
         return torch.tensor(stream.seen_classes(max(seen, task.id)))
     return torch.arange(stream.num_classes)
-
-
-def best(logits: Tensor, allowed: Tensor) -> Tensor:
-    """The allowed class of the largest logit, for each row: (n, classes), (m,) -> (n,)."""
-    return allowed[logits[:, allowed].argmax(1)]

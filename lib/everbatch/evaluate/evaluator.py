@@ -1,10 +1,10 @@
-"""Accuracy on tasks, without a trace in the training."""
+"""Scores on tasks, without a trace in the training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, overload
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from everbatch.data import Batch, Stream, Task, evaluation_batches
 from everbatch.distributed import World
-from everbatch.evaluate.candidates import allowed_classes, best
+from everbatch.evaluate.candidates import allowed_classes
 from everbatch.nn.compiled import is_compiled
+from everbatch.problems import Classification, Problem
+from everbatch.rows import Rows
 
-__all__ = ["Evaluator", "accuracies", "evaluating", "mean_buffers"]
+__all__ = ["Evaluator", "accuracies", "evaluating", "firsts", "mean_buffers", "scores"]
 
 
 @dataclass(frozen=True)
@@ -25,43 +27,51 @@ class Evaluator:
     module: nn.Module
     """Put into evaluation mode meanwhile."""
     predict: Callable[[Batch], Tensor]
-    """Logits (n, classes) of a batch whose inputs are ready."""
-    inputs_of: Callable[[Tensor], Tensor]
+    """Outputs of a batch whose inputs are ready: logits (n, classes), or what the problem takes."""
+    inputs_of: Callable[[Rows], Rows]
     """Model inputs of samples as the source gives them."""
     world: World
     device: torch.device
     rows: int
     """Samples per rank and forward."""
+    problem: Problem = field(default_factory=Classification)
+    """What outputs and scores are."""
 
-    @torch.no_grad()
     def accuracies(
         self, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
     ) -> list[float] | None:
         """See the function `accuracies`."""
-        counts = torch.zeros(len(tasks), 2, dtype=torch.float64, device=self.device)
+        return firsts(self.scores(stream, seen, tasks, stop=stop))
+
+    @torch.no_grad()
+    def scores(
+        self, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
+    ) -> list[dict[str, float]] | None:
+        """See the function `scores`."""
+        found: list[Tensor] = []
         begun = 0
         with evaluating(self.module, self.world):
-            for i, task in enumerate(tasks):
-                allowed = allowed_classes(stream, seen, task).to(self.device)
+            for task in tasks:
+                allowed = allowed_classes(stream, seen, task).to(self.device) if self.problem.labels else None
+                parts = []
                 for batch in evaluation_batches(stream, task, self.rows, self.world):
                     if stop is not None and begun % 10 == 0 and stop(True):
                         return None
                     begun += 1
-                    counts[i] += self._count(batch, allowed)
-        right, total = self.world.sum(counts).cpu().unbind(1)
-        return (right / total).tolist()
+                    parts.append(self._sums(batch, allowed))
+                found.append(torch.stack(parts).sum(0))
+        return [self.problem.scores(row) for row in self.world.sum(torch.stack(found)).cpu()]
 
-    def _count(self, batch: Batch, allowed: Tensor) -> Tensor:
-        """Weight of the rows that are right, and of all."""
+    def _sums(self, batch: Batch, allowed: Tensor | None) -> Tensor:
+        """What scores are made of."""
         ready = batch.to(self.device)
-        logits = self.predict(replace(ready, inputs=self.inputs_of(ready.inputs)))
+        outputs = self.predict(replace(ready, inputs=self.inputs_of(ready.inputs)))
         assert ready.weight is not None
-        right = (best(logits, allowed) == ready.targets) * ready.weight
-        return torch.stack([right.sum(), ready.weight.sum()])
+        return self.problem.sums(outputs, ready.targets, ready.weight, allowed)
 
 
 class Predicts(Protocol):
-    """What `accuracies` needs of a trainer."""
+    """What `accuracies` needs of a trainer; its `problem` where it has one, else classification."""
 
     module: nn.Module
     world: World
@@ -71,7 +81,7 @@ class Predicts(Protocol):
 
     def predict(self, batch: Batch) -> Tensor: ...
 
-    def inputs_of(self, raw: Tensor) -> Tensor: ...
+    def inputs_of(self, raw: Rows) -> Rows: ...
 
 
 @overload
@@ -87,7 +97,8 @@ def accuracies(
 def accuracies(
     trainer: Predicts, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
 ) -> list[float] | None:
-    """Accuracy on the test samples of each task, in [0, 1], counted exactly once each at any world size.
+    """Accuracy on the test samples of each task, in [0, 1], counted exactly once each at any world size. Of a problem that is no
+    classification, the first of its `scores`.
 
     Class-incremental: the prediction is among the classes of tasks 0 to `seen` (a task not yet seen: among its own as well).
     Task-incremental: among the task's classes. Otherwise: among all.
@@ -97,9 +108,23 @@ def accuracies(
     Cost: one forward of every test sample; one all-reduce for all tasks. Training flags, statistics and random streams are as
     before.
     """
+    return firsts(scores(trainer, stream, seen, tasks, stop=stop))
+
+
+def scores(
+    trainer: Predicts, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
+) -> list[dict[str, float]] | None:
+    """The scores of the trainer's problem on the test samples of each task, by name: ratios of sums over all of them, so that
+    any number of ranks gives the same. Else as `accuracies`."""
+    problem = getattr(trainer, "problem", None) or Classification()
     evaluator = Evaluator(trainer.module, trainer.predict, trainer.inputs_of, trainer.world, trainer.device,
-                          trainer.config.eval_batch)
-    return evaluator.accuracies(stream, seen, tasks, stop=stop)
+                          trainer.config.eval_batch, problem)
+    return evaluator.scores(stream, seen, tasks, stop=stop)
+
+
+def firsts(found: list[dict[str, float]] | None) -> list[float] | None:
+    """The first score of each task, which a trainer's matrix holds."""
+    return None if found is None else [next(iter(values.values())) for values in found]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from everbatch.evaluate.evaluator import mean_buffers
 from everbatch.evaluate.weights import built_as, metadata_texts
 from everbatch.nn.split_bn import SplitBatchNorm
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.rows import Rows
 from everbatch.version import __version__
 
 __all__ = ["export", "whole_state"]
@@ -34,7 +35,7 @@ class Exports(Protocol):
     @property
     def stream(self) -> Stream | None: ...
 
-    def inputs_of(self, raw: Tensor) -> Tensor: ...
+    def inputs_of(self, raw: Rows) -> Rows: ...
 
 
 @torch.no_grad()
@@ -87,7 +88,9 @@ def _known(trainer: Exports) -> dict[str, Any]:
     known: dict[str, Any] = {"format": "pt", "everbatch_version": __version__, "step": trainer.step, **built_as(trainer.module)}
     if trainer.stream is not None:
         sample = trainer.inputs_of(trainer.stream.fetch(trainer.stream.tasks[0].test_ids[:1]))
-        if "options" in known:
-            known["options"].setdefault("in_chans", sample.shape[1])
-        known |= {"classes": list(trainer.stream.classes), "input_size": list(sample.shape[1:])}
+        known["classes"] = list(trainer.stream.classes)
+        if isinstance(sample, Tensor):
+            if "options" in known:
+                known["options"].setdefault("in_chans", sample.shape[1])
+            known["input_size"] = list(sample.shape[1:])
     return known

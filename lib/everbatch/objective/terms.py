@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from everbatch.contract import parts_of
 from everbatch.objective.bregman import bregman, quadratic_form
+from everbatch.problems import Problem
 
-__all__ = ["Divergence", "OutputTerm", "Rows", "WeightTerm", "dark_term", "evaluate", "label_term",
+__all__ = ["Divergence", "OutputTerm", "ProblemTerm", "Rows", "WeightTerm", "dark_term", "evaluate", "label_term",
            "texts"]
 
 Generator = Callable[[Tensor], Tensor]
@@ -85,14 +86,15 @@ def dark_term(
 ) -> Tensor:
     """Squared distance of each row's logits to those stored with it: ||u_i - z_i||^2, divided by C for "element_mean".
 
-    Where the head has grown since, the common prefix is compared. Shapes (n, C), (n, C') -> (n,).
+    Where the head has grown since, the common prefix is compared. Shapes (n, C), (n, C') -> (n,); with more
+    dimensions before the last, (n, L, C) -> (n, L).
 
     Source: Buzzega et al. 2020, arXiv 2004.07211. The authors' code averages over all n * C elements, hence the default;
     the paper's squared norm is "sample_sum", so alpha there is alpha here divided by C.
     """
-    width = min(logits.shape[1], stored.shape[1])
-    distance = (logits[:, :width].float() - stored[:, :width].float()).square()
-    return distance.mean(1) if reduction == "element_mean" else distance.sum(1)
+    width = min(logits.shape[-1], stored.shape[-1])
+    distance = (logits[..., :width].float() - stored[..., :width].float()).square()
+    return distance.mean(-1) if reduction == "element_mean" else distance.sum(-1)
 
 
 class Rows(Protocol):
@@ -145,7 +147,40 @@ class OutputTerm:
         return f"{self.weight:g} E_{self.rows} {self.divergence.text}"
 
 
-def evaluate(terms: Iterable[OutputTerm], logits: Tensor, batch: Rows) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class ProblemTerm:
+    """The term of a problem other than cross-entropy of labels: its own losses against the targets, or
+    the squared distance of outputs to those stored, over the same units."""
+
+    name: str
+    weight: float
+    rows: str
+    problem: Problem
+    target: str = "targets"
+    """"targets", or "logits" for stored outputs."""
+    reduction: Literal["element_mean", "sample_sum"] = "element_mean"
+
+    def losses(self, outputs: Tensor, batch: Rows) -> Tensor:
+        """The loss of each row, without the weight: (n,)."""
+        if self.target == "targets":
+            return self.problem.losses(outputs, batch.targets)
+        stored = batch.extras[self.target]
+        if not self.problem.in_units:
+            outputs, stored = outputs.reshape(len(outputs), -1), stored.reshape(len(stored), -1)
+        return self.problem.pool(dark_term(outputs, stored, self.reduction), batch.targets)
+
+    def value(self, outputs: Tensor, batch: Rows) -> Tensor:
+        """The term: 0-dim, with a graph."""
+        return self.weight * batch.mean(self.losses(outputs, batch))
+
+    @property
+    def text(self) -> str:
+        mean = " / entries" if self.reduction == "element_mean" else ""
+        what = self.problem.text if self.target == "targets" else f"||outputs - stored||^2{mean}"
+        return f"{self.weight:g} E_{self.rows} {what}"
+
+
+def evaluate(terms: Iterable[OutputTerm | ProblemTerm], logits: Tensor, batch: Rows) -> dict[str, Tensor]:
     """The values of those terms that are about this part of the batch, by name."""
     return {term.name: term.value(logits, batch) for term in terms if term.rows == batch.part}
 

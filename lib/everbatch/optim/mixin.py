@@ -20,6 +20,7 @@ from everbatch.optim import state as persistence
 from everbatch.optim.savable import check_savable
 from everbatch.optim.sharpness.realised import realised, report
 from everbatch.optim.step import take_step
+from everbatch.problems import Problem
 
 __all__ = ["OptimizerMixin"]
 
@@ -297,6 +298,8 @@ class OptimizerMixin(Contract):
     complete_state = False
     """Whether `state_dict()` holds the weights where they are the model's own as well; a Trainer sets it on its optimizer, whose
     state is all there is."""
+    problem: Problem | None = None
+    """Whose losses importance is estimated of; None: the cross-entropy of class indices. `Trainer` sets it."""
 
     def state_dict(self, *, weights: bool | None = None) -> dict[str, Any]:
         """What a resumed run needs beside `model.state_dict()`, by parameter name, whole where it is per parameter. Collective

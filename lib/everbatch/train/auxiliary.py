@@ -1,15 +1,58 @@
-"""Auxiliary objectives: which ones an optimizer needs, and whether a trainer can give them."""
+"""What an optimizer asks of the problem: auxiliary objectives, losses by row, a Fisher information that means something."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
-from everbatch.contract import parts_of
+from everbatch.contract import parts_of, route
 from everbatch.errors import check
 from everbatch.optim import OptimizerMixin
+from everbatch.problems import Classification, Problem
+from everbatch.train.outputs import check_output
 from everbatch.train.passes import OutputFn
+from everbatch.train.settings import TrainerConfig
 
-__all__ = ["check_objectives", "needed"]
+__all__ = ["check_objectives", "check_problem", "needed", "problem_of"]
+
+OF_LABELS = ("reference", "sampled", "exact")
+"""Estimators of the Fisher information that weigh, draw or sum over the classes of a row."""
+
+
+def problem_of(problem: Problem | None, config: TrainerConfig) -> Problem:
+    """The problem given, or classification with the configuration's label smoothing."""
+    given = problem is None or isinstance(problem, Problem)
+    check(given, "Trainer", f"problem={problem!r}", "be one of everbatch.problems", "say problem=CausalLM(), an object")
+    if problem is None:
+        return Classification(label_smoothing=config.label_smoothing)
+    check_output(problem.output)
+    check(not config.label_smoothing, "Trainer", f"label_smoothing={config.label_smoothing} beside problem={problem!r}",
+          "be left out", "say Classification(label_smoothing=...)")
+    return problem
+
+
+def check_problem(problem: Problem, optimizer: Any) -> None:
+    """Refuse, before anything is built, an optimizer that has no meaning for the problem.
+
+    Raises:
+        ValueError: rows with units and an optimizer that chooses among rows (ESAM); a problem other than cross-entropy of labels
+            and an estimator of the Fisher information that goes over classes.
+    """
+    cls = getattr(optimizer, "func", None)
+    if problem.cross_entropy or not (isinstance(cls, type) and issubclass(cls, OptimizerMixin)):
+        return
+    name, needs = type(problem).__name__, _declared(cls)
+    check(not (problem.in_units and "per_sample" in needs), "Trainer", f"{needs.get('per_sample')} with problem={name}",
+          "be another: it chooses rows on each rank, where rows of unequal numbers of units would count differently", "use SAM")
+    chosen, _ = route(cls, dict(optimizer.keywords))
+    for part in parts_of(cls):
+        config = getattr(part, "Config", None)
+        values = {**{f.name: f.default for f in fields(config)}, **chosen.get(part, {})} if config is not None else {}
+        active = bool(values.get("strength", True))
+        check(not (active and values.get("estimator") in OF_LABELS), "Trainer",
+              f"{part.__name__} with estimator={values.get('estimator')!r} and problem={name}", "be empirical, batch or given",
+              f"it goes over the classes of a row, which {name} has not: set {part.__name__.lower()}_estimator='empirical'")
+
 
 
 def check_objectives(

@@ -45,10 +45,10 @@ def compile_engine(engine: Any) -> None:
     engine.compile()
 
 
-def as_it_is(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+def as_it_is(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same call without compiled graphs."""
-    def eager(inputs: Tensor) -> Any:
+    def eager(*inputs: Tensor, **named: Tensor) -> Any:
         with torch.compiler.set_stance("force_eager"):
-            return call(inputs)
+            return call(*inputs, **named)
 
     return eager

@@ -10,6 +10,7 @@ from torch import Tensor
 from everbatch.distributed import World
 from everbatch.engines.nonfinite import nonfinite_weights
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.rows import named
 from everbatch.train.record import StepRecord
 
 __all__ = ["where_not_finite"]
@@ -39,9 +40,11 @@ def where_not_finite(optimizer: OptimizerMixin, world: World, record: StepRecord
 def _inputs(record: StepRecord) -> tuple[str, list[int]] | None:
     """The first part with inputs that are not finite, and the ids of their samples."""
     for part in record.parts:
-        bad = _bad(part.inputs)
-        if bad.any():
-            return f"the input (part {part.part!r})", part.ids[bad[: len(part.ids)].to(part.ids.device)].tolist()
+        for name, value in named("the input", part.inputs).items():
+            bad = _bad(value)
+            if not bad.any():
+                continue
+            return f"{name} (part {part.part!r})", part.ids[bad[: len(part.ids)].to(part.ids.device)].tolist()
     return None
 
 

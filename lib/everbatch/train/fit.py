@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from everbatch import checkpoint
 from everbatch.contract import parts_of
 from everbatch.data import Loader, Stream, Task
-from everbatch.evaluate.evaluator import accuracies
+from everbatch.evaluate.evaluator import firsts, scores
 from everbatch.train import persist
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.diagnosis import where_not_finite
@@ -150,23 +150,28 @@ def _close_task(trainer: Stepper, run: Run, stream: Stream) -> None:
     def stop(now: bool) -> bool:
         return run.stop.agree(trainer.world, trainer.step, now=now)
 
-    row = accuracies(trainer, stream, run.task_index, list(stream.tasks[:last]), stop=stop)
+    found = scores(trainer, stream, run.task_index, list(stream.tasks[:last]), stop=stop)
+    row = firsts(found)
     run.end_task()
-    if row is not None:
+    if found is not None and row is not None:
         run.matrix.append(row + [float("nan")] * (len(stream) - last))
-        _tell_accuracies(trainer, run, stream, task, row)
+        run.scores.append(found)
+        _tell_scores(trainer, run, stream, task, found)
     _save(trainer)
 
 
-def _tell_accuracies(trainer: Stepper, run: Run, stream: Stream, task: Task, row: list[float]) -> None:
+def _tell_scores(trainer: Stepper, run: Run, stream: Stream, task: Task, found: list[dict[str, float]]) -> None:
     if trainer.recorder is None:
         return
-    values: dict[str, float | Tensor] = {f"accuracy/task_{j}": a for j, a in enumerate(row)}
-    values["accuracy/seen"] = float(np.mean(row[: run.task_index]))
-    trainer.recorder.scalars(trainer.step - 1, values)
-    shown = " ".join(f"{100 * a:5.1f}" for a in row)
+    first, *_ = found[0]
+    row = [values[first] for values in found]
+    written: dict[str, float | Tensor] = {f"{name}/task_{j}": v for j, values in enumerate(found) for name, v in values.items()}
+    written[f"{first}/seen"] = float(np.mean(row[: run.task_index]))
+    trainer.recorder.scalars(trainer.step - 1, written)
+    in_percent = trainer.problem.fraction
+    shown = " ".join(f"{100 * a:5.1f}" if in_percent else f"{a:6.3f}" for a in row)
     done = f"after task {task.id + 1}/{len(stream)} ({task.name})"
-    trainer.recorder.say(f"{done}: accuracy by task, %: {shown}")
+    trainer.recorder.say(f"{done}: {first.replace('_', ' ')} by task{', %' * in_percent}: {shown}")
 
 
 def _account(trainer: Stepper, run: Run, record: StepRecord) -> None:

@@ -13,6 +13,7 @@ from everbatch.contract import base_of, parts_of
 from everbatch.data import Loader, Stream, Task
 from everbatch.data.sources import digest, target_bytes
 from everbatch.errors import CheckpointMismatch, check
+from everbatch.problems import Classification
 from everbatch.train.step import Stepper
 
 __all__ = ["changes", "check_plain", "described", "identity", "parts", "steps_per_epoch"]
@@ -39,6 +40,9 @@ def identity(trainer: Stepper) -> dict[str, Any]:
               "frozen": begun.frozen}
     if begun.evaluation:  # older checkpoints, all of models in training mode, say nothing
         values["evaluation"] = begun.evaluation
+    default = Classification(label_smoothing=trainer.config.label_smoothing)
+    if trainer.problem != default:  # older checkpoints, all of it, say nothing
+        values["problem"] = repr(trainer.problem)
     flat = {f"{a}.{b}": v for a, inner in values.items() if isinstance(inner, dict) for b, v in inner.items()}
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
 

@@ -29,9 +29,9 @@ class Engine:
     optimizer: OptimizerMixin
     module: nn.Module
     """The bare module; with DeepSpeed's and FSDP2's hooks on it."""
-    call: Callable[[Tensor], Any]
+    call: Callable[..., Any]
     """Runs a forward so that gradients of its result are reduced."""
-    bare: Callable[[Tensor], Any]
+    bare: Callable[..., Any]
     """Runs a forward of the bare module, for gradients of inputs: reduces nothing, whatever is differentiated."""
 
 
@@ -138,8 +138,11 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
                               "or data_types.buffer_dtype: bf16 in the DeepSpeed configuration")
     flat = {f"{part.__name__.lower()}_{name}": value for part, values in chosen.items() for name, value in values.items()}
 
-    def call(inputs: Tensor) -> Any:
-        return engine.module(inputs.bfloat16() if half and inputs.is_floating_point() else inputs)
+    def cast(value: Tensor) -> Tensor:
+        return value.bfloat16() if half and value.is_floating_point() else value
+
+    def call(*inputs: Tensor, **named: Tensor) -> Any:
+        return engine.module(*map(cast, inputs), **{name: cast(value) for name, value in named.items()})
 
     if compiled:
         compile_engine(engine)

@@ -85,8 +85,10 @@ def _gathered(trainer: TrainerMixin, batch: Batch) -> tuple[Tensor, Tensor, Tens
 
 
 def gather_rows(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor]:
-    """Gather ids, targets and positions of equally large parts in rank order: (world * n,) each. One all-reduce."""
-    mine = torch.stack([batch.ids, batch.targets, batch.position]).cpu()
+    """Gather ids, labels and positions of equally large parts in rank order: (world * n,) each. One all-reduce."""
+    labelled = batch.targets.ndim == 1 and batch.targets.dtype == torch.int64
+    labels = batch.targets if labelled else torch.zeros_like(batch.ids)  # other targets are of no class
+    mine = torch.stack([batch.ids, labels, batch.position]).cpu()
     table = mine.new_zeros((world.size, *mine.shape))
     table[world.rank] = mine
     ids, targets, position = world.sum(table).permute(1, 0, 2).reshape(3, -1)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from everbatch.errors import CompositionError, check
+from everbatch.rows import Rows, shapes
 
 __all__ = ["Pick", "check_output", "described", "picked", "told"]
 
@@ -18,16 +19,20 @@ class Pick:
     """A forward hook that makes a network return its logits, inside `with pick.on():` alone; in copies of the network, always.
 
     A hook, and the model's first: engines look for tensors in what a network returns, and do not find them in every class.
+    With `strict=False` a network that returns a tensor is taken as it is.
     """
 
-    def __init__(self, output: str | int) -> None:
-        self.output, self.active = output, 0
+    travels = True
+    """A replica of the network needs it too."""
+
+    def __init__(self, output: str | int, *, strict: bool = True) -> None:
+        self.output, self.strict, self.active = output, strict, 0
 
     def __call__(self, module: nn.Module, _inputs: Any, result: Any) -> Any:
-        return picked(result, self.output, training=module.training) if self.active else None
+        return picked(result, self.output, training=self.strict and module.training) if self.active else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"output": self.output, "active": 1}
+        return {"output": self.output, "strict": self.strict, "active": 1}
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -43,13 +48,13 @@ FOREIGN = (AssertionError, AttributeError, KeyError, IndexError, NotImplementedE
 """What models raise of inputs that they were not made for."""
 
 
-def told(error: Exception, inputs: Tensor) -> Exception:
+def told(error: Exception, inputs: Rows) -> Exception:
     """What a model raised, saying of which inputs, where its own words are those of a programmer; else the error itself."""
     if isinstance(error, CompositionError):
         return error
     if isinstance(error, FOREIGN):
         said = (str(error).splitlines() or ["nothing"])[0]
-        got = f"the model raised {type(error).__name__}: {said}, on inputs of shape {tuple(inputs.shape)} and {inputs.dtype}"
+        got = f"the model raised {type(error).__name__}: {said}, on inputs of {shapes(inputs)}"
         return ValueError(f"Trainer: {got}; give it inputs as it takes them: see prepare=, and the model's own options")
     if "mixed torch.Tensor and DTensor" in str(error):
         return RuntimeError("Trainer: on fsdp2 the model reads a weight of a block without calling the block, so only a slice "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -95,7 +95,8 @@ class Passes:
         part = self.parts[0]
         # The mean over all rows is the part's loss then.
         weight = None if part.weight is None else part.weight * len(part)
-        part = _rows(replace(part, weight=weight), rows)
+        part = replace(part, weight=weight)
+        part = part if rows is None else part.rows(rows)
         outputs = self.trainer.forward(part)
         terms = self.trainer.loss_terms(outputs, _ByRow(**vars(part)))
         odd = [name for name, term in terms.items() if term.shape != (len(part),)]
@@ -137,13 +138,3 @@ class _ByRow(Batch):
 
 def _stream(parts: Sequence[Batch]) -> Batch:
     return next(part for part in parts if part.part == "stream")
-
-
-def _rows(part: Batch, rows: Tensor | None) -> Batch:
-    if rows is None:
-        return part
-    kept: dict[str, Any] = {
-        name: getattr(part, name)[rows] for name in ("inputs", "targets", "ids", "position")}
-    weight = None if part.weight is None else part.weight[rows]
-    extras = {name: value[rows.to(value.device)] for name, value in part.extras.items()}
-    return replace(part, weight=weight, extras=extras, **kept)

@@ -57,7 +57,7 @@ def save(trainer: Stepper) -> None:
     run, stream = trainer.run, trainer.run.stream
     assert trainer.folder is not None and stream is not None
     counters = {"step": trainer.step, "task_index": run.task_index, "task_step": run.task_step,
-                "bad_steps": run.bad_steps, "matrix": run.matrix, "mixins": plain, "changes": run.changes,
+                "bad_steps": run.bad_steps, "matrix": run.matrix, "scores": run.scores, "mixins": plain, "changes": run.changes,
                 "evaluation": in_evaluation(trainer.module)}
     everything = {"optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
                   "stream": described(stream), "seconds": run.seconds}
@@ -132,9 +132,11 @@ def load(trainer: Stepper, kept: Checkpoint) -> None:
     run.task_index, run.task_step = saved["task_index"], saved["task_step"]
     run.earlier_seconds = float(kept.meta.get("seconds", 0.0))
     run.bad_steps, run.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
+    older = [[{"accuracy": value} for value in row if value == value] for row in run.matrix]  # of classification, all of them
+    run.scores = [[dict(values) for values in row] for row in saved.get("scores", older)]
     if new and run.task_index == len(stream):  # a run of one task is prolonged: back into that task
         before = steps_per_epoch(trainer, stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
-        run.task_index, run.task_step, run.matrix = 0, before, []
+        run.task_index, run.task_step, run.matrix, run.scores = 0, before, [], []
     if len(run.matrix) < len(stream) and kept.world_size != trainer.world.size:
         new.append(f"world_size {kept.world_size} -> {trainer.world.size} from step {trainer.step} on")
     run.changes = [*saved.get("changes", []), *new]

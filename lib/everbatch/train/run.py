@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from everbatch.data import Batch, Loader, Stream
 from everbatch.train.signals import StopFlag
@@ -27,7 +28,9 @@ class Run:
     bad_steps: int = 0
     """Steps in a row, up to the last one, whose gradient was not finite."""
     matrix: list[list[float]] = field(default_factory=list)
-    """Accuracies: row k, after task k, column j, on task j."""
+    """Accuracies, or the problem's first score: row k, after task k, column j, on task j."""
+    scores: list[list[dict[str, float]]] = field(default_factory=list)
+    """All scores by name: row k, after task k, one entry for each task that was evaluated."""
     changes: list[str] = field(default_factory=list)
     """What resumed runs had otherwise than the run before, in words."""
     had_ended: bool = False
@@ -43,6 +46,8 @@ class Run:
     """Those that were fetched already."""
     peeked: dict[int, Batch] = field(default_factory=dict)
     """Stream parts that were made ready before their step, by step."""
+    fitting: set[tuple[Any, ...]] = field(default_factory=set)
+    """Shapes of outputs and targets, and classes of the stream, that the problem has found to fit."""
 
     @property
     def seconds(self) -> float:

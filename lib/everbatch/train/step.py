@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from everbatch import seeds
 from everbatch.data import Batch, Task
@@ -20,7 +19,9 @@ from everbatch.errors import check
 from everbatch.evaluate.evaluator import evaluating
 from everbatch.nn import frozen_statistics
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.problems import Problem
 from everbatch.report.recorder import Recorder
+from everbatch.rows import Rows, each, rows_of, stacked
 from everbatch.train.begun import Begun
 from everbatch.train.launch import Engine
 from everbatch.train.outputs import Pick, described, told
@@ -43,9 +44,11 @@ class Stepper:
     optimizer: OptimizerMixin
     module: nn.Module
     """The bare model."""
+    problem: Problem
+    """What is learned: losses, units and scores."""
     begun: Begun
-    augment: Callable[[Tensor], Tensor] | None
-    prepare: Callable[[Tensor], Tensor] | None
+    augment: Callable[[Any], Any] | None
+    prepare: Callable[[Any], Any] | None
     output_fn: OutputFn | None
     recorder: Recorder | None
     folder: Path | None
@@ -85,17 +88,14 @@ class Stepper:
         return [kept if part.inputs is kept.extras["raw"] else next(made) for part in parts]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of one part, (n, classes) float32."""
+        """Outputs of one part, float32: logits (n, classes), or what the problem takes."""
         outputs = self.logits(self.engine.call, batch.inputs)
         stream = self.run.stream
         known = stream.num_classes if stream is not None else 0
-        wide = outputs.ndim == 2 and outputs.shape[1] >= known
-        if not (wide and len(outputs) == len(batch.inputs)):
-            shape = tuple(outputs.shape)
-            check(wide, "Trainer", f"logits of {shape}, {known} classes", "be (n, classes)",
-                  "give the model a head as wide as the stream")
-            check(False, "Trainer", f"logits of {shape} for {len(batch.inputs)} samples",
-                  "be one row for each")
+        shape = (outputs.shape, batch.targets.shape, known)
+        if shape not in self.run.fitting:
+            self.problem.check(outputs, batch.targets, known)
+            self.run.fitting.add(shape)
         return outputs
 
     def forward_parts(self, parts: Sequence[Batch]) -> Iterable[Tensor]:
@@ -104,13 +104,11 @@ class Stepper:
         return map(self.forward, parts)
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Named scalars of one part; cross-entropy for the stream."""
+        """Named scalars of one part; the problem's loss for the stream."""
         if batch.part != "stream":
             return {}
-        smoothing = self.config.label_smoothing
-        rows = functional.cross_entropy(
-            outputs, batch.targets, reduction="none", label_smoothing=smoothing)
-        return {"cross_entropy": batch.mean(rows)}
+        problem = self.problem
+        return {problem.term: batch.mean(problem.losses(outputs, batch.targets))}
 
     def after_step(self, record: StepRecord) -> None:
         """After every step, applied or skipped."""
@@ -121,28 +119,30 @@ class Stepper:
     def on_task_end(self, task: Task) -> None:
         """After consolidation, before evaluation."""
 
-    def predict(self, batch: Batch | Tensor) -> Tensor:
-        """Logits of a batch whose inputs are ready, in evaluation mode.
+    def predict(self, batch: Batch | Rows) -> Tensor:
+        """Outputs of a batch whose inputs are ready, in evaluation mode.
 
         Args:
-            batch: a batch, while the trainer evaluates; or model inputs (n, ...), at any time: then the
-                model is put into evaluation mode with the ranks' mean buffers, no gradient is kept, and
-                modes and buffers are as before.
+            batch: a batch, while the trainer evaluates; or model inputs (n, ...), one tensor or several
+                by name, at any time: then the model is put into evaluation mode with the ranks' mean
+                buffers, no gradient is kept, and modes and buffers are as before.
 
-        Collective for a tensor: call it on every rank; ranks may have different inputs.
+        Collective for inputs: call it on every rank; ranks may have different ones.
         """
-        check(isinstance(batch, Tensor | Batch), "Trainer", f"predict() of a {type(batch).__name__}",
+        check(isinstance(batch, Tensor | Batch | dict), "Trainer", f"predict() of a {type(batch).__name__}",
               "get a tensor of inputs (n, ...), or a Batch", "torch.as_tensor(...) makes one of arrays")
         if isinstance(batch, Batch):
             return self.forward(batch)
         with torch.no_grad(), frozen_statistics(self.module), evaluating(self.module, self.world):
-            return self.logits(self.engine.call, batch.to(self.device))
+            return self.logits(self.engine.call, each(lambda value: value.to(self.device), batch))
 
     # -------------------------------------------------------------------------------- the step
     def training_step(self, batch: Batch) -> StepRecord:
         """One step of one batch of the stream: draw, augment, passes, update. Collective."""
         seeds.seed_step(self.seed, self.step, self.world.rank)
         parts = self.augment_batch(self.draw_batch([batch]))
+        if self.problem.in_units:
+            parts = self._by_units(parts)
         passes = Passes(self, parts, split_parts(parts, self.config.accumulation))
         loss = self.optimizer.step(passes.loss, **passes.auxiliary())
 
@@ -158,6 +158,20 @@ class Stepper:
         return record
 
     # ------------------------------------------------------------------------- what it is made of
+    def _by_units(self, parts: list[Batch]) -> list[Batch]:
+        """Weights by which the loss of each part is a mean over its units, wherever they are: rank r's
+        share of the rows' sums, over the mean of all ranks' shares of their units. One all-reduce."""
+        weights = []
+        for part in parts:
+            even = torch.full((len(part),), 1.0 / len(part), device=self.device)
+            weights.append(even if part.weight is None else part.weight)
+        shares = [(weight.double() * self.problem.units(part.targets)).sum()
+                  for part, weight in zip(parts, weights, strict=True)]
+        means = self.world.sum(torch.stack(shares)) / self.world.size
+        factors = torch.where(means > 0, 1.0 / means, 0.0)  # a part without units has no loss
+        return [replace(part, weight=(weight.double() * factor).to(weight.dtype))
+                for part, weight, factor in zip(parts, weights, factors, strict=True)]
+
     def ready(self, parts: list[Batch], step: int) -> list[Batch]:
         """Parts as that step trains on them: augmented, on the device, prepared."""
         raw = parts
@@ -174,7 +188,7 @@ class Stepper:
         return result
 
     def _augmented(
-        self, parts: list[Batch], step: int, augment: Callable[[Tensor], Tensor],
+        self, parts: list[Batch], step: int, augment: Callable[[Any], Any],
     ) -> list[Batch]:
         """Each row under a seed of its own, the same on any rank."""
         result = []
@@ -182,24 +196,30 @@ class Stepper:
             for part in parts:
                 rows = []
                 keys = seeds.derive_each(part.ids.tolist(), self.seed, "augment", part.part, step)
-                for row, key in zip(part.inputs, keys, strict=True):
+                plain = isinstance(part.inputs, Tensor)
+                each_row: Any = part.inputs if plain else rows_of(part.inputs)
+                for row, key in zip(each_row, keys, strict=True):
                     # Not torch.manual_seed, which seeds devices too: their dropout follows the step.
                     torch.default_generator.manual_seed(key)
                     rows.append(augment(row))
-                result.append(replace(part, inputs=torch.stack(rows)))
+                made = torch.stack(rows) if plain else stacked(rows)
+                result.append(replace(part, inputs=made))
         return result
 
-    def inputs_of(self, raw: Tensor) -> Tensor:
-        """Model inputs of samples as the source gives them, without augmentation."""
-        return self.prepare(raw) if self.prepare is not None else raw.float()
+    def inputs_of(self, raw: Rows) -> Rows:
+        """Model inputs of samples as the source gives them, without augmentation. Without `prepare`, one
+        tensor becomes float32 where the problem takes no ids; what has names stays as it is."""
+        if self.prepare is not None:
+            return self.prepare(raw)  # type: ignore[no-any-return]
+        return raw.float() if isinstance(raw, Tensor) and self.problem.floats else raw
 
-    def logits(self, call: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
-        """What `call`, a way to run the network, gives of these inputs: its logits, in float32."""
+    def logits(self, call: Callable[..., Any], inputs: Rows) -> Tensor:
+        """What `call`, a way to run the network, gives of these inputs: its outputs, in float32."""
         half = self.config.precision == "bf16"
         picking = self.pick.on() if self.pick is not None else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half), picking:
             try:
-                logits: Any = call(inputs)
+                logits: Any = call(**inputs) if isinstance(inputs, dict) else call(inputs)
             except Exception as error:
                 better = told(error, inputs)
                 if better is error:
@@ -210,8 +230,8 @@ class Stepper:
                   "name them: Trainer(..., output='logits'), or their index")
         return logits.float()  # type: ignore[no-any-return]
 
-    def bare(self, inputs: Tensor) -> Tensor:
-        """Logits of the bare module, (n, classes) float32, for gradients of inputs: no parameter gradient
+    def bare(self, inputs: Rows) -> Tensor:
+        """Outputs of the bare module, float32, for gradients of inputs: no parameter gradient
         is reduced."""
         return self.logits(self.engine.bare, inputs)
 

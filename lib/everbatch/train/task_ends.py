@@ -14,8 +14,10 @@ from everbatch import seeds
 from everbatch.contract import base_of, parts_of
 from everbatch.data import Task
 from everbatch.data.notes import tell
+from everbatch.data.streams import rows_of_stream
 from everbatch.errors import check
 from everbatch.evaluate.evaluator import mean_buffers
+from everbatch.rows import Rows, each
 
 __all__ = ["active_parts", "called_parts", "is_active", "remember", "require_stable", "rows_of", "taken"]
 
@@ -61,7 +63,7 @@ def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done
                       "protected; hand it in from a trainer mixin's consolidate(), or use another estimator", stacklevel=3)
         wanted = [part for part in wanted if part not in given]
 
-    def found() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def found() -> Iterator[tuple[Rows, Tensor, Tensor]]:
         return rows_of(trainer, task, samples, rows)
 
     pick = getattr(trainer, "pick", None)
@@ -71,14 +73,15 @@ def remember(trainer: Any, task: Task, *, samples: int = 0, rows: int = 64, done
             part.at_task_end(optimizer, found())
 
 
-def rows_of(trainer: Any, task: Task, samples: int, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def rows_of(trainer: Any, task: Task, samples: int, rows: int) -> Iterator[tuple[Rows, Tensor, Tensor]]:
     """This rank's (inputs, targets, ids), the task's samples in a seeded order dealt out in turn."""
     order = torch.randperm(len(task.train_ids), generator=seeds.generator(trainer.seed, "consolidate", task.id))
+    device = trainer.optimizer.host.device
     chosen = task.train_ids[order[: samples or None]]
     mine = chosen[trainer.world.rank :: trainer.world.size].contiguous()
     for ids in torch.split(mine, rows) if len(mine) else ():
-        raw = trainer.stream.fetch(ids).to(trainer.optimizer.host.device)
-        yield trainer.inputs_of(raw), trainer.stream.targets(ids), ids
+        raw, targets = rows_of_stream(trainer.stream, ids)
+        yield trainer.inputs_of(each(lambda value: value.to(device), raw)), targets, ids
 
 
 CLEARLY = 4.0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from everbatch.checkpoint.folder import claimed
 from everbatch.contract import parts_of
@@ -20,10 +20,11 @@ from everbatch.distributed import init
 from everbatch.errors import check
 from everbatch.evaluate.export import export
 from everbatch.objective.terms import texts
+from everbatch.problems import Problem
 from everbatch.report.recorder import Recorder
 from everbatch.train import fit, persist
 from everbatch.train.arguments import check_arguments
-from everbatch.train.auxiliary import check_objectives, needed
+from everbatch.train.auxiliary import check_objectives, check_problem, needed, problem_of
 from everbatch.train.begun import Begun
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
@@ -50,21 +51,26 @@ class Trainer(Stepper):
     """Trains a model on a stream of tasks, on any engine, with any trainer mixins to its left in a class statement.
 
     Args:
-        model: a bare module that maps inputs to logits (n, classes), the head as wide as the stream.
+        model: a bare module that maps inputs to what `problem` takes: for classification logits (n, classes), the head as wide as
+            the stream. Inputs by name are its keyword arguments.
         optimizer: `functools.partial(Cls, lr=..., ...)` of a composed optimizer class.
         engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration (`everbatch.config.layers.deepspeed_config`).
         config: see `Trainer.Config`.
         augment: maps one un-augmented sample to a training sample; it may draw from torch's global generator, which is seeded
             for every row by (seed, step, part, sample id), so the result is the same at any world size.
-        prepare: maps a batch of (augmented or plain) samples to model inputs: scaling, normalisation.
+        prepare: maps a batch of (augmented or plain) samples to model inputs: scaling, normalisation. Without it one tensor
+            becomes float32, but for problems whose inputs are ids, and named inputs stay as they are.
         folder: where checkpoints go; None for none.
         recorder: where scalars go, given on every rank or on none (ranks but 0 write nothing); None for none.
         device: "cuda" or "cpu"; by default this rank's GPU where there is one.
         num_tasks: tasks of the stream, for mixins that divide something among them; `fit` knows it itself.
-        output_fn: maps the stream's logits (n, classes) and batch to a 0-dim tensor, a mean over the rows: the output whose
-            gradient `Ignite` bounds. Only for optimizers that ask for it.
+        problem: what is learned, of `everbatch.problems`: the loss of each row, its units, the scores. By default
+            `Classification(label_smoothing=config.label_smoothing)`.
+        output_fn: maps the stream's outputs and batch to a 0-dim tensor, a mean over the rows: the output whose gradient `Ignite`
+            bounds. Only for optimizers that ask for it; by default that of the problem, where it has one (`Regression`).
         output: name or index of the logits in what the model returns, where that is a tuple, a dict or an object with
-            attributes: "logits" for models of Hugging Face, 0 for (logits, auxiliary). None: it returns the logits.
+            attributes: "logits" for models of Hugging Face, 0 for (logits, auxiliary). None: as the problem says (`CausalLM`
+            takes "logits"), else it returns the logits.
         ddp: options of `DistributedDataParallel` by name, for engine="ddp": bucket_cap_mb, gradient_as_bucket_view and so on.
             find_unused_parameters is True by default: a weight that no rank's pass reaches is left alone, for one walk over the
             graph in each backward (torch prints once that it may be needless); False saves it, where every pass reaches all.
@@ -72,8 +78,8 @@ class Trainer(Stepper):
 
     Raises:
         ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
-            an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM); an
-            identity that JSON cannot hold.
+            an objective that is not there: `output_fn` (Ignite), losses by row with several micro-batches or Replay (ESAM); a
+            method that has no meaning for the problem; an identity that JSON cannot hold.
 
     Memory: what EWC, MAS, Refresh and SI want called at a task's end is called, once, as `Consolidate` does, which need not be
     listed; what a mixin's `consolidate` has called is not called again.
@@ -94,6 +100,7 @@ class Trainer(Stepper):
         task_step: int
         bad_steps: int
         matrix: list[list[float]]
+        scores: list[list[dict[str, float]]]
         changes: list[str]
         had_ended: bool
         stopped: bool
@@ -104,22 +111,26 @@ class Trainer(Stepper):
         stream, loader = _of_run("stream"), _of_run("loader")
         task_index, task_step = _of_run("task_index"), _of_run("task_step")
         matrix, bad_steps = _of_run("matrix"), _of_run("bad_steps")
+        scores = _of_run("scores")
         changes, had_ended = _of_run("changes"), _of_run("had_ended")
         stopped, stop_sign = _of_run("stop.stopped"), _of_run("stop.sign")
         seconds, steps_left = _of_run("seconds"), _of_run("steps_left")
 
     def __init__(
         self, model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any] = "plain", *,
-        config: TrainerConfig | None = None, augment: Callable[[Tensor], Tensor] | None = None,
-        prepare: Callable[[Tensor], Tensor] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
+        config: TrainerConfig | None = None, augment: Callable[[Any], Any] | None = None,
+        prepare: Callable[[Any], Any] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
         device: str | None = None, num_tasks: int | None = None, output_fn: OutputFn | None = None,
         identity: Mapping[str, Any] | None = None, output: str | int | None = None, ddp: Mapping[str, Any] | None = None,
+        problem: Problem | None = None,
     ) -> None:
         check_optimizer(optimizer)
         check_output(output)
         check_ddp(ddp, engine)
         check_arguments(model, config, engine, device)
         self.config = config or Trainer.Config()  # not that of a part
+        self.problem = problem_of(problem, self.config)
+        output_fn = self.problem.output_fn if output_fn is None and self.problem.bounded else output_fn
         # DDP and FSDP2 want a process group, also of one rank that torchrun did not start.
         self.world = init(device, lone=engine in ("ddp", "fsdp2"))
         self.seed = self.config.seed
@@ -130,6 +141,7 @@ class Trainer(Stepper):
         check(self.config.batch_size % share == 0, "Trainer", f"batch_size={self.config.batch_size}",
               f"be divisible by {self.world.size} ranks * {self.config.accumulation} micro-batches")
         check_objectives(type(self), optimizer, output_fn, self.config.accumulation)
+        check_problem(self.problem, optimizer)
 
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -141,18 +153,21 @@ class Trainer(Stepper):
 
         persist.agree(self.world, {
             **{f"trainer.{k}": v for k, v in vars(self.config).items()}, "engine": engine, "recorder": recorder is not None,
-            "output": output, "ddp": ddp, "checkpoints": folder is not None, "model": persist.layout(model),
-            **persist.parts(self, optimizer)})
+            "output": output, "problem": repr(self.problem), "ddp": ddp, "checkpoints": folder is not None,
+            "model": persist.layout(model), **persist.parts(self, optimizer)})
         self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
                              decay_vectors=self.config.decay_vectors, ddp=ddp, compiled=self.config.compile)
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
         self.optimizer.complete_state = True
+        self.optimizer.problem = None if self.problem.cross_entropy else self.problem
         self.begun = Begun.of(self.optimizer, self.module)
         self.needs = needed(self.optimizer)
 
     def _configured(self, model: nn.Module, output: str | int | None) -> nn.Module:
         """The model as mixins want it, returning its logits. A mixin may ask for them, and may give another model."""
-        self.pick = Pick(output) if output is not None else None
+        chosen = self.problem.output if output is None else output
+        found = self.problem.finds if chosen is None else chosen
+        self.pick = Pick(found, strict=chosen is not None) if found is not None else None
         if self.pick is None:
             return self.configure_model(model)
         hook = model.register_forward_hook(self.pick)
@@ -176,7 +191,7 @@ class Trainer(Stepper):
                   for part, c in getattr(self, "configs", {}).items()]
         notes = {part.__name__: part.notes(self) for part in parts_of(type(self))}  # type: ignore[attr-defined]
         lines += [f"  {name:<18} {note}" for name, note in notes.items() if note]
-        terms = ["E_stream CE(logits, labels)", *texts(self), *texts(self.optimizer)]
+        terms = [f"E_stream {self.problem.text}", *texts(self), *texts(self.optimizer)]
         lines.append(f"  {'objective':<18} L = {' + '.join(terms)}")
         memory = [part.__name__ for part in active_parts(self.optimizer)]
         if memory and not isinstance(self, Consolidate):
@@ -184,7 +199,8 @@ class Trainer(Stepper):
         return "\n".join([*lines, self.optimizer.describe()])
 
     def fit(self, stream: Stream | Any, *, resume: bool = False) -> list[list[float]]:
-        """Train on all tasks; returns the accuracy matrix: row k, after task k, column j, on task j (NaN: not evaluated).
+        """Train on all tasks; returns the accuracy matrix: row k, after task k, column j, on task j (NaN: not evaluated). Of a
+        problem that is no classification, its first score; all scores are in `scores[k][j]`, by name.
 
         Args:
             stream: the tasks; or what `everbatch.data.as_stream` makes one of: (train, test), or a list of such pairs.
@@ -213,7 +229,7 @@ class Trainer(Stepper):
         stream = as_stream(stream)
         self.validate(stream)
         self.run.stream, self.num_tasks = stream, len(stream)  # the run itself begins once it is not refused
-        for note in notes_of(stream):
+        for note in notes_of(stream) if self.problem.labels else ():
             tell(f"data: {note}")
         persist.agree(self.world, {**persist.identity(self), "resume": resume})
         with nullcontext() if self.folder is None else claimed(self.folder, self.world):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,20 +22,24 @@ from everbatch.engines.shards import wide
 from everbatch.errors import check
 from everbatch.optim.memory.replica import Call, Factory, Weights, evaluating, replica, require_replica
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.problems import Problem
+from everbatch.rows import Rows as Inputs
+from everbatch.rows import each, named
 
 __all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
            "sensitivity_sums"]
 
-Rows = tuple[Tensor, ...]
-"""(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented; ids int64, unique in the data."""
+Rows = tuple[Any, ...]
+"""(inputs, targets) or (inputs, targets, ids): inputs as the model takes them, un-augmented, one tensor or several by name; ids
+int64, unique in the data."""
 Estimator = Literal["reference", "empirical", "sampled", "exact", "batch"]
 ESTIMATORS = ("reference", "empirical", "sampled", "exact", "batch")
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 def fisher_sums(
-    call: Call, weights: Weights, inputs: Tensor, targets: Tensor, estimator: Estimator, *, chunk: int = 16,
-    uniform: Tensor | None = None,
+    call: Call, weights: Weights, inputs: Inputs, targets: Tensor, estimator: Estimator, *, chunk: int = 16,
+    uniform: Tensor | None = None, problem: Problem | None = None,
 ) -> Weights:
     """Sum over the rows of one batch of an estimator of the diagonal Fisher information.
 
@@ -53,6 +57,8 @@ def fisher_sums(
         estimator: which of the above. `reference` <= `exact` in every entry.
         chunk: rows differentiated at once; memory chunk times the weights. 1 needs no vectorisation rule of any layer.
         uniform: (n,) in (0, 1), for `sampled`: the label is the quantile of the predicted distribution.
+        problem: whose -losses(row) stand in the place of ln p(y_i|x_i), for `empirical` and `batch`; None: class indices. A row's
+            loss is summed over its units, so that importance grows with the square of a sequence's length.
 
     Returns:
         Sums by name, in the weights' dtype, float32 at least.
@@ -62,6 +68,8 @@ def fisher_sums(
 
     Cost: n backward passes in n / chunk calls (`exact`: C times as many; `batch`: one).
     """
+    if problem is not None:
+        return _loss_sums(call, weights, inputs, targets, estimator, chunk, problem)
     with torch.no_grad():
         logits = call(weights, inputs)
     classes = logits.shape[-1]
@@ -88,7 +96,26 @@ def fisher_sums(
     return sums
 
 
-def sensitivity_sums(call: Call, weights: Weights, inputs: Tensor, *, per_sample: bool = True, chunk: int = 16) -> Weights:
+def _loss_sums(
+    call: Call, weights: Weights, inputs: Inputs, targets: Tensor, estimator: Estimator, chunk: int, problem: Problem,
+) -> Weights:
+    """`fisher_sums` of a problem."""
+    check(estimator in ("empirical", "batch"), "fisher_sums", f"estimator={estimator!r} and problem={type(problem).__name__}",
+          "be empirical or batch", "the others go over the classes of a row")
+    if estimator == "batch":
+        gradient = grad(lambda w: problem.losses(call(w, inputs), targets).mean())(weights)
+        return {name: g.to(wide(g)).square() for name, g in gradient.items()}
+
+    def loss(w: Weights, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        value = problem.losses(call(w, each(lambda v: v[None], x)), y[None])[0]
+        return value, value
+
+    sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
+    _accumulate(sums, grad(loss, has_aux=True), weights, (inputs, targets), chunk, lambda g, _: g.square(), weighted=False)
+    return sums
+
+
+def sensitivity_sums(call: Call, weights: Weights, inputs: Inputs, *, per_sample: bool = True, chunk: int = 16) -> Weights:
     """Sum of absolute gradients of the squared output norm, which MAS takes for importance; no labels.
 
         per_sample:  sum_i |d ||u(x_i)||^2|          the original definition
@@ -97,11 +124,12 @@ def sensitivity_sums(call: Call, weights: Weights, inputs: Tensor, *, per_sample
     Args and cost as `fisher_sums`. Source: Aljundi et al. 2018, arXiv 1711.09601.
     """
     if not per_sample:
-        gradient = grad(lambda w: call(w, inputs).square().sum(-1).mean())(weights)
+        count = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+        gradient = grad(lambda w: call(w, inputs).reshape(count, -1).square().sum(-1).mean())(weights)
         return {name: g.to(wide(g)).abs() for name, g in gradient.items()}
 
-    def output(w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-        value = call(w, x[None]).square().sum()
+    def output(w: Weights, x: Inputs) -> tuple[Tensor, Tensor]:
+        value = call(w, each(lambda v: v[None], x)).square().sum()
         return value, value
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
@@ -115,20 +143,36 @@ def _accumulate(
 ) -> None:
     """Add size(gradient of a row, its auxiliary value) of every row to `sums`, `chunk` rows at a time."""
     many = vmap(gradient, in_dims=(None, *(0,) * len(rows)))
-    for part in zip(*(torch.split(r, chunk) for r in rows), strict=True):
+    first = rows[0]
+    count = len(next(iter(first.values()))) if isinstance(first, dict) else len(first)
+    for start in range(0, count, chunk):
+        part = [each(lambda v, start=start: v[start : start + chunk], r) for r in rows]  # type: ignore[misc]
         if chunk == 1:
-            found, aux = gradient(weights, *(r[0] for r in part))
+            found, aux = gradient(weights, *(each(lambda v: v[0], r) for r in part))
             found, aux = {name: g[None] for name, g in found.items()}, aux[None]
         else:
-            found, aux = many(weights, *part)
+            found, aux = _vectorised(many, weights, part)
         for name, g in found.items():
             sums[name] += size(g.to(sums[name].dtype), aux if weighted else None).sum(0)
+
+
+def _vectorised(many: Callable[..., tuple[Weights, Tensor]], weights: Weights, part: list[Any]) -> tuple[Weights, Tensor]:
+    """Several rows at once, or an error with the cure: models that look at an attention mask to decide what to run."""
+    try:
+        return many(weights, *part)
+    except RuntimeError as error:
+        if "data-dependent control flow" not in str(error):
+            raise
+        raise ValueError("importance: the model decides by its inputs what it runs, which several rows at once do not allow, "
+                         "must be asked row by row: set chunk=1; or leave out the attention mask, which right padding under "
+                         "a causal mask does not need") from error
 
 
 # --------------------------------------------------------------------------------------------------- over an optimizer
 def diagonal_fisher(
     opt: OptimizerMixin, batches: Iterable[Rows], estimator: Estimator = "empirical", *, chunk: int = 16,
     denominator: Literal["samples", "loader"] = "samples", factory: Factory | None = None, draw: int = 0,
+    problem: Problem | None = None,
 ) -> Weights:
     """Diagonal Fisher information of the model at its present weights, in evaluation mode, over the rows of all ranks.
 
@@ -142,6 +186,7 @@ def diagonal_fisher(
         factory: builds the bare model on the CPU; needed where the weights of the module are sharded (ZeRO-3, FSDP2). A deep
             copy of the module taken before sharding does as well: `factory=lambda: copy`.
         draw: number of this estimate, so that `sampled` draws other labels for each.
+        problem: see `fisher_sums`; by default the optimizer's own, `opt.problem`, which `Trainer` sets.
 
     Returns:
         Whole tensors by name, the same on every rank, in the masters' dtype, float32 at least. Pass them to
@@ -166,7 +211,8 @@ def diagonal_fisher(
             check(len(rows) == 3, who, "no ids", "be given for estimator='sampled', whose draws are a function of them",
                   "yield (inputs, targets, ids)")
             uniform = torch.from_numpy(seeds.uniform_keys(rows[2].cpu().numpy(), opt.seed, "fisher", draw))
-        return fisher_sums(call, weights, rows[0], rows[1], estimator, chunk=chunk, uniform=uniform)
+        chosen = opt.problem if problem is None else problem
+        return fisher_sums(call, weights, rows[0], rows[1], estimator, chunk=chunk, uniform=uniform, problem=chosen)
 
     count = "batches" if estimator == "batch" else "loader" if denominator == "loader" else "rows"
     return _estimate(opt, batches, sums, seen, count, factory)
@@ -212,12 +258,17 @@ def _estimate(
     dtype = next(iter(weights.values())).dtype
     totals = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     problem = ""
+
+    def to_host(value: Tensor) -> Tensor:
+        return value.to(host.device, dtype if value.is_floating_point() else None)
+
     with evaluating(root):
         try:
             for rows in batches:
-                moved = tuple(r.to(host.device, dtype if r.is_floating_point() else None) for r in rows)
-                if len(moved[0]):
-                    seen.add(len(moved[0]))
+                moved = tuple(each(to_host, r) for r in rows)
+                count_here = len(next(iter(named("rows", rows[0]).values())))
+                if count_here:
+                    seen.add(count_here)
                     for name, value in sums(call, weights, moved).items():
                         totals[name] += value
         except ValueError as error:  # one rank's bad row must not leave the others waiting

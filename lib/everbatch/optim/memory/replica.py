@@ -13,13 +13,14 @@ from torch.func import functional_call
 
 from everbatch.engines.host import Host, plain_name, unwrap
 from everbatch.errors import UnsupportedHost, check
+from everbatch.rows import Rows
 
 __all__ = ["Call", "Factory", "Weights", "evaluating", "replica", "require_replica"]
 
 Factory = Callable[[], nn.Module]
 Weights = dict[str, Tensor]
-Call = Callable[[Weights, Tensor], Tensor]
-"""Maps weights by name and a batch of inputs (n, ...) to logits (n, C), differentiably."""
+Call = Callable[[Weights, Any], Tensor]
+"""Maps weights by name and a batch of inputs, (n, ...) or several by name, to outputs such as logits (n, C), differentiably."""
 
 
 def require_replica(host: Host, factory: Factory | None, who: str) -> None:
@@ -52,6 +53,9 @@ def replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Modu
         assert factory is not None
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             root = factory().to(host.device)
+        for hook in own._forward_hooks.values():
+            if getattr(hook, "travels", False):
+                root.register_forward_hook(hook)
 
     layout = host.master_layout()
     trained = {plain_name(name): p for name, p in own.named_parameters() if p.requires_grad}
@@ -73,8 +77,10 @@ def replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Modu
     for name, buffer in own.named_buffers():
         fixed[places[plain_name(name)]] = buffer.to(dtype) if buffer.is_floating_point() else buffer
 
-    def call(w: Weights, x: Tensor) -> Tensor:
+    def call(w: Weights, x: Rows) -> Tensor:
         given = {keys[name]: t for name, t in w.items()}
+        if isinstance(x, dict):
+            return functional_call(root, {**given, **fixed}, (), x)  # type: ignore[no-any-return]
         return functional_call(root, {**given, **fixed}, (x,))  # type: ignore[no-any-return]
 
     return call, weights, root

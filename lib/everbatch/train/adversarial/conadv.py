@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from everbatch import problems
 from everbatch.data import Batch, Task
 from everbatch.errors import check
 from everbatch.nn import split_branch
+from everbatch.problems import Problem
+from everbatch.rows import Rows, joined, one_tensor
 from everbatch.train.adversarial import Fifo, Role, current_role
 from everbatch.train.adversarial.attack import BRANCH
 from everbatch.train.adversarial.craft import embedded
 from everbatch.train.adversarial.options import AdversarialOptions
-from everbatch.train.adversarial.wiring import Wiring
+from everbatch.train.adversarial.wiring import Wiring, losses_of
 from everbatch.train.mixin import TrainerMixin
 
 __all__ = ["ConAdv"]
@@ -92,6 +95,7 @@ class ConAdv(TrainerMixin):
         check(not config.one_forward or hasattr(super(), "forward_parts"), "ConAdv", "one_forward=True in a trainer without "
               "forward_parts(parts)", "run its forwards through that verb", "define it, or set one_forward=False")
         _check(config, model, role)
+        _check_problem(config, losses_of(self))
         self._conadv = Wiring.of(config, model, role)
         self.states[ConAdv].fifo.world = self.world
         return model
@@ -114,9 +118,7 @@ class ConAdv(TrainerMixin):
             return parts
         clean = next(p for p in parts if p.part == "stream")
         config: ConAdv.Config = self.configs[ConAdv]
-        if not clean.inputs.is_floating_point() and config.embedding is None:
-            check(False, "ConAdv", f"inputs of dtype {clean.inputs.dtype}", "be floating point",
-                  "name the module that embeds them (embedding=)")
+        self.__refuse(clean.inputs)
         self.__order(clean)
         wiring = self._conadv
         assert wiring.pipeline is not None and wiring.attack is not None
@@ -127,7 +129,7 @@ class ConAdv(TrainerMixin):
             if self.__clean_alone:
                 self.optimizer.hold(wiring.branch)
                 return parts
-            noise = wiring.attack.noise(clean.inputs, step=self.step, rank=self.world.rank)
+            noise = wiring.attack.noise(one_tensor("ConAdv", clean.inputs), step=self.step, rank=self.world.rank)
             return [*parts, replace(clean, part=PART, inputs=noise)]
 
         payload = wiring.pipeline.take(self.step, clean.ids)
@@ -154,9 +156,9 @@ class ConAdv(TrainerMixin):
             return super().forward_parts(parts)  # type: ignore[misc, no-any-return]
         clean, moved = pair["stream"], pair[PART]
         names = ("inputs", "targets", "ids", "position")
-        rows = {name: torch.cat([getattr(clean, name), getattr(moved, name)]) for name in names}
-        extras = {k: torch.cat([v, moved.extras[k]]) for k, v in clean.extras.items()}
-        both = replace(clean, **rows, weight=None, extras=extras)  # type: ignore[arg-type]
+        rows: dict[str, Any] = {name: joined([getattr(clean, name), getattr(moved, name)]) for name in names}
+        extras = {k: joined([v, moved.extras[k]]) for k, v in clean.extras.items()}
+        both = replace(clean, **rows, weight=None, extras=extras)
         delta = moved.extras.get("delta")
         if delta is not None:
             delta = torch.cat([torch.zeros_like(delta), delta])
@@ -214,6 +216,20 @@ class ConAdv(TrainerMixin):
                 f"{2 * c.steps}f, plain training 3f: {(6 + 2 * c.steps) / 3:.2f}x the arithmetic; {c.tau} batch(es) ahead, as "
                 f"{kept}; on FSDP2 and ZeRO stage 3 the parameter gathers of {gathers}, elsewhere no collective of its own")
 
+    def __refuse(self, inputs: Rows) -> None:
+        """What cannot be attacked, by name."""
+        config: ConAdv.Config = self.configs[ConAdv]
+        if config.embedding is not None and not (isinstance(inputs, dict) and config.placement in ("process", "ranks")):
+            return
+        if isinstance(inputs, dict):
+            check(config.embedding is not None, "ConAdv", f"inputs by name, {', '.join(inputs)}", "be one floating tensor",
+                  "name the module that embeds them (embedding=)")
+            check(False, "ConAdv", f"inputs by name with placement={config.placement!r}", "be one tensor there",
+                  "set placement='inline' or 'stream'")
+        if isinstance(inputs, Tensor) and not inputs.is_floating_point():
+            check(False, "ConAdv", f"inputs of dtype {inputs.dtype}", "be floating point",
+                  "name the module that embeds them (embedding=)")
+
     @property
     def __active(self) -> bool:
         return bool(self.configs[ConAdv].weight_adversarial > 0)
@@ -258,3 +274,17 @@ def _check(config: AdversarialOptions, model: nn.Module, role: Role | None) -> N
     mixes = config.one_forward and not config.split_bn and any(isinstance(m, _BatchNorm) for m in model.modules())
     check(not mixes, "ConAdv", "one_forward=True and split_bn=False with batch norm", "not mix the parts' statistics",
           "split the batch norms, or set one_forward=False")
+
+
+def _check_problem(config: AdversarialOptions, problem: Problem | None) -> None:
+    """Refuse what has no meaning for a problem other than cross-entropy of labels."""
+    if problem is None:
+        return
+    name = type(problem).__name__
+    check(not config.targeted or problem.labels, "ConAdv", f"targeted=True with problem={name}", "be False",
+          "there is no wrong class to go towards")
+    check(problem.floats or config.embedding is not None, "ConAdv", f"problem={name}, whose inputs are ids", "be attacked behind "
+          "an embedding", "name the module that embeds them (embedding=)")
+    known = config.placement != "ranks" or getattr(problems, name, None) is type(problem)
+    check(known, "ConAdv", f"placement='ranks' with problem={name}", "be one of everbatch.problems there, which both ends have",
+          "set placement='inline', 'stream' or 'process'")

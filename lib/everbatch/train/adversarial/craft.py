@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from everbatch.errors import check
+from everbatch.rows import Rows
 
 __all__ = ["Box", "apply_signs", "craft", "craft_embedding", "embedded", "pixel_box", "random_point", "wrong_targets"]
+
+Losses: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ def apply_signs(clean: Tensor, signs: Tensor, box: Box) -> Tensor:
 
 def craft(
     logits_of: Callable[[Tensor], Tensor], clean: Tensor, targets: Tensor, box: Box, *, steps: int = 1, targeted: bool = False,
-    start: Tensor | None = None, signs_only: bool = False,
+    start: Tensor | None = None, signs_only: bool = False, losses: Losses | None = None,
 ) -> Tensor:
-    """Adversarial inputs by signed gradient steps on the cross-entropy.
+    """Adversarial inputs by signed gradient steps on the cross-entropy, or on other losses.
 
         x_0 = start or x;   x_{j+1} = clip(x_j +- step * sign(grad_x sum_i CE(f(x_j)_i, y_i)))      + untargeted, - targeted
 
@@ -96,6 +100,7 @@ def craft(
         clean: x, floating point.
         targets: (n,) true classes; for `targeted`, the classes to be taken for.
         signs_only: return the signed direction of the only step as int8, for `apply_signs`; needs steps 1 and no start.
+        losses: of each row, (outputs, targets) -> (n,); None: cross-entropy.
 
     Returns:
         x_steps in the dtype of `clean`, or int8 signs; detached.
@@ -115,14 +120,14 @@ def craft(
         at = at.detach().requires_grad_()
         with torch.enable_grad():
             logits = logits_of(at)
-        direction = _direction(logits, at, targets, targeted)
+        direction = _direction(logits, at, targets, targeted, losses)
         at = box.clip(at.detach() + box.step.to(clean) * direction, clean)
     return direction.to(torch.int8) if signs_only else at
 
 
 def craft_embedding(
-    logits_of: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, embedding: nn.Module, radius: float, step: float, *,
-    steps: int = 1, targeted: bool = False, random_start: bool = False, signs_only: bool = False,
+    logits_of: Callable[..., Tensor], inputs: Rows, targets: Tensor, embedding: nn.Module, radius: float, step: float, *,
+    steps: int = 1, targeted: bool = False, random_start: bool = False, signs_only: bool = False, losses: Losses | None = None,
 ) -> Tensor:
     """A perturbation of what `embedding` gives, for inputs that have no gradient (token ids): (n, ..., d), or its int8 signs.
 
@@ -150,7 +155,7 @@ def craft_embedding(
             if len(leaf) != 1:
                 raise RuntimeError(f"craft: the embedding ran {len(leaf)} times in one forward, must run once")
             assert delta is not None
-            direction = _direction(logits, leaf[0], targets, targeted)
+            direction = _direction(logits, leaf[0], targets, targeted, losses)
             delta = (delta.detach() + step * direction).clamp(-radius, radius)
     finally:
         handle.remove()
@@ -158,10 +163,11 @@ def craft_embedding(
     return direction.to(torch.int8) if signs_only else delta
 
 
-def _direction(logits: Tensor, leaf: Tensor, targets: Tensor, targeted: bool) -> Tensor:
+def _direction(logits: Tensor, leaf: Tensor, targets: Tensor, targeted: bool, losses: Losses | None) -> Tensor:
     """The sign of the input gradient, away from the true class or towards the target, in the leaf's dtype."""
     with torch.enable_grad():
-        loss = functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets, reduction="sum")
+        outputs = logits.float() if logits.dtype.itemsize < 4 else logits
+        loss = functional.cross_entropy(outputs, targets, reduction="sum") if losses is None else losses(outputs, targets).sum()
     slope = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     if slope is None:
         raise RuntimeError("craft: the loss does not depend on the inputs, so there is no direction to attack; does the model "

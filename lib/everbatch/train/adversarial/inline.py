@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everbatch.rows import Rows, named
 from everbatch.train.adversarial.attack import Attack
 from everbatch.train.adversarial.placement import AdversaryLost, Crafted, Job, Placement, modes_of, set_modes
 
@@ -20,7 +21,7 @@ class Inline(Placement):
     Between the order and the update the weights do not change, so any moment gives the same bits.
     """
 
-    def __init__(self, attack: Attack, module: nn.Module, logits_of: Callable[[Tensor], Tensor] | None, rank: int) -> None:
+    def __init__(self, attack: Attack, module: nn.Module, logits_of: Callable[[Rows], Tensor] | None, rank: int) -> None:
         self.attack, self.module, self.logits_of, self.rank = attack, module, logits_of, rank
         self.defer = False
         """Leave the next orders to `run_deferred`."""
@@ -72,7 +73,7 @@ class SideStream(Inline):
     marked for the allocator.
     """
 
-    def __init__(self, attack: Attack, module: nn.Module, logits_of: Callable[[Tensor], Tensor] | None, rank: int) -> None:
+    def __init__(self, attack: Attack, module: nn.Module, logits_of: Callable[[Rows], Tensor] | None, rank: int) -> None:
         super().__init__(attack, module, logits_of, rank)
         cuda = next(module.parameters()).is_cuda
         self.stream: Any = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
@@ -85,7 +86,8 @@ class SideStream(Inline):
         with torch.cuda.stream(self.stream):
             done = super()._craft(version, job)
             self._events[job.step] = self.stream.record_event()
-        job.inputs.record_stream(self.stream)
+        for value in named("inputs", job.inputs).values():
+            value.record_stream(self.stream)
         job.targets.record_stream(self.stream)
         return done
 

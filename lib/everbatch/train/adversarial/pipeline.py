@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.data import Batch
+from everbatch.rows import Rows
 from everbatch.train.adversarial.attack import Attack
 from everbatch.train.adversarial.fifo import Fifo, Waiting
 from everbatch.train.adversarial.inline import Inline, Replica, SideStream
@@ -29,7 +30,7 @@ class Pipeline:
 
     def __init__(
         self, attack: Attack, live: nn.Module, fifo: Fifo, *, tau: int, placement: str,
-        logits_of: Callable[[Tensor], Tensor] | None, spare: nn.Module | None, role: Role | None, device: torch.device,
+        logits_of: Callable[[Rows], Tensor] | None, spare: nn.Module | None, role: Role | None, device: torch.device,
         on_failure: Literal["clean", "inline", "stop"], patience_s: float, threads: int, split: bool,
     ) -> None:
         self.attack, self.live, self.fifo, self.tau, self.spare, self.on_failure = attack, live, fifo, tau, spare, on_failure

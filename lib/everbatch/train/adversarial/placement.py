@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from everbatch.rows import Rows, one_tensor
+
 __all__ = ["AdversaryLost", "Crafted", "Job", "Nobody", "Placement", "modes_of", "set_modes", "slots_of", "whole_weights"]
 
 
@@ -25,8 +27,13 @@ class Job:
 
     step: int
     """At which it will be trained on."""
-    inputs: Tensor
+    inputs: Rows
     targets: Tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """Inputs that are one tensor, as crafting elsewhere wants them."""
+        return one_tensor("ConAdv", self.inputs)
 
 
 @dataclass(frozen=True)

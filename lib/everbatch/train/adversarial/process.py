@@ -78,12 +78,12 @@ class BesideProcess(Placement):
         for job in jobs:
             self._await(lambda: len(self._versions) < self.depth)
             at = job.step % self.depth
-            check(job.inputs.shape == self._inputs[at].shape, "ConAdv", f"a batch of {tuple(job.inputs.shape)} after one of "
+            check(job.tensor.shape == self._inputs[at].shape, "ConAdv", f"a batch of {tuple(job.tensor.shape)} after one of "
                   f"{tuple(self._inputs[at].shape)}", "be as large", "leave incomplete batches out")
-            self._inputs[at].copy_(job.inputs)
+            self._inputs[at].copy_(job.tensor)
             self._targets[at].copy_(job.targets)
             self._versions[job.step] = version
-            if job.inputs.is_cuda:
+            if job.tensor.is_cuda:
                 torch.cuda.current_stream().synchronize()  # the other process knows nothing of this one's stream
             self._send((job.step, version, at, modes))
             self.sent += self._bytes[1]
@@ -106,15 +106,15 @@ class BesideProcess(Placement):
                       f"find {made.nbytes:,} more there", "give a container more (docker run --shm-size)")
             return made.share_memory_()  # type: ignore[no-any-return, no-untyped-call]
 
-        result = torch.int8 if self.attack.signs else job.inputs.dtype if self.attack.embedding is None else torch.float32
-        shape = list(job.inputs.shape)
+        result = torch.int8 if self.attack.signs else job.tensor.dtype if self.attack.embedding is None else torch.float32
+        shape = list(job.tensor.shape)
         if self.attack.embedding is not None:
             shape.append(int(self.module.get_submodule(self.attack.embedding).embedding_dim))  # type: ignore[arg-type]
         # One piece of memory for all weights: each shared tensor holds a file open in either process.
         told = layout(weights)
         flat = [shared([room(told)], torch.uint8) for _ in range(2)]
         self._weights = [views(f, told) for f in flat]
-        self._inputs = [shared(job.inputs.shape, job.inputs.dtype) for _ in range(self.depth)]
+        self._inputs = [shared(job.tensor.shape, job.tensor.dtype) for _ in range(self.depth)]
         self._targets = [shared(job.targets.shape, job.targets.dtype) for _ in range(self.depth)]
         self._results = [shared(shape, result) for _ in range(self.depth)]
         self._bytes = [sum(t.nbytes for t in tensors) for tensors in (

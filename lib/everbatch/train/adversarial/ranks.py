@@ -13,7 +13,7 @@ import datetime
 import functools
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from everbatch.train.adversarial.wire import (
     order_layout,
     ready_key,
     room,
+    told_attack,
     views,
 )
 
@@ -133,9 +134,9 @@ class RemoteRank(Placement):
             parts["modes"].copy_(torch.tensor(list(modes_of(self._modules)), dtype=torch.uint8))
             if self._hello["carries"]:
                 torch._foreach_copy_(self._slots[turn], list(weights.values()))
-            check(job.inputs.shape == parts["inputs"].shape, "ConAdv", f"a batch of {tuple(job.inputs.shape)} after one of "
+            check(job.tensor.shape == parts["inputs"].shape, "ConAdv", f"a batch of {tuple(job.tensor.shape)} after one of "
                   f"{tuple(parts['inputs'].shape)}", "be as large", "leave incomplete batches out")
-            parts["inputs"].copy_(job.inputs.detach())
+            parts["inputs"].copy_(job.tensor.detach())
             parts["targets"].copy_(job.targets)
             back = torch.empty(room(answer_layout(self._hello)), dtype=torch.uint8)
             try:
@@ -155,16 +156,17 @@ class RemoteRank(Placement):
         return Crafted(parts["payload"].to(next(self.live.parameters()).device), wanted)
 
     def _greet(self, weights: dict[str, Tensor], job: Job) -> None:
-        shape, kind = list(job.inputs.shape), job.inputs.dtype
+        shape, kind = list(job.tensor.shape), job.tensor.dtype
         if self.attack.embedding is not None:
             shape.append(int(self.live.get_submodule(self.attack.embedding).embedding_dim))  # type: ignore[arg-type]
             kind = torch.float32
-        text = {"inputs": str(job.inputs.dtype), "result": "int8" if self.attack.signs else str(kind)}
-        self._hello = {"attack": asdict(self.attack), "split": self.split, "weights": layout(weights),
+        text = {"inputs": str(job.tensor.dtype), "result": "int8" if self.attack.signs else str(kind)}
+        self._hello = {"attack": told_attack(self.attack), "split": self.split, "weights": layout(weights),
                        "modes": len(self._modules),
-                       "carries": self.role.rank < self.role.adversaries, "inputs": list(job.inputs.shape),
+                       "carries": self.role.rank < self.role.adversaries, "inputs": list(job.tensor.shape),
                        "dtype": text["inputs"].removeprefix("torch."), "result": shape,
-                       "result_dtype": text["result"].removeprefix("torch."), "targets": list(job.targets.shape)}
+                       "result_dtype": text["result"].removeprefix("torch."), "targets": list(job.targets.shape),
+                       "targets_dtype": str(job.targets.dtype).removeprefix("torch.")}
         self._staged = [torch.zeros(room(order_layout(self._hello)), dtype=torch.uint8) for _ in range(2)]
         self._parts = [views(flat, order_layout(self._hello)) for flat in self._staged]
         self._slots = [[parts[f"weights/{n}"] for n in weights] if self._hello["carries"] else [] for parts in self._parts]

@@ -19,7 +19,7 @@ from everbatch.distributed import attempt_store
 from everbatch.errors import check
 from everbatch.nn import convert_split_bn
 from everbatch.processes import end, follow_trainer
-from everbatch.train.adversarial.attack import BRANCH, Attack
+from everbatch.train.adversarial.attack import BRANCH
 from everbatch.train.adversarial.placement import set_modes
 from everbatch.train.adversarial.ranks import Role
 from everbatch.train.adversarial.wire import (
@@ -29,6 +29,7 @@ from everbatch.train.adversarial.wire import (
     answer_layout,
     dead_key,
     end_key,
+    heard_attack,
     layout,
     link,
     linked_key,
@@ -114,8 +115,7 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
     store, _, _ = attempt_store(600.0)
     hellos = {j: json.loads(_read(store, f"conadv/hello/{j}")) for j in role.serves}
     told = hellos[role.serves[0]]
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told["attack"].items()}
-    attack = Attack(**fields)
+    attack = heard_attack(told["attack"])
     target = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"))
     if told["split"]:
         convert_split_bn(model, (BRANCH,))

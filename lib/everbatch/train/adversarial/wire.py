@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import datetime
 import math
 from typing import Any
@@ -12,8 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "answer_layout", "dead_key", "end_key", "layout", "link", "linked_key",
-           "order_layout", "ready_key", "room", "views"]
+from everbatch import problems
+from everbatch.train.adversarial.attack import Attack
+
+__all__ = ["BACK", "FOREVER", "TO_ADVERSARY", "answer_layout", "dead_key", "end_key", "heard_attack", "layout", "link",
+           "linked_key", "order_layout", "ready_key", "room", "told_attack", "views"]
 
 TO_ADVERSARY, BACK = 1, 2
 """Message tags; messages of one tag arrive in order."""
@@ -56,7 +60,7 @@ def order_layout(hello: dict[str, Any]) -> list[list[Any]]:
     and targets."""
     weights = [[f"weights/{name}", shape, kind] for name, shape, kind in hello["weights"]] if hello["carries"] else []
     modes = ["modes", [hello["modes"]], "uint8"]
-    inputs, targets = ["inputs", hello["inputs"], hello["dtype"]], ["targets", hello["targets"], "int64"]
+    inputs, targets = ["inputs", hello["inputs"], hello["dtype"]], ["targets", hello["targets"], hello["targets_dtype"]]
     return [["head", [3], "int64"], modes, *weights, inputs, targets]
 
 
@@ -80,6 +84,23 @@ def views(flat: Tensor, told: list[list[Any]]) -> dict[str, Tensor]:
         found[name] = flat[at : at + size].view(dtype).view(shape)
         at += -(-size // LINE) * LINE
     return found
+
+
+def told_attack(attack: Attack) -> dict[str, Any]:
+    """An attack in plain values, for the other end; its problem by name."""
+    problem = attack.problem
+    fields = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
+    fields["problem"] = None if problem is None else [type(problem).__name__, dataclasses.asdict(problem)]
+    return fields
+
+
+def heard_attack(told: dict[str, Any]) -> Attack:
+    """The attack of `told_attack`, as JSON brought it."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    if fields["problem"] is not None:
+        kind, options = fields["problem"]
+        fields["problem"] = getattr(problems, kind)(**options)
+    return Attack(**fields)
 
 
 def room(told: list[list[Any]]) -> int:

@@ -17,6 +17,7 @@ from everbatch.contract import parts_of
 from everbatch.data import Batch
 from everbatch.errors import check
 from everbatch.nn import branch_parameters, convert_split_bn
+from everbatch.problems import Problem
 from everbatch.train.adversarial.attack import BRANCH, Attack
 from everbatch.train.adversarial.fifo import Fifo
 from everbatch.train.adversarial.inline import Inline, SideStream
@@ -24,7 +25,7 @@ from everbatch.train.adversarial.options import AdversarialOptions
 from everbatch.train.adversarial.pipeline import Pipeline
 from everbatch.train.adversarial.ranks import Role
 
-__all__ = ["Wiring"]
+__all__ = ["Wiring", "losses_of"]
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Wiring:
               "first='clean' with an optimizer that moves parameters without a gradient",
               "have an optimizer of everbatch.optim", "compose(base=...), or set first='clamp'")
         self.attack = _attack(options, trainer)
-        device = torch.device(options.adversary_device) if options.adversary_device else clean.inputs.device
+        device = torch.device(options.adversary_device) if options.adversary_device else clean.targets.device
         self.pipeline = Pipeline(
             self.attack, self.model, fifo, tau=options.tau, placement=options.placement, split=bool(self.branch),
             logits_of=getattr(trainer, "bare", None), spare=self.spare, role=self.role,
@@ -130,4 +131,10 @@ def _attack(options: AdversarialOptions, trainer: Any) -> Attack:
         std=tuple(options.std), raw_low=options.raw_low, raw_high=options.raw_high, targeted=options.targeted,
         random_start=options.random_start, embedding=options.embedding, classes=int(classes or 0),
         pieces=getattr(config, "accumulation", 1), seed=trainer.seed,
-        autocast=getattr(config, "precision", "fp32") == "bf16")
+        autocast=getattr(config, "precision", "fp32") == "bf16", problem=losses_of(trainer))
+
+
+def losses_of(trainer: Any) -> Problem | None:
+    """The problem whose losses are attacked; None for the cross-entropy of class indices."""
+    problem: Problem | None = getattr(trainer, "problem", None)
+    return None if problem is None or problem.cross_entropy else problem

@@ -8,15 +8,20 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
+from everbatch.data.streams import rows_of_stream
 from everbatch.errors import check, check_real, check_whole
 from everbatch.objective.table import dark_er, dark_er_pp, er
-from everbatch.objective.terms import OutputTerm, dark_term, evaluate, label_term
+from everbatch.objective.terms import OutputTerm, ProblemTerm, dark_term, evaluate, label_term
+from everbatch.problems import Problem
+from everbatch.rows import named, unnamed
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import StepRecord
 
 __all__ = ["Replay", "dark_term", "label_term"]
 
 
+MOST_BYTES = 2**30
+"""Stored outputs on a rank, of problems other than cross-entropy of labels."""
 METHODS = ("er", "dark_er", "dark_er_pp")
 
 _SPELLINGS = {"der": "dark_er", "derpp": "dark_er_pp", "der++": "dark_er_pp", "dark_er++": "dark_er_pp", "der_pp": "dark_er_pp",
@@ -31,8 +36,10 @@ class Replay(TrainerMixin):
         dark_er:       CE(B) + alpha * mse(u(M1), z(M1))
         dark_er_pp:    CE(B) + alpha * mse(u(M1), z(M1)) + beta * CE(M2)      two independent draws
 
-    Stored are inputs before augmentation, labels, and the logits of the pass before the update; on
-    the draw the training augmentation is applied anew. Each draw is min(replay_batch, filled)
+    CE is the loss of the trainer's problem: of another than classification its own, a mean over its
+    units, and u, z are its outputs, compared where units count. Stored are inputs before
+    augmentation, labels or targets, and the logits of the pass before the update; on the draw the
+    training augmentation is applied anew. Each draw is min(replay_batch, filled)
     samples without replacement, forwarded on its own. The memory is a function of the stream: the
     same at any world size. A skipped step adds nothing.
 
@@ -106,11 +113,14 @@ class Replay(TrainerMixin):
     class State:
         store: ReplayStore | None = None
 
-    def terms(self) -> tuple[OutputTerm, ...]:
+    def terms(self) -> tuple[OutputTerm | ProblemTerm, ...]:
         """What the method adds to the objective, in the order in which its parts are drawn."""
         config: Replay.Config = self.configs[Replay]
         if not config.capacity:
             return ()
+        problem = getattr(self, "problem", None)
+        if problem is not None and not problem.cross_entropy:
+            return _of_problem(problem, config)
         if config.method == "er":
             return er(config.beta)
         if config.method == "dark_er":
@@ -123,6 +133,17 @@ class Replay(TrainerMixin):
         if config.capacity:
             self.states[Replay].store = ReplayStore(_memory(config, self), self.world, self.seed)
         return super().configure_model(model)  # type: ignore[misc, no-any-return]
+
+    def before_fit(self) -> None:
+        """Refuse stored outputs that are too large, before the first step: asks the model for one row. Collective."""
+        store, problem = self.states[Replay].store, getattr(self, "problem", None)
+        stream: Any = getattr(self, "stream", None)
+        config: Replay.Config = self.configs[Replay]
+        if store is None or problem is None or problem.cross_entropy or stream is None or config.method == "er":
+            return
+        raw, _ = rows_of_stream(stream, stream.tasks[0].train_ids[:1])
+        outputs: Tensor = self.predict(self.inputs_of(raw))  # type: ignore[attr-defined]
+        _check_size(outputs, config, self.world.size)
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
         """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels),
@@ -139,8 +160,10 @@ class Replay(TrainerMixin):
                 continue
             # A part carries what its term is compared with, and no more.
             extras = {} if term.target == "targets" else {term.target: rows[term.target]}
+            raw = rows["raw"] if "raw" in rows else unnamed("raw", rows)
+            targets = rows.get("aim", rows["targets"])
             drawn = Batch(
-                rows["raw"], rows["targets"], rows["ids"], rows["position"], task=parts[0].task,
+                raw, targets, rows["ids"], rows["position"], task=parts[0].task,
                 part=term.rows, weight=rows["weight"], extras=extras)
             parts = [*parts, drawn]
         return parts
@@ -158,9 +181,30 @@ class Replay(TrainerMixin):
         store: ReplayStore | None = self.states[Replay].store
         if store is None or not record.applied:
             return
-        rows = {"raw": batch.extras.get("raw", batch.inputs), "logits": record.outputs["stream"].float()}
+        raw = batch.extras.get("raw", batch.inputs)
+        rows = {"raw": raw} if isinstance(raw, Tensor) else named("raw", raw)
+        problem = getattr(self, "problem", None)
+        if problem is None or problem.cross_entropy or self.configs[Replay].method != "er":
+            rows["logits"] = record.outputs["stream"].float()
+        if problem is not None and not problem.labels:
+            rows["aim"] = batch.targets  # the index holds labels of the stream
         ids, targets, position = self.global_rows(batch)
         store.add(ids.numpy(), targets.numpy(), position.numpy(), batch.task, rows)
+
+
+def _of_problem(problem: Problem, config: Replay.Config) -> tuple[ProblemTerm, ...]:
+    """The method's terms of a problem other than cross-entropy of labels."""
+    dark = ProblemTerm("replay_dark", config.alpha, "dark", problem, "logits", config.reduction)
+    label = ProblemTerm("replay_label", config.beta, "replay", problem)
+    return {"er": (label,), "dark_er": (dark,), "dark_er_pp": (dark, label)}[config.method]
+
+
+def _check_size(logits: Tensor, config: Replay.Config, ranks: int) -> None:
+    """Refuse to store outputs that no memory was meant for: logits of every token over a large vocabulary."""
+    size = config.capacity * logits[0].numel() * 4 // ranks
+    check(size <= MOST_BYTES, "Replay", f"method={config.method!r} and outputs of {tuple(logits.shape[1:])} for each of "
+          f"{config.capacity} samples, {size / 2**30:.3g} GiB on a rank", f"store at most {MOST_BYTES / 2**30:.3g} GiB",
+          "use method='er', a smaller capacity or more ranks")
 
 
 def _memory(config: Replay.Config, trainer: Any) -> Buffer:
