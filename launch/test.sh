@@ -42,14 +42,15 @@ part() {
     case " ${arguments[*]:-} " in *" -x "*) [ "$failed" -eq 0 ] || exit "$failed" ;; esac
 }
 # The contract suite is all of several ranks, and has so many tests that every worker would take seconds to collect them.
-beside() { part -n auto --maxprocesses 8 --ignore tests/contract/test_contract.py "$@"; }
+beside() { part -n auto --maxprocesses 8 --dist worksteal --ignore tests/contract/test_contract.py "$@"; }
 
 case " ${arguments[*]:-} " in *" -m "*) part; exit "$failed" ;; esac  # whoever names markers wants those, once
 quick="not slow"
 if $slow; then quick="(slow or not slow)"; fi
 beside -m "$quick and not distributed"
 # Ranks wait for each other a third of the time: two files beside each other fill it. What a file launches, its tests share.
-part -n 2 --dist loadfile -m "$quick and distributed"
+# The longest files come first (tests/conftest.py), not those of most tests.
+part -n 2 --dist loadfile --no-loadscope-reorder -m "$quick and distributed"
 if $slow; then
     for capability in avx2 default; do  # torch takes the best the processor has: sums run in another order on others
         echo "everbatch: the tests of one process with ATEN_CPU_CAPABILITY=$capability"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ import torch
 from processes import Zygote
 from rotation import Rotation
 
+LONGEST = ("distributed/test_runs.py", "contract/test_contract.py", "test_recipe.py", "train/test_conadv_hosts.py",
+           "test_interrupt.py", "train/test_conadv_ranks.py", "optim/test_sparsity_hosts.py", "test_contributing.py",
+           "test_large_batch.py")
+"""Files that run first, the longest before all: two files beside each other then end together."""
 torch.set_num_threads(1)  # small tensors: more threads only fight, with each other and with the ranks of jobs
 
 
@@ -30,6 +35,12 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Rotation(config), "everbatch rotation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_collection_finish() -> None:
