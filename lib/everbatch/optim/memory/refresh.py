@@ -239,14 +239,7 @@ class Refresh(OptimizerMixin):
         """F <- fisher_decay * F + F_new, at the present weights. Between two steps, after a task.
         Collective.
 
-        Args:
-            batches: this rank's rows of the task's data: (inputs, targets), or with ids third; see
-                `diagonal_fisher`.
-            importance: instead of it, whole F_new by name, the same on every rank; >= 0.
-
-        Raises:
-            ValueError: both or neither; entries that do not fit the model, negative or not finite.
-                Nothing is touched.
+        Arguments and errors are those of `EWC.consolidate_ewc`; F_new is importance there.
         """
         config: Refresh.Config = self.configs[Refresh]
         state: Refresh.State = self.states[Refresh]
