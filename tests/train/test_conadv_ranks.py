@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from everbatch.train.adversarial.ranks import RemoteRank, Role
+from everbatch.train.adversarial.wire import end_key, link
 from processes import Job, torchrun
 from rotation import When
 
@@ -65,3 +72,17 @@ def test_a_run_may_end_with_its_adversary(tmp_path: Path) -> None:
     job, _ = launch(tmp_path, "stop")
     assert job.codes != [0] and job.seconds < 90
     assert job.err.count("is lost") >= 1 and "on_failure='clean' or 'inline'" in job.err and leftovers() == ""
+
+
+def test_a_trainer_ends_at_once_while_its_adversary_listens_to_another() -> None:
+    """Both ends of a real connection, the other of which never receives."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as both:
+        ends = list(both.map(lambda end: link(store, 0, end, timedelta(seconds=30)), (0, 1)))
+    remote = RemoteRank.__new__(RemoteRank)
+    remote.store, remote.role, remote._group = store, Role(0, 1, 1), ends[0]
+    remote._staged = [torch.zeros(64, dtype=torch.uint8)]
+    begin = time.monotonic()
+    remote.close()
+    assert time.monotonic() - begin < 2.5
+    assert store.check([end_key(0)])

@@ -43,6 +43,10 @@ from everbatch.train.adversarial.wire import (
 __all__ = ["RemoteRank", "Role", "current_role", "split_ranks"]
 
 
+LAST_WORD = datetime.timedelta(seconds=1)
+"""How long a trainer that ends waits until its adversary has heard of it."""
+
+
 @dataclass(frozen=True)
 class Role:
     """What this process does in a launch with adversaries."""
@@ -192,9 +196,9 @@ class RemoteRank(Placement):
             raise AdversaryLost(f"no answer for {self.patience_s:g} s")
 
     def close(self) -> None:
-        """Tell the adversary to end."""
+        """Tell the adversary to end. One that crafts for another trainer, or listens to it, hears it when the connection ends."""
         if self._group is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended already, and whoever waited for it has been told
-                self._group.send([torch.zeros_like(self._staged[0])], 1, TO_ADVERSARY).wait(datetime.timedelta(seconds=5))
+            with contextlib.suppress(RuntimeError):  # not heard: an error of this trainer waits for nobody
+                self._group.send([torch.zeros_like(self._staged[0])], 1, TO_ADVERSARY).wait(LAST_WORD)
             self._group = None
         self.store.set(end_key(self.role.rank), "1")

@@ -160,7 +160,10 @@ def _serve_all(role: Role, model: nn.Module, device: str | None) -> None:
             answer = views(back, answer_layout(hellos[j]))
             answer["head"].copy_(torch.tensor([step, version]))
             answer["payload"].copy_(attack.run(model, inputs, targets, step=step, rank=j))
-            links[j].send([back], 0, BACK).wait()
+            try:
+                links[j].send([back], 0, BACK).wait()
+            except RuntimeError:  # its trainer has ended meanwhile
+                del links[j]
 
 
 def _arrived(link: Any, order: Tensor) -> bool:
