@@ -139,8 +139,7 @@ class OptimizerMixin(Contract):
         self._accumulation = Accumulation(type(self).__name__, host)
         self._check_direction(host.groups())
         for part in parts_of(type(self)):
-            if "on_attach" in vars(part):
-                part.on_attach(self)  # type: ignore[attr-defined]
+            part.on_attach(self)  # type: ignore[attr-defined]
 
     def _check_direction(self, groups: Iterable[Mapping[str, Any]]) -> None:
         down = [p.__name__ for p in parts_of(type(self)) if p.minimizes]  # type: ignore[attr-defined]
@@ -286,13 +285,20 @@ class OptimizerMixin(Contract):
         """Apply the step without the base optimizer's update (a topology change, say)."""
         self._replaced = reason
 
+    def on_attach(self) -> None:
+        """Called of each part once its host is known: what it refuses, and sets up. No verb: parts do not call super()."""
+
+    def cost(self) -> Cost:
+        """Called of each part: what it adds to a step with these options."""
+        return Cost()
+
     def extra_passes(self) -> float:
         """Passes per step beyond the recorded one, as the parts declare them."""
         return sum(cost.passes for cost in self.costs().values())
 
     def costs(self) -> dict[str, Cost]:
         """What each part adds to a step."""
-        return {part.__name__: part.cost(self) for part in parts_of(type(self)) if "cost" in vars(part)}  # type: ignore[attr-defined]
+        return {part.__name__: part.cost(self) for part in parts_of(type(self))}  # type: ignore[attr-defined]
 
     # ----------------------------------------------------------------------------------------------- persistence
     complete_state = False
