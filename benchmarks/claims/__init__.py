@@ -1,0 +1,1 @@
+"""Claims, one a file: each module holds `CLAIM`."""

@@ -1,0 +1,1 @@
+"""How cells are run: functions of (cell, home) that give numbers by name."""

@@ -1,0 +1,73 @@
+"""A class- or task-incremental stream, as `recipes/class_incremental.py` trains it, in this process on plain torch."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ledger.cells import Cell
+from benchmarks.ledger.samples import spec
+from everbatch import config
+from everbatch.data import Source, Stream, SubsetSource, class_incremental, stratified_split, task_incremental
+from everbatch.experiment import ClassIncremental, run
+
+__all__ = ["Scale", "train"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What all cells share."""
+
+    data: str = "digits"
+    """digits, or any source of everbatch.data.load."""
+    image_size: int | None = None
+    """Side in pixels; by default the size the data has."""
+    samples: int = 0
+    """Training samples, a stratified share; 0 for all."""
+    model: str = "small_conv"
+    """As the recipe's model.name."""
+    scenario: str = "class"
+    """class: no task id at test; task: the task id is given."""
+    tasks: int = 5
+    epochs: int = 8
+    """Of each task."""
+    batch: int = 32
+    lr: float = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(ClassIncremental):
+    """The recipe, on a stratified share of the training samples."""
+
+    samples: int = 0
+    """0 for all."""
+
+    def stream(self) -> Stream:
+        """The classes of `data`, divided."""
+        train, test = self.data.open()
+        if 0 < self.samples < len(train):
+            ids = stratified_split(train.targets, self.samples / len(train), seed=0)[1]
+            share: Source = SubsetSource(train, ids)
+            train = share
+        split = {"class": class_incremental, "task": task_incremental}[self.scenario]
+        return split(train, test, tasks=self.tasks, seed=self.trainer.seed)
+
+
+def train(cell: Cell, home: Path) -> dict[str, float | None]:
+    """One cell. Options of an arm: those of the recipe, nested.
+
+    Returns:
+        accuracy (over all classes after the last task), average_incremental_accuracy, forgetting, backward_transfer.
+    """
+    scale = Scale(**cell.scale)
+    shared: dict[str, Any] = {
+        "data": {"source": spec(cell, home), "image_size": scale.image_size if cell.data.startswith("digits-") else None},
+        "model": {"name": scale.model}, "engine": {"kind": "plain"}, "scenario": scale.scenario, "tasks": scale.tasks,
+        "samples": scale.samples, "optimizer": {"lr": scale.lr},
+        "trainer": {"batch_size": scale.batch, "epochs": scale.epochs, "seed": cell.seed}}
+    with tempfile.TemporaryDirectory(prefix="everbatch-cell-") as folder:
+        values = run(config.build(Share, shared, cell.options, {"output": folder})).values
+    names = ("average_incremental_accuracy", "forgetting", "backward_transfer")
+    return {"accuracy": values["final_average_accuracy"], **{name: values[name] for name in names}}
