@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmarks.ledger.claim import find
+from benchmarks.ledger.command import split
+from benchmarks.ledger.plan import Settings
 
 import everbatch.optim
 import everbatch.train
@@ -77,6 +80,11 @@ def test_command_exists_and_parses(command: str, capsys: pytest.CaptureFixture[s
     program = words[0]
     if program == "bash":
         assert subprocess.run(["bash", "-n", ROOT / words[1]]).returncode == 0
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        assert words[3] in ("list", "run", "report")
+        asked = dict(word.split("=", 1) for word in words[4:] if "=" in word)
+        for name in (word for word in words[4:] if "=" not in word):
+            Settings.of(find(name), split(asked)[1])
     elif program == "python":
         assert (ROOT / words[1]).is_file()
     elif program == "pip":

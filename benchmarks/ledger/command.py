@@ -20,7 +20,7 @@ from benchmarks.ledger.runner import Tally, cores, run_cells
 from everbatch.config.strict_yaml import load_text
 from everbatch.errors import check, check_real, check_whole, nearest
 
-__all__ = ["carry_out", "main", "run", "usage"]
+__all__ = ["carry_out", "main", "run", "split", "usage"]
 
 HOME = "runs/ledger"
 OWN = ("results", "jobs", "minutes", "seeds", "arms")
@@ -112,16 +112,22 @@ def _run(names: Sequence[str], options: Mapping[str, str]) -> int:
     if len(asked) < len(names):
         print("\n\n".join(_help(name) for name in asked))
         return 0
-    own, scale = ({key: value for key, value in options.items() if (key in OWN) is kept} for kept in (True, False))
+    own, scale = split(options)
     minutes = load_text(own.get("minutes", "1e9"))
     check_real("benchmarks", "minutes", minutes, 0.0)
     end, failed = time.monotonic() + 60 * minutes, False
     for name in asked:
-        tally = run(name, {key: load_text(value) for key, value in scale.items()}, home=Path(own.get("results", HOME)),
+        tally = run(name, scale, home=Path(own.get("results", HOME)),
                     jobs=_whole(own, "jobs"), seeds=_whole(own, "seeds"), end=end,
                     arms=own["arms"].split(",") if "arms" in own else None)
         failed = failed or bool(tally.failed)
     return int(failed)
+
+
+def split(options: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Options of the run, and those of the claim's scale, read as YAML."""
+    own = {key: value for key, value in options.items() if key in OWN}
+    return own, {key: load_text(value) for key, value in options.items() if key not in OWN}
 
 
 def _whole(options: Mapping[str, str], name: str) -> int | None:

@@ -145,7 +145,7 @@ def _cause(code: int | None, cell: Cell, store: Store) -> str:
 
 
 def _shown(values: Mapping[str, float | None]) -> str:
-    return "  ".join(f"{name} {'diverged' if value is None else f'{value:.4g}'}" for name, value in values.items())
+    return "  ".join(f"{name} {'none' if value is None else f'{value:.4g}'}" for name, value in values.items())
 
 
 @contextmanager
