@@ -51,12 +51,14 @@ def expected_flops(model: nn.Module, inputs: Tensor, arm: str, steps: int = 1) -
     return (2 * train, craft) if kind in ("process", "ranks") else (2 * train + craft, 0)
 
 
-def bytes_per_step(placement: str, weights: int, batch: int, elements: int, width: int) -> tuple[int, int]:
+def bytes_per_step(placement: str, weights: int, batch: int, elements: int, width: int, modules: int) -> tuple[int, int]:
     """(to the adversary, back) of a trainer that sends its adversary the weights, by the docstrings of BesideProcess and
-    RemoteRank. `weights`: their bytes; `elements` of a sample, `width` bytes each; int8 signs come back."""
+    RemoteRank. `weights`: their bytes; `elements` of a sample, `width` bytes each; between ranks a byte for the mode of each of
+    the `modules`; int8 signs come back."""
     if placement == "process":
         return weights + batch * (elements * width + 8), batch * elements
-    return 64 + weights + lines(batch * elements * width) + lines(batch * 8), 64 + lines(batch * elements)
+    out = 64 + lines(modules) + weights + lines(batch * elements * width) + lines(batch * 8)
+    return out, 64 + lines(batch * elements)
 
 
 def lines(size: int) -> int:
@@ -65,9 +67,9 @@ def lines(size: int) -> int:
 
 
 def fleet(trainers: int = 1024, adversaries: int = 342, weights: int = 2 * 25_600_000, batch: int = 96,
-          elements: int = 224 * 224 * 3) -> dict[str, int]:
+          elements: int = 224 * 224 * 3, modules: int = 151) -> dict[str, int]:
     """Bytes per step of ResNet-50 in bf16 on many trainers, by the formula: in total, and over single ends."""
-    out, back = bytes_per_step("ranks", weights, batch, elements, width=2)
+    out, back = bytes_per_step("ranks", weights, batch, elements, width=2, modules=modules)
     serves = -(-trainers // adversaries)
     return {"total": trainers * (out - weights + back) + adversaries * weights, "weights": adversaries * weights,
             "out of a trainer that sends weights": out, "out of another trainer": out - weights, "into a trainer": back,

@@ -99,7 +99,8 @@ def run_arms(arms: tuple[str, ...], net: Net, blocks: int, steps: int, device: s
                     row["bytes"] = (t.adversary_costs()["bytes_sent"] - t.before[1]) / (t.step - t.before[0])
                     whole = lines if kind == "ranks" else int
                     size, x = sum(whole(v.nbytes) for v in t.model.state_dict().values()), t.ring[0].inputs
-                    row["bytes_expected"] = sum(bytes_per_step(kind, size, len(x), x[0].numel(), x.element_size()))
+                    modules = len(list(t.model.modules()))
+                    row["bytes_expected"] = sum(bytes_per_step(kind, size, len(x), x[0].numel(), x.element_size(), modules))
         finally:
             for t in trainers.values():
                 if isinstance(t, ConAdv):

@@ -64,11 +64,12 @@ def test_the_nets_that_are_measured_keep_to_the_model_within_a_percent(speed: Si
 
 
 def test_bytes_of_a_fleet(speed: SimpleNamespace) -> None:
-    assert speed.costs.bytes_per_step("process", 100, 2, 12, 4) == (100 + 2 * 12 * 4 + 16, 24)
-    assert speed.costs.bytes_per_step("ranks", 128, 2, 12, 4) == (64 + 128 + 128 + 64, 64 + 64)
-    sizes = speed.costs.fleet(trainers=5, adversaries=2, weights=1000, batch=1, elements=10)
-    assert sizes["total"] == 5 * (3 * 64 + 2 * 64) + 2 * 1000
-    assert sizes["into an adversary of 3 trainers"] == 3 * 192 + 1000 and sizes["out of an adversary of 3 trainers"] == 3 * 128
+    assert speed.costs.bytes_per_step("process", 100, 2, 12, 4, 65) == (100 + 2 * 12 * 4 + 16, 24)
+    assert speed.costs.bytes_per_step("ranks", 128, 2, 12, 4, 64) == (64 + 64 + 128 + 128 + 64, 64 + 64)
+    assert speed.costs.bytes_per_step("ranks", 128, 2, 12, 4, 65) == (64 + 128 + 128 + 128 + 64, 64 + 64)
+    sizes = speed.costs.fleet(trainers=5, adversaries=2, weights=1000, batch=1, elements=10, modules=7)
+    assert sizes["total"] == 5 * (4 * 64 + 2 * 64) + 2 * 1000
+    assert sizes["into an adversary of 3 trainers"] == 3 * 256 + 1000 and sizes["out of an adversary of 3 trainers"] == 3 * 128
 
 
 def test_verdicts_are_of_pairs_and_say_what_they_cannot_tell(speed: SimpleNamespace) -> None:
