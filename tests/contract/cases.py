@@ -63,7 +63,7 @@ def declared(part: Any) -> Case:
     options = methods.options(part, part.example, FACTORY)
     bases = tuple(name.lower() for name in part.bases)
     return Case(part.__name__, (TaskEnd, part) if ends else (part,), options, methods.options(part, part.off, FACTORY),
-                "end_task" if ends else part.call, bases or Case.bases)
+                "task_ended" if ends else part.call, bases or Case.bases)
 
 
 SINGLES = [declared(part) for part in methods.optimizer_mixins().values()]
@@ -80,14 +80,14 @@ MIXES = [
          {"trust_coeff": 0.2, "lr_in_buffer": True, "rho": 0.5, "max_norm": 0.3},
          {"trust_coeff": 1e30, "trust_clip": True, "rho": 0.0, "max_norm": float("inf")}, bases=("sgd",)),
     Case("EWC+SAM", (TaskEnd, EWC, SAM), {"strength": 0.5, "form": "separate", "factory": FACTORY, "rho": 0.3},
-         {"strength": 0.0, "factory": FACTORY, "rho": 0.0}, "end_task"),
+         {"strength": 0.0, "factory": FACTORY, "rho": 0.0}, "task_ended"),
     Case("Refresh+EWC", (TaskEnd, Refresh, EWC),
          {"refresh_gamma": 0.1, "unlearn_steps": 2, "noise_scale": 0.05, "refresh_factory": FACTORY, "strength": 0.5,
           "ewc_factory": FACTORY},
-         {"refresh_gamma": 0.0, "refresh_factory": FACTORY, "strength": 0.0, "ewc_factory": FACTORY}, "end_task"),
+         {"refresh_gamma": 0.0, "refresh_factory": FACTORY, "strength": 0.0, "ewc_factory": FACTORY}, "task_ended"),
     Case("Refresh(normalized)", (TaskEnd, Refresh),
          {"form": "normalized", "every": 1, "delta": 0.01, "noise_coef": 0.1, "factory": FACTORY},
-         {"form": "normalized", "delta": 0.0, "factory": FACTORY}, "end_task"),
+         {"form": "normalized", "delta": 0.0, "factory": FACTORY}, "task_ended"),
     Case("ClipGradNorm+EMA+DynamicSparsity+SAM", (ClipGradNorm, EMA, DynamicSparsity, SAM),
          {"density": 0.3, "update_every": 3, "grow": "momentum", "score_steps": 2, "redistribute": "momentum", "prune": "soft",
           "rho": 0.5, "max_norm": 0.3, "ema_decay": 0.5},

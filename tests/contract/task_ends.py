@@ -11,9 +11,9 @@ from everbatch.optim import OptimizerMixin
 
 
 class TaskEnd(OptimizerMixin):
-    """Adds `end_task()`, which calls `at_task_end` of whatever part of the class has one."""
+    """Adds `task_ended()`, a name that no method has: it calls `at_task_end` of whatever part of the class has one."""
 
-    def end_task(self) -> None:
+    def task_ended(self) -> None:
         rows = [self._mine(*batch) for batch in hosts.batches(2)]
         for part in parts_of(type(self)):
             if "at_task_end" in vars(part):
