@@ -185,7 +185,7 @@ def test_no_process_outlives_a_run_that_fails(tmp_path: Path, way: str) -> None:
 
     Before the error, processes that load data go on: a run waits for its data as long as it takes."""
     options = ["engine.kind=plain", "global_batch=32", "micro_batch=32", "model.name=small_conv", "data.image_size=8",
-               "conadv.placement=process", "conadv.on_failure=stop", "conadv.patience_s=2", "trainer.workers=2",
+               "conadv.placement=process", "conadv.on_failure=stop", "conadv.patience_s=10", "trainer.workers=2",
                "trainer.epochs=500", "trainer.schedule.warmup_epochs=0", "trainer.checkpoint_every=10", f"output={tmp_path}"]
     job = begin(ROOT / "recipes" / "large_batch.py", *options)
     wait_for(tmp_path, job)
