@@ -109,7 +109,7 @@ REPLAY = {"capacity": 20, "replay_batch": 5, "alpha": 0.3, "beta": 0.5}
 
 def trainer(host: str, *, folder: Path | None = None, recorder: Recorder | None = None, model: nn.Module | None = None,
             optimizer: Any = OPTIMIZER, replay: dict[str, Any] | None = None, cls: type = Learner, prepare: Any = scale,
-            augment: Any = jitter, raw: dict[str, Any] | None = None, **config: Any) -> Any:
+            augment: Any = jitter, raw: dict[str, Any] | None = None, grown: Any = None, **config: Any) -> Any:
     """A trainer of the run; every argument may be replaced."""
     options: dict[str, Any] = {"batch_size": 8, "epochs": 2, "checkpoint_every": 2, "seed": 3,
                                "schedule": Schedule(kind="cosine", warmup_epochs=0.5)} | config
@@ -118,7 +118,7 @@ def trainer(host: str, *, folder: Path | None = None, recorder: Recorder | None 
     chosen = engine(host, options["batch_size"], options.get("accumulation", 1), world.size, **(raw or {}))
     return cls(model or net(), optimizer, chosen,
                config=Trainer.Config(**options), augment=augment, prepare=prepare, folder=folder, recorder=recorder, device="cpu",
-               num_tasks=3, **mixins)
+               num_tasks=3, grown=grown, **mixins)
 
 
 def recorder(folder: Path, after: int = -1, sign: int = 0, *, rank: int | None = None) -> Ending:

@@ -19,7 +19,7 @@ __all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", 
            "parts_of"]
 
 DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks",
-            "from_data", "asked", "wants", "idle", "at_task_end")
+            "from_data", "asked", "wants", "idle", "fixed", "at_task_end")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
 
@@ -93,6 +93,12 @@ class Contract:
     def idle(cls, config: Any) -> dict[str, str]:
         """Fields that have no effect beside the others, and why; a user who gives one is told."""
         return {}
+
+    @classmethod
+    def fixed(cls, config: Any) -> str:
+        """Why these options cannot be beside a model that grows between tasks, and what can; "": they
+        can. What a part keeps by parameter name begins anew for a new one."""
+        return ""
 
     def at_task_end(self, rows: Any) -> None:
         """Called of each part that defines it, when a task's last step is done; collective.

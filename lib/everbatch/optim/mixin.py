@@ -62,7 +62,10 @@ class OptimizerMixin(Contract):
                                    "class in one, such as torch.optim.SGD")
         cls._foundation = base
 
-    def __init__(self, params: Any, *, seed: int = 0, scaler: Any | None = None, **options: Any) -> None:
+    def __init__(
+        self, params: Any, *, seed: int = 0, scaler: Any | None = None, module: nn.Module | None = None,
+        **options: Any,
+    ) -> None:
         """Build over plain torch, DDP or FSDP2.
 
         Args:
@@ -70,15 +73,16 @@ class OptimizerMixin(Contract):
                 groups whose "params" are named.
             seed: root of all randomness of the mixins.
             scaler: a `torch.amp.GradScaler` for fp16; the step unscales, skips and updates it.
+            module: the module the closure calls, where `params` are groups of its parameters.
             options: options of the mixins, and of the base optimizer.
         """
-        module = params if isinstance(params, nn.Module) else None
+        module = params if isinstance(params, nn.Module) else module
         if callable(getattr(module, "zero_optimization_stage", None)):
             raise TypeError(f"{type(self).__name__}: got a DeepSpeed engine, whose weights only the engine can update; call "
                             f"{type(self).__name__}.on(engine, ...)")
         rest = self._start(options, seed)
         allowed = set(inspect.signature(base_of(type(self)).__init__).parameters) - {"self", "params"}  # type: ignore[misc]
-        reject_unknown(type(self), rest, allowed | {"seed", "scaler"})
+        reject_unknown(type(self), rest, allowed | {"seed", "scaler", "module"})
         super().__init__(_named_groups(type(self).__name__, params), **rest)  # type: ignore[call-arg]
         self._attach(LocalHost(self, module, scaler), rest)
 

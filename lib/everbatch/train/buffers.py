@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 
-__all__ = ["buffer_pieces", "check_buffers", "load_buffers", "persistent"]
+__all__ = ["buffer_pieces", "buffer_problem", "carry_buffers", "check_buffers", "load_buffers",
+           "persistent"]
 
 
 def persistent(module: nn.Module) -> dict[str, Tensor]:
@@ -63,6 +66,32 @@ def load_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
         value = max(values, key=Tensor.numel)
         if len(values) > 1 and value.is_floating_point() and len({v.shape for v in values}) == 1:
             value = torch.stack([v.float() for v in values]).mean(0)
+        buffer = ours.get(name)
+        if buffer is not None and buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:
+            _place(module, name, buffer, value)
+
+
+def buffer_problem(known: Mapping[str, Tensor], module: nn.Module) -> str:
+    """Why `carry_buffers` would not put these into a module, or "". As `check_buffers`, sizes may
+    differ."""
+    ours = persistent(module)
+    lost = [name for name in known if name not in ours and not _room(module, name)]
+    if lost:
+        return f"has no place for buffers {lost[:3]}"
+    for name, value in known.items():
+        own = ours.get(name)
+        if own is not None and (own.dim(), own.is_floating_point()) != (value.dim(), value.is_floating_point()):
+            return f"has a buffer {name} of {own.dtype} {tuple(own.shape)}, it was {value.dtype} {tuple(value.shape)}"
+    return ""
+
+
+@torch.no_grad()
+def carry_buffers(known: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Put buffers of another model into this one, by name. Local."""
+    ours = persistent(module)
+    for name, value in known.items():
         buffer = ours.get(name)
         if buffer is not None and buffer.shape == value.shape:
             buffer.copy_(value)

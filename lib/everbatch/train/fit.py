@@ -62,6 +62,8 @@ def fit(trainer: Stepper, stream: Stream, *, resume: bool) -> None:
     except BaseException as error:
         _keep_scalars(trainer, error)
         raise
+    finally:
+        run.in_task = False
     run.rest()
     if run.stop.sign == signal.SIGINT and run.stop.stopped:
         text = (f"stopped by Ctrl-C after step {trainer.step}; a checkpoint is in {trainer.folder}; "
@@ -84,7 +86,7 @@ def schedule_of(trainer: Stepper, loader: Loader, *, done: int = 0) -> LRSchedul
     """A task's learning rates, from its step `done` on."""
     config = trainer.config
     return task_schedule(
-        config.schedule, trainer.begun.rates, epochs=config.epochs, batch_size=config.batch_size,
+        config.schedule, trainer.rates, epochs=config.epochs, batch_size=config.batch_size,
         steps_per_epoch=loader.steps_per_epoch, done=done)
 
 
@@ -113,6 +115,7 @@ def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
         require_stable(trainer)
         trainer.on_task_start(task)
         trainer.optimizer.host.watch.look_again()
+    run.in_task = True
     warn_if_nothing_trains(trainer.module)
     schedule = schedule_of(trainer, loader, done=run.task_step)
     set_rates(trainer.optimizer.param_groups, schedule)
@@ -130,6 +133,7 @@ def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
         due = config.checkpoint_every and trainer.step % config.checkpoint_every == 0
         if due and run.task_step < len(loader):
             _save(trainer)
+    run.in_task = False
     return not (stop.stopped or stop.agree(trainer.world, trainer.step, now=True))
 
 

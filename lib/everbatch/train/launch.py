@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from everbatch.contract import base_of, option_names, route
 from everbatch.distributed import World, init
+from everbatch.engines.release import release
 from everbatch.errors import UnsupportedHost, check, nearest
-from everbatch.optim.groups import groups
+from everbatch.optim.groups import groups, grown_groups
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.train.blocks import blocks_of, shard_blocks
 from everbatch.train.compiled import as_it_is, compile_blocks, compile_engine
@@ -34,10 +35,18 @@ class Engine:
     bare: Callable[..., Any]
     """Runs a forward of the bare module, for gradients of inputs: reduces nothing, whatever is differentiated."""
 
+    def close(self) -> None:
+        """Let go of gradients, and of what DeepSpeed keeps of an engine outside of it. Nothing here is
+        of use afterwards. No collective."""
+        for p in self.module.parameters():
+            p.grad = None
+        release(getattr(self.optimizer.host, "engine", None))
+
 
 def launch(
     model: nn.Module, optimizer: functools.partial[Any], engine: str | Mapping[str, Any], *, world: World,
     device: torch.device, decay_vectors: bool, seed: int, ddp: Mapping[str, Any] | None = None, compiled: bool = False,
+    born: Sequence[Sequence[str]] = (),
 ) -> Engine:
     """Build the optimizer over `model` on `engine`.
 
@@ -48,11 +57,12 @@ def launch(
         ddp: options of DDP; see `everbatch.train.ddp`.
         compiled: have training passes compiled; see `everbatch.train.compiled`.
         decay_vectors: False puts parameters of fewer than two dimensions into a group with weight_decay 0.
+        born: names of parameters by growth: each gets groups of its own. Empty, or one: as ever.
     """
     cls: Any = optimizer.func
     options = dict(optimizer.keywords)
     if isinstance(engine, Mapping):
-        return _deepspeed(model, cls, options, engine, device, decay_vectors, seed, compiled)
+        return _deepspeed(model, cls, options, engine, device, decay_vectors, seed, compiled, born)
     check(engine in ("plain", "ddp", "fsdp2"), "Trainer", f"engine={engine!r}",
           "be plain, ddp, fsdp2 or a DeepSpeed configuration", nearest(str(engine), ("plain", "ddp", "fsdp2")))
     check(engine != "plain" or world.size == 1, "Trainer", f"engine='plain' on {world.size} ranks", "run on one rank",
@@ -67,7 +77,12 @@ def launch(
         if compiled:
             compile_blocks(blocks_of(model) or [model])
         shard_blocks(model)
-    target: Any = call if decay_vectors else groups(model, weight_decay=options.get("weight_decay", 0.0))
+    decay = None if decay_vectors else options.get("weight_decay", 0.0)
+    if len(born) > 1:
+        by_growth = grown_groups(call.named_parameters(), born, decay, ddp=engine == "ddp")
+        return Engine(cls(by_growth, module=call, seed=seed, **options), model, call,
+                      as_it_is(model) if compiled else model)
+    target: Any = call if decay is None else groups(model, weight_decay=decay)
     made = cls(target, seed=seed, **options)
     # Given groups, it learns of modules in its first pass: too late for weights edited after an evaluation.
     made.host.meet(call.modules())
@@ -113,7 +128,8 @@ def _short(value: Any) -> str:
 
 
 def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, Any], config: Mapping[str, Any],
-               device: torch.device, decay_vectors: bool, seed: int, compiled: bool) -> Engine:
+               device: torch.device, decay_vectors: bool, seed: int, compiled: bool,
+               born: Sequence[Sequence[str]]) -> Engine:
     try:
         import deepspeed
     except ImportError as error:
@@ -121,8 +137,12 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
     chosen, rest = route(cls, options)
     base = base_of(cls)
     assert base is not None
-    target = list(model.parameters()) if decay_vectors else [
-        {**g, "params": [p for _, p in g["params"]]} for g in groups(model, weight_decay=rest.get("weight_decay", 0.0))]
+    decay = None if decay_vectors else rest.get("weight_decay", 0.0)
+    target: Any = list(model.parameters())
+    if len(born) > 1 or decay is not None:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        named = grown_groups(trained, born, decay) if len(born) > 1 else groups(model, weight_decay=decay or 0.0)
+        target = [{**g, "params": [p for _, p in g["params"]]} for g in named]
     try:
         client = base(target, **rest)
     except TypeError as error:

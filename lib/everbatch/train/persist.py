@@ -24,8 +24,10 @@ from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
 from everbatch.optim.state_checks import like
 from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers
+from everbatch.train.growth import wanted_growths
 from everbatch.train.identity import changes, check_plain, described, identity, parts, steps_per_epoch
 from everbatch.train.modes import in_evaluation, put_into_evaluation
+from everbatch.train.relaunch import replay
 from everbatch.train.step import Stepper
 
 __all__ = ["agree", "check_plain", "identity", "layout", "load", "newest", "parts", "save", "set_aside"]
@@ -59,7 +61,8 @@ def save(trainer: Stepper) -> None:
     counters = {"step": trainer.step, "task_index": run.task_index, "task_step": run.task_step,
                 "bad_steps": run.bad_steps, "matrix": run.matrix, "scores": run.scores, "mixins": plain, "changes": run.changes,
                 "evaluation": in_evaluation(trainer.module)}
-    everything = {"optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
+    grown = {"growths": {"done": trainer.growth.done, "born": trainer.growth.born}} if trainer.growth.done else {}
+    everything = {**grown, "optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
                   "stream": described(stream), "seconds": run.seconds}
     checkpoint.save(trainer.folder, trainer.step, pieces, everything, world=trainer.world, keep_last=trainer.config.keep_last,
                     healthy=run.bad_steps == 0)
@@ -102,7 +105,8 @@ def load(trainer: Stepper, kept: Checkpoint) -> None:
     Another world size or ZeRO stage gets the same weights, moments, mixin state and memory; buffers that differed by rank become
     their mean, and the order of samples follows the new number of ranks only where a batch is divided among them. Parameters that
     the run had frozen or unfrozen by then are so again, but on DeepSpeed, which trains what was trained when it was built.
-    What may differ (`identity.changes`) is said, and kept in `trainer.changes`.
+    What may differ (`identity.changes`) is said, and kept in `trainer.changes`. Of a run whose model has grown, the growths are
+    repeated first: engine and optimizer are new then.
 
     Raises:
         CheckpointMismatch: on every rank, another configuration, stream, class or frozen part, or entries of another kind than
@@ -114,6 +118,10 @@ def load(trainer: Stepper, kept: Checkpoint) -> None:
     with _agreed(trainer.world, kept):
         _check_counters(trainer, kept)
         new = changes(trainer, kept.meta, kept.path)
+        growths, born = wanted_growths(kept.meta, kept.path)
+    if growths != trainer.growth.done:
+        with _as_mismatch(kept):
+            replay(trainer, growths, born)
     with frozen_as_in(kept, trainer.module, change=isinstance(trainer.optimizer.host, LocalHost)):
         with _agreed(trainer.world, kept):
             optimizer_state.check_pieces(trainer.optimizer, kept, kept.meta["optimizer"])
@@ -157,6 +165,15 @@ def _agreed(world: World, kept: Checkpoint) -> Iterator[None]:
     found = [text for text in world.gather(problem) if text is not None]
     if found:
         raise CheckpointMismatch(str(problem if problem is not None else found[0]))
+
+
+@contextmanager
+def _as_mismatch(kept: Checkpoint) -> Iterator[None]:
+    """An error that all ranks raise, as one of the checkpoint."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointMismatch(f"checkpoint {kept.path}: {error}") from error
 
 
 def _check_counters(trainer: Stepper, kept: Checkpoint) -> None:

@@ -25,6 +25,8 @@ class Run:
     """Tasks that are done."""
     task_step: int = 0
     """Steps of the present task that are done."""
+    in_task: bool = False
+    """Between the first step of a task and the last one that is taken of it."""
     bad_steps: int = 0
     """Steps in a row, up to the last one, whose gradient was not finite."""
     matrix: list[list[float]] = field(default_factory=list)

@@ -23,6 +23,7 @@ from everbatch.problems import Problem
 from everbatch.report.recorder import Recorder
 from everbatch.rows import Rows, each, rows_of, stacked
 from everbatch.train.begun import Begun
+from everbatch.train.growth import Growth
 from everbatch.train.launch import Engine
 from everbatch.train.outputs import Pick, described, told
 from everbatch.train.passes import OutputFn, Passes
@@ -47,6 +48,9 @@ class Stepper:
     problem: Problem
     """What is learned: losses, units and scores."""
     begun: Begun
+    rates: list[float]
+    """Learning rate of each parameter group, as the optimizer was given it."""
+    growth: Growth
     augment: Callable[[Any], Any] | None
     prepare: Callable[[Any], Any] | None
     output_fn: OutputFn | None

@@ -22,12 +22,13 @@ from everbatch.evaluate.export import export
 from everbatch.objective.terms import texts
 from everbatch.problems import Problem
 from everbatch.report.recorder import Recorder
-from everbatch.train import fit, persist
+from everbatch.train import fit, persist, relaunch
 from everbatch.train.arguments import check_arguments
 from everbatch.train.auxiliary import check_objectives, check_problem, needed, problem_of
 from everbatch.train.begun import Begun
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
+from everbatch.train.growth import Build, Growth, check_growable, following
 from everbatch.train.launch import check_optimizer, launch
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.outputs import Pick, check_output
@@ -52,7 +53,7 @@ class Trainer(Stepper):
 
     Args:
         model: a bare module that maps inputs to what `problem` takes: for classification logits (n, classes), the head as wide as
-            the stream. Inputs by name are its keyword arguments.
+            the stream, or as its first task where it grows. Inputs by name are its keyword arguments.
         optimizer: `functools.partial(Cls, lr=..., ...)` of a composed optimizer class.
         engine: "plain", "ddp", "fsdp2", or a complete DeepSpeed configuration (`everbatch.config.layers.deepspeed_config`).
         config: see `Trainer.Config`.
@@ -75,6 +76,8 @@ class Trainer(Stepper):
             find_unused_parameters is True by default: a weight that no rank's pass reaches is left alone, for one walk over the
             graph in each backward (torch prints once that it may be needless); False saves it, where every pass reaches all.
         identity: plain values by name that a resumed run must have too, such as those `augment` and `prepare` were made from.
+        grown: for a model that grows between tasks (`relaunch`): a function of the growths so far, plain values, to the bare
+            model after them, with fresh weights from torch's global generator; of none, one like `model`.
 
     Raises:
         ValueError: on every rank, when the ranks were given different configurations, engines or models; an optimizer that needs
@@ -122,7 +125,7 @@ class Trainer(Stepper):
         prepare: Callable[[Any], Any] | None = None, folder: str | Path | None = None, recorder: Recorder | None = None,
         device: str | None = None, num_tasks: int | None = None, output_fn: OutputFn | None = None,
         identity: Mapping[str, Any] | None = None, output: str | int | None = None, ddp: Mapping[str, Any] | None = None,
-        problem: Problem | None = None,
+        problem: Problem | None = None, grown: Build | None = None,
     ) -> None:
         check_optimizer(optimizer)
         check_output(output)
@@ -149,23 +152,34 @@ class Trainer(Stepper):
         self.recorder, self.output_fn = recorder, output_fn
         self.folder = None if folder is None else Path(folder)
         self.run, self.step = Run(), 0
-        model = self._configured(model, output)
+        self.growth = Growth(grown)
+        optimizer = following(optimizer, self.growth)
+        check_growable(self, optimizer, self.growth)
+        self._output, self._put = output, functools.partial(
+            launch, optimizer=optimizer, engine=engine, world=self.world, device=self.device, seed=self.seed,
+            decay_vectors=self.config.decay_vectors, ddp=ddp, compiled=self.config.compile)
+        model = self._configured(model)
 
         persist.agree(self.world, {
             **{f"trainer.{k}": v for k, v in vars(self.config).items()}, "engine": engine, "recorder": recorder is not None,
             "output": output, "problem": repr(self.problem), "ddp": ddp, "checkpoints": folder is not None,
-            "model": persist.layout(model), **persist.parts(self, optimizer)})
-        self.engine = launch(model, optimizer, engine, world=self.world, device=self.device, seed=self.seed,
-                             decay_vectors=self.config.decay_vectors, ddp=ddp, compiled=self.config.compile)
-        self.optimizer, self.module = self.engine.optimizer, self.engine.module
-        self.optimizer.complete_state = True
-        self.optimizer.problem = None if self.problem.cross_entropy else self.problem
+            "model": persist.layout(model), "grown": grown is not None, **persist.parts(self, optimizer)})
+        self.growth.born = self.growth.born_in(nn.Module(), model)
+        self._launch(model)
         self.begun = Begun.of(self.optimizer, self.module)
         self.needs = needed(self.optimizer)
 
-    def _configured(self, model: nn.Module, output: str | int | None) -> nn.Module:
+    def _launch(self, model: nn.Module) -> None:
+        """Put a bare model on the engine, under a new optimizer."""
+        self.engine = self._put(model, born=self.growth.born)
+        self.optimizer, self.module = self.engine.optimizer, self.engine.module
+        self.optimizer.complete_state = True
+        self.optimizer.problem = None if self.problem.cross_entropy else self.problem
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _configured(self, model: nn.Module) -> nn.Module:
         """The model as mixins want it, returning its logits. A mixin may ask for them, and may give another model."""
-        chosen = self.problem.output if output is None else output
+        chosen = self.problem.output if self._output is None else self._output
         found = self.problem.finds if chosen is None else chosen
         self.pick = Pick(found, strict=chosen is not None) if found is not None else None
         if self.pick is None:
@@ -235,6 +249,36 @@ class Trainer(Stepper):
         with nullcontext() if self.folder is None else claimed(self.folder, self.world):
             fit.fit(self, stream, resume=resume)
         return self.run.matrix
+
+    def relaunch(self, grow: Any) -> None:
+        """Go on with a model that has grown: between tasks, in `on_task_start` (before `super()`), or between two calls of
+        `fit`. Collective.
+
+        The engine and the optimizer are built anew around `grown([*growths, grow])`, and all that both models have goes on
+        under its name: weights, frozen ones too, moments, averages, what mixins remember, this rank's buffers, modes. A new
+        parameter begins with the factory's weights, moments of its own in a parameter group of its own, and the options that
+        the optimizer was given. What is frozen is what the factory freezes. `optimizer`, `module` and `engine` are new
+        objects; hooks on the old module are gone. Checkpoints hold the growths, and a resumed run repeats them.
+
+        Where nothing is added the run goes on bit for bit.
+
+        Args:
+            grow: what the factory is to add: a plain value, as JSON has them.
+
+        Raises:
+            ValueError: on every rank, and the trainer is as before: no factory; inside a task or a step; a growth that is no
+                plain value or differs by rank; a factory that drops or changes a known parameter, gives the model in use or
+                one in an engine, or other bits of new weights on another rank.
+
+        Cost: weights, moments and what mixins keep by name, whole, on the CPU of every rank for the time of the call; the
+        building of an engine: 0.1 s to some seconds.
+        """
+        relaunch.relaunch(self, grow)
+
+    @property
+    def growths(self) -> list[Any]:
+        """What the model has grown by, in order."""
+        return list(self.growth.done)
 
     def validate(self, stream: Stream) -> None:
         """Raise what `fit` would, of any task, before the first step of the first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +78,11 @@ class DynamicSparsity(OptimizerMixin):
     @dataclass
     class State(Kept):
         __doc__ = Kept.__doc__
+
+    @classmethod
+    def fixed(cls, config: Any) -> str:
+        """Masks are drawn once."""
+        return "its masks, and how many weights each layer keeps, are chosen once over all layers"
 
     def on_attach(self) -> None:
         """Choose layers, draw the first masks and zero what they leave out. Collective where

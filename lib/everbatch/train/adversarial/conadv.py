@@ -84,6 +84,12 @@ class ConAdv(TrainerMixin):
         begun: int = -1
         """Step at which the pipeline was filled last."""
 
+    @classmethod
+    def fixed(cls, config: AdversarialOptions) -> str:
+        """Adversaries elsewhere have a replica of their own."""
+        elsewhere = config.placement in ("process", "ranks")
+        return f"placement={config.placement!r} keeps a replica that would not grow; use inline or stream" if elsewhere else ""
+
     # ------------------------------------------------------------------------------------------------------- the verbs
     def configure_model(self, model: nn.Module) -> nn.Module:
         """Split the batch norms, and check what can be known before the engine is built."""
