@@ -15,10 +15,17 @@ from everbatch import compose
 from everbatch.data import Task
 from everbatch.nn import PartsHead
 from everbatch.optim import EMA, ClipGradNorm
-from everbatch.train import Replay, Trainer, TrainerMixin
+from everbatch.train import GrowingHead, Replay, Trainer, TrainerMixin
 
 ADAMW = functools.partial(
     compose(ClipGradNorm, EMA, base=torch.optim.AdamW), lr=0.01, weight_decay=0.01, max_norm=1.0, ema_decay=0.9)
+
+
+class Net(nn.Sequential):
+    """Layers one after the other, the last of which is the head."""
+
+    def get_classifier(self) -> nn.Module:
+        return self[-1]
 
 
 def model(growths: Sequence[Any] = (), *, first: int = 2, smooth: bool = False) -> nn.Module:
@@ -28,7 +35,7 @@ def model(growths: Sequence[Any] = (), *, first: int = 2, smooth: bool = False) 
     body = [nn.Flatten(), nn.Linear(64, 15), nn.Tanh()]
     if not smooth:
         body = [nn.Flatten(), nn.Linear(64, 15), nn.BatchNorm1d(15), nn.ReLU(), nn.Dropout(0.2)]
-    return nn.Sequential(*body, PartsHead(15, sizes))
+    return Net(*body, PartsHead(15, sizes))
 
 
 class Anew(TrainerMixin):
@@ -40,24 +47,15 @@ class Anew(TrainerMixin):
         super().on_task_start(task)  # type: ignore[misc]
 
 
-class Wider(TrainerMixin):
-    """Adds two classes before every task but the first."""
-
-    def on_task_start(self, task: Task) -> None:
-        if task.id:
-            self.relaunch({"classes": 2})  # type: ignore[attr-defined]
-        super().on_task_start(task)  # type: ignore[misc]
-
-
 class Relaunched(Anew, Replay, Trainer):
     """Rehearses, and is launched anew."""
 
 
-class Widened(Wider, Trainer):
+class Widened(GrowingHead, Trainer):
     """Grows."""
 
 
-class WidenedMemory(Wider, Replay, Trainer):
+class WidenedMemory(GrowingHead, Replay, Trainer):
     """Grows, and compares with logits of a narrower head."""
 
 

@@ -188,6 +188,24 @@ class ReplayStore:
             chosen = torch.from_numpy(take)
             self._write(moved[start + take], {name: rows[chosen] for name, rows in part["rows"].items()})
 
+    def widen(self, name: str, width: int) -> None:
+        """Have rows of this name, floating (n, C), be `width` wide from now on; what is stored has NaN
+        in the new columns. Local; nothing where they are so wide already, or nothing is stored.
+
+        Raises:
+            ValueError: they are wider, or no rows of floating numbers.
+        """
+        held = self._rows.get(name)
+        if held is None or held.shape[1:] == (width,):
+            return
+        row = tuple(held.shape[1:])
+        good = held.is_floating_point() and held.ndim == 2 and held.shape[1] < width
+        check(good, "ReplayStore", f"{name!r} of {row} {held.dtype} to widen to {width}",
+              "be narrower rows of floating numbers")
+        wider = held.new_full((len(held), width), math.nan)
+        wider[:, : held.shape[1]] = held
+        self._rows[name] = wider
+
     def _check(self, rows: Mapping[str, Tensor], count: int) -> None:
         if not rows:
             check(False, "ReplayStore", "no payload", "be at least one named tensor")

@@ -21,13 +21,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from everbatch.objective.bregman import mean_square, negative_entropy, squared_norm
-from everbatch.objective.terms import Divergence, OutputTerm, WeightTerm, dark_term, label_term
+from everbatch.objective.terms import (
+    Divergence,
+    OutputTerm,
+    WeightTerm,
+    dark_term,
+    known_dark_term,
+    label_term,
+)
 
 __all__ = ["CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "dark_er", "dark_er_pp", "er",
            "ewc", "mas", "online_ewc", "si"]
@@ -65,6 +74,19 @@ MEAN_SQUARE = Divergence(
 SQUARED_DISTANCE = Divergence("||logits - stored||^2", _logits, squared_norm, _squared, _stored)
 
 
+def _known(u: Tensor, z: Tensor) -> Tensor:
+    return torch.where(z.isnan(), u.detach(), z)
+
+
+def _known_squared(u: Tensor, z: Tensor) -> Tensor:
+    return known_dark_term(u, z, "sample_sum")
+
+
+KNOWN_MEAN = replace(MEAN_SQUARE, loss=known_dark_term, target=_known)
+KNOWN_DISTANCE = replace(SQUARED_DISTANCE, loss=_known_squared, target=_known)
+"""The two over rows of which some were stored with fewer classes: NaN stands for the others."""
+
+
 # ----------------------------------------------------------------------------------- output methods
 @functools.cache
 def er(beta: float) -> tuple[OutputTerm, ...]:
@@ -73,18 +95,22 @@ def er(beta: float) -> tuple[OutputTerm, ...]:
 
 
 @functools.cache
-def dark_er(alpha: float, reduction: Reduction = "element_mean") -> tuple[OutputTerm, ...]:
-    """Dark experience replay: logits that were stored with remembered samples."""
-    divergence = MEAN_SQUARE if reduction == "element_mean" else SQUARED_DISTANCE
+def dark_er(
+    alpha: float, reduction: Reduction = "element_mean", grown: bool = False,
+) -> tuple[OutputTerm, ...]:
+    """Dark experience replay: logits that were stored with remembered samples; `grown`: of a head
+    that has grown since."""
+    mean, distance = (KNOWN_MEAN, KNOWN_DISTANCE) if grown else (MEAN_SQUARE, SQUARED_DISTANCE)
+    divergence = mean if reduction == "element_mean" else distance
     return (OutputTerm("replay_dark", alpha, "dark", divergence, target="logits"),)
 
 
 @functools.cache
 def dark_er_pp(
-    alpha: float, beta: float, reduction: Reduction = "element_mean",
+    alpha: float, beta: float, reduction: Reduction = "element_mean", grown: bool = False,
 ) -> tuple[OutputTerm, ...]:
     """Both, of independent draws."""
-    return dark_er(alpha, reduction) + er(beta)
+    return dark_er(alpha, reduction, grown) + er(beta)
 
 
 # ----------------------------------------------------------------------------------- weight methods

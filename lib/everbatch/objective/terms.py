@@ -18,8 +18,8 @@ from everbatch.contract import parts_of
 from everbatch.objective.bregman import bregman, quadratic_form
 from everbatch.problems import Problem
 
-__all__ = ["Divergence", "OutputTerm", "ProblemTerm", "Rows", "WeightTerm", "dark_term", "evaluate", "label_term",
-           "texts"]
+__all__ = ["Divergence", "OutputTerm", "ProblemTerm", "Rows", "WeightTerm", "dark_term", "evaluate",
+           "known_dark_term", "label_term", "texts"]
 
 Generator = Callable[[Tensor], Tensor]
 
@@ -95,6 +95,18 @@ def dark_term(
     width = min(logits.shape[-1], stored.shape[-1])
     distance = (logits[..., :width].float() - stored[..., :width].float()).square()
     return distance.mean(-1) if reduction == "element_mean" else distance.sum(-1)
+
+
+def known_dark_term(
+    logits: Tensor, stored: Tensor, reduction: Literal["element_mean", "sample_sum"] = "element_mean",
+) -> Tensor:
+    """`dark_term` of rows that were stored at different times of a head that grows: of each the
+    classes it had then, a prefix; the others are NaN in `stored`."""
+    width = min(logits.shape[1], stored.shape[1])
+    now, before = logits[:, :width].float(), stored[:, :width].float()
+    known = ~before.isnan()
+    distance = dark_term(now, torch.where(known, before, now.detach()), "sample_sum")
+    return distance / known.sum(1).clamp_min(1) if reduction == "element_mean" else distance
 
 
 class Rows(Protocol):

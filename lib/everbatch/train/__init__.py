@@ -9,6 +9,7 @@ from everbatch import methods
 from everbatch.evaluate.weights import load_model as load_model
 from everbatch.evaluate.weights import model_info as model_info
 from everbatch.train.begin import begin_from as begin_from
+from everbatch.train.growing_head import GrowingHead as GrowingHead
 from everbatch.train.mixin import TrainerMixin as TrainerMixin
 from everbatch.train.record import StepRecord as StepRecord
 from everbatch.train.schedule import Schedule as Schedule
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.train.warm_start import WarmStart as WarmStart
     # </methods>
 else:
-    __all__ = sorted([*methods.names(__name__), "Schedule", "StepRecord", "Trainer", "TrainerMixin", "begin_from",
+    __all__ = sorted([*methods.names(__name__), "GrowingHead", "Schedule", "StepRecord", "Trainer", "TrainerMixin", "begin_from",
                       "load_model", "model_info"])
     __getattr__ = methods.lazily(__name__)
 

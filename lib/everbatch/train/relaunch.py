@@ -83,7 +83,7 @@ def replay(trainer: Any, growths: Sequence[Any], born: Sequence[Sequence[str]]) 
     trainer.engine.close()
     trainer.engine = trainer.optimizer = trainer.module = None
     gc.collect()
-    growth.done, growth.born = list(growths), [list(names) for names in born]
+    growth.done, growth.born = list(growths), [list(names) for names in born] or [list(_parameters(model))]
     trainer._launch(model)
 
 

@@ -76,6 +76,11 @@ class Run:
         return len(self.ahead) >= count
 
     @property
+    def seen_classes(self) -> int:
+        """How many logits the classes of the present task and those before it take."""
+        return 0 if self.stream is None else max(self.stream.seen_classes(self.task_index)) + 1
+
+    @property
     def steps_left(self) -> int:
         """Steps of the present task that are not begun."""
         assert self.loader is not None

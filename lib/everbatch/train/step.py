@@ -96,6 +96,8 @@ class Stepper:
         outputs = self.logits(self.engine.call, batch.inputs)
         stream = self.run.stream
         known = stream.num_classes if stream is not None else 0
+        if self.growth.build is not None:
+            known = self.run.seen_classes
         shape = (outputs.shape, batch.targets.shape, known)
         if shape not in self.run.fitting:
             self.problem.check(outputs, batch.targets, known)

@@ -123,9 +123,10 @@ class Replay(TrainerMixin):
             return _of_problem(problem, config)
         if config.method == "er":
             return er(config.beta)
+        grown = bool(getattr(self, "growths", ()))  # some logits are of a narrower head then
         if config.method == "dark_er":
-            return dark_er(config.alpha, config.reduction)
-        return dark_er_pp(config.alpha, config.beta, config.reduction)
+            return dark_er(config.alpha, config.reduction, grown)
+        return dark_er_pp(config.alpha, config.beta, config.reduction, grown)
 
     def configure_model(self, model: nn.Module) -> nn.Module:
         """Make the empty memory."""
@@ -188,6 +189,8 @@ class Replay(TrainerMixin):
             rows["logits"] = record.outputs["stream"].float()
         if problem is not None and not problem.labels:
             rows["aim"] = batch.targets  # the index holds labels of the stream
+        if (problem is None or problem.cross_entropy) and getattr(self, "growths", ()):
+            store.widen("logits", rows["logits"].shape[1])
         ids, targets, position = self.global_rows(batch)
         store.add(ids.numpy(), targets.numpy(), position.numpy(), batch.task, rows)
 

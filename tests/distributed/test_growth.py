@@ -1,0 +1,62 @@
+"""A trainer that grows, on every engine with real ranks: one engine in each round, and the whole table for `slow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processes import Zygote
+from rotation import When
+
+JOBS = Path(__file__).parent / "growth_jobs.py"
+HOSTS = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+ENGINES = [When(place, len(HOSTS)).param([host], id=host) for place, host in enumerate(HOSTS)]
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def launch(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
+    """Results of a launch; that of plain torch runs before the first, on one rank."""
+    folder, found = tmp_path_factory.mktemp("growth"), dict[str, Results]()
+
+    def run(name: str, ranks: int, *jobs: str) -> Results:
+        if name not in found:
+            out, store = folder / f"{name}.json", folder / "store"
+            found[name] = zygote.found(JOBS, out, str(store), *jobs, ranks=ranks, limit=900)
+        return found[name]
+
+    return run
+
+
+PLAIN = ("nothing:plain", "widened:plain", "resumed:plain", "leak:plain/20", "refused:plain")
+
+
+def passes(results: Results, *starts: str) -> None:
+    """All checks whose names begin so passed, and there are some of each."""
+    for start in starts:
+        mine = {key: result for key, result in results.items() if key.startswith(start)}
+        assert mine, f"nothing was checked of {start}"
+        for key, result in mine.items():
+            assert result["passed"], f"{key}: error {result['error']:.3g}: {result['problem']}"
+
+
+@pytest.mark.distributed
+def test_plain(launch: Callable[..., Results]) -> None:
+    passes(launch("plain", 1, *PLAIN), "nothing/", "growth/", "resumed/", "leak/", "refused/")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("hosts", [*ENGINES, pytest.param(list(HOSTS), id="all", marks=pytest.mark.slow)])
+def test_engines(launch: Callable[..., Results], hosts: list[str]) -> None:
+    launch("plain", 1, *PLAIN)
+    whole = len(hosts) > 1
+    jobs = [f"{job}:{host}" for host in hosts for job in ("nothing", "widened", "resumed", "refused")]
+    jobs += [f"leak:{host}/{20 if whole else 6}" for host in hosts]
+    jobs += [f"mixed:{host}" for host in hosts if host in ("zero1", "zero2", "zero3")]
+    results = launch("-".join(hosts), 2, *jobs)
+    for host in hosts:
+        passes(results, f"nothing/{host}", f"growth/{host}", f"resumed/{host}", f"refused/{host}", f"leak/{host}")
+    passes(results, *(f"mixed/{host}" for host in hosts if host in ("zero1", "zero2", "zero3")))
