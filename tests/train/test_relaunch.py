@@ -32,7 +32,7 @@ from everbatch.optim import (
     ShrinkPerturb,
     StaleSAM,
 )
-from everbatch.train import ConAdv, Consolidate, GrowingHead, Replay, StepRecord, Trainer, TrainerMixin, WarmStart
+from everbatch.train import ConAdv, Consolidate, GrowingHead, StepRecord, Trainer, TrainerMixin, WarmStart
 from learning import everything, stream
 from rotation import When
 

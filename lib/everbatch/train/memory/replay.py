@@ -123,7 +123,7 @@ class Replay(TrainerMixin):
             return _of_problem(problem, config)
         if config.method == "er":
             return er(config.beta)
-        grown = bool(getattr(self, "growths", ()))  # some logits are of a narrower head then
+        grown = _has_grown(self)
         if config.method == "dark_er":
             return dark_er(config.alpha, config.reduction, grown)
         return dark_er_pp(config.alpha, config.beta, config.reduction, grown)
@@ -189,7 +189,7 @@ class Replay(TrainerMixin):
             rows["logits"] = record.outputs["stream"].float()
         if problem is not None and not problem.labels:
             rows["aim"] = batch.targets  # the index holds labels of the stream
-        if (problem is None or problem.cross_entropy) and getattr(self, "growths", ()):
+        if (problem is None or problem.cross_entropy) and _has_grown(self):
             store.widen("logits", rows["logits"].shape[1])
         ids, targets, position = self.global_rows(batch)
         store.add(ids.numpy(), targets.numpy(), position.numpy(), batch.task, rows)
@@ -208,6 +208,12 @@ def _check_size(logits: Tensor, config: Replay.Config, ranks: int) -> None:
     check(size <= MOST_BYTES, "Replay", f"method={config.method!r} and outputs of {tuple(logits.shape[1:])} for each of "
           f"{config.capacity} samples, {size / 2**30:.3g} GiB on a rank", f"store at most {MOST_BYTES / 2**30:.3g} GiB",
           "use method='er', a smaller capacity or more ranks")
+
+
+def _has_grown(trainer: Any) -> bool:
+    """Whether some logits may be of a narrower head."""
+    growth = getattr(trainer, "growth", None)
+    return growth is not None and bool(growth.done)
 
 
 def _memory(config: Replay.Config, trainer: Any) -> Buffer:
