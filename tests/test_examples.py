@@ -17,7 +17,7 @@ RECIPES = ROOT / "recipes"
 
 def python(name: str) -> str:
     """What a recipe prints in one process, where warnings are errors."""
-    ended = subprocess.run([sys.executable, "-W", "error", str(RECIPES / name)], cwd=ROOT, timeout=120, text=True,
+    ended = subprocess.run([sys.executable, "-W", "error", str(RECIPES / name)], cwd=ROOT, timeout=300, text=True,
                            capture_output=True, env={**os.environ, **ENVIRONMENT})
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
@@ -25,7 +25,7 @@ def python(name: str) -> str:
 
 def ranks(zygote: Zygote, name: str) -> str:
     """What a recipe prints on two ranks."""
-    job = zygote.run(RECIPES / name, ranks=2, limit=120.0)
+    job = zygote.run(RECIPES / name, ranks=2, limit=300.0)
     assert job.codes == [0, 0], job.err[-3000:]
     return job.out
 
