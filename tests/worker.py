@@ -46,7 +46,7 @@ def main() -> None:
     from everbatch.distributed import init
 
     gc.freeze()  # DeepSpeed collects garbage several times per engine; what is here already need not be walked each time
-    rank, record = init("cpu", timeout_s=60).rank, Record()
+    rank, record = init(os.environ.get("EVERBATCH_DEVICE", "cpu"), timeout_s=60).rank, Record()
     for name, job in module.jobs(record, *arguments):
         begin = time.monotonic()
         job()

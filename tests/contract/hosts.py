@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from everbatch.contract import parts_of
 
 WIDTH, CLASSES, BATCH = 20, 5, 24
+DEVICE = os.environ.get("EVERBATCH_DEVICE", "cpu")
+"""Where nets and data are: "cpu" or "cuda"."""
 
 
 def build(dropout: float = 0.0, norm: bool = False, fork: str = "") -> nn.Module:
@@ -33,9 +36,9 @@ def build(dropout: float = 0.0, norm: bool = False, fork: str = "") -> nn.Module
 
 
 def net(seed: int = 0, *, dropout: float = 0.0, norm: bool = False, fork: str = "") -> nn.Module:
-    """`build` with the global stream seeded."""
+    """`build` with the global stream seeded, on the suite's device."""
     torch.manual_seed(seed)
-    return build(dropout, norm, fork)
+    return build(dropout, norm, fork).to(DEVICE)
 
 
 class Forked(nn.Module):
@@ -74,7 +77,8 @@ class Scale(nn.Module):
 
 def batches(steps: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(BATCH, WIDTH, generator=g), torch.randint(0, CLASSES, (BATCH,), generator=g)) for _ in range(steps)]
+    made = [(torch.randn(BATCH, WIDTH, generator=g), torch.randint(0, CLASSES, (BATCH,), generator=g)) for _ in range(steps)]
+    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in made]
 
 
 class Interrupted(Exception):
@@ -161,7 +165,7 @@ class Run:
         def closure() -> Tensor:
             nonlocal passes
             passes += 1
-            total = torch.zeros(())
+            total = torch.zeros((), device=x.device)
             for rows in self.opt.micro_batches(torch.arange(len(x)).chunk(accumulation)):
                 inputs = x[rows].bfloat16() if self.spec.bf16 else x[rows]
                 loss = nn.functional.cross_entropy(self.forward(inputs).float(), y[rows])
@@ -190,7 +194,7 @@ class Run:
     @torch.no_grad()
     def outputs(self) -> Tensor:
         """What the model computes now, in evaluation mode, for fixed inputs."""
-        inputs = torch.linspace(-1, 1, 2 * WIDTH).view(2, WIDTH)
+        inputs = torch.linspace(-1, 1, 2 * WIDTH, device=DEVICE).view(2, WIDTH)
         self.model.eval()
         try:
             return self.forward(inputs.bfloat16() if self.spec.bf16 else inputs).clone()
@@ -221,7 +225,7 @@ def start(spec: HostSpec, cls: type, options: dict[str, Any], *, model: nn.Modul
         return Run(cls(wrapped, **base.keywords, **options), wrapped, model, spec, rank, world)
     if spec.kind == "fsdp2":
         names = ("replicas", "shards")
-        mesh = init_device_mesh("cpu", (world, 1), mesh_dim_names=names) if spec.replicate else None
+        mesh = init_device_mesh(DEVICE, (world, 1), mesh_dim_names=names) if spec.replicate else None
         for part in model.modules():
             if isinstance(part, nn.Linear):
                 fully_shard(part, mesh=mesh)

@@ -43,6 +43,8 @@ def advance(run: Run, case: str, begin: int, end: int) -> None:
             run.bare.way = 0  # as a replica that a factory builds has it
             getattr(run.opt, BY_CASE[case].call)()
         torch.default_generator.manual_seed(1000 + i)
+        if hosts.DEVICE == "cuda":
+            torch.cuda.manual_seed(1000 + i)
         if case and BY_CASE[case].fork:
             run.bare.way = hosts.WAYS[BY_CASE[case].fork][i]
         run.step(*BATCHES[i])
