@@ -21,7 +21,7 @@ class Cell:
     """One run of one arm under one seed."""
 
     run: str
-    """The protocol, module:function."""
+    """The protocol, module:function. One whose numbers change gets another name, so that no older cell stands for them."""
     scale: Mapping[str, Any]
     options: Mapping[str, Any]
     """The arm's, with what was tuned."""

@@ -149,10 +149,10 @@ def _arms(judged: Judged) -> list[str]:
     for arm, rows in judged.records.items():
         value, diverged = judged.estimate(claim.statistic, arm)
         more = [judged.estimate(name, arm)[0] for name in claim.shown]
-        seconds = estimate([row["seconds"] for row in rows.values()]).mean if rows else float("nan")
+        seconds = f"{estimate([row['seconds'] for row in rows.values()]).mean:.1f}" if rows else "-"
         count = f"{len(rows)}{f' ({diverged} diverged)' if diverged else ''}"
         lines.append(f"| {arm} | {count} | {'-' if value is None else _number(value.mean, claim)} | {_interval(value, claim)} | "
-                     + "".join(f"{'-' if m is None else format(m.mean, '.4g')} | " for m in more) + f"{seconds:.1f} |")
+                     + "".join(f"{'-' if m is None else format(m.mean, '.4g')} | " for m in more) + f"{seconds} |")
     return lines
 
 

@@ -5,6 +5,7 @@ What counts is the true value at what the search proposes, which the surrogate h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from benchmarks.ledger.cells import Cell
 from everbatch import compose, seeds
+from everbatch.data import RowSource, iid
 from everbatch.optim import SAM, Ignite
+from everbatch.problems import Regression
+from everbatch.train import Trainer
 
-__all__ = ["FUNCTIONS", "Function", "Scale", "search", "train"]
+__all__ = ["FUNCTIONS", "Function", "Scale", "optimise", "search"]
 
 
 @dataclass(frozen=True)
@@ -75,23 +78,23 @@ class Scale:
 MIXINS: dict[str, tuple[type, ...]] = {"adam": (), "ignite": (Ignite,), "sam": (SAM,)}
 
 
-def train(cell: Cell, home: Path) -> dict[str, float | None]:
+def optimise(cell: Cell, home: Path) -> dict[str, float | None]:
     """One cell. Options of an arm: `function` of FUNCTIONS, `method` of MIXINS; all others go to the optimizer.
 
     Returns:
         score: median over the candidates of the true value, 0 at the worst point of the whole sample and 1 at the maximum;
         start: the same of the points that the search began at; overshoot: how far the surrogate's promise exceeds the truth, in
-        units of the values' spread; output_gradient: ||grad G||, G the surrogate's mean prediction; loss: the last epoch's.
+        units of the values' spread; output_gradient: ||grad G||, G the surrogate's mean prediction; r2: of the fit.
     """
     scale, options = Scale(**cell.scale), dict(cell.options)
     function = FUNCTIONS[options.pop("function")]
     x, y, worst = offline_data(function, scale, cell.seed)
     mean, std = y.mean(), y.std()
     torch.manual_seed(seeds.derive(cell.seed, "model"))
-    surrogate = nn.Sequential(
+    surrogate: nn.Module = nn.Sequential(
         nn.Linear(function.dimension, scale.width), nn.LeakyReLU(), nn.Linear(scale.width, scale.width), nn.LeakyReLU(),
         nn.Linear(scale.width, 1), nn.Flatten(0))
-    loss = fit(surrogate, x, (y - mean) / std, options.pop("method"), options, scale, cell.seed)
+    fitted = fit(surrogate, x, (y - mean) / std, options.pop("method"), options, scale, cell.seed)
     begin = x[y.topk(scale.candidates).indices]
     found = search(surrogate, begin, scale)
 
@@ -103,7 +106,7 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     surrogate.zero_grad()
     surrogate(x).mean().backward()
     norm = torch.sqrt(sum((p.grad.square().sum() for p in surrogate.parameters() if p.grad is not None), torch.zeros(())))
-    return {"score": normalised(found), "start": normalised(begin), "loss": loss, "output_gradient": float(norm),
+    return {"score": normalised(found), "start": normalised(begin), "r2": fitted, "output_gradient": float(norm),
             "overshoot": float(((promised - function.value(found)) / std).median())}
 
 
@@ -117,28 +120,12 @@ def offline_data(function: Function, scale: Scale, seed: int) -> tuple[Tensor, T
 
 
 def fit(surrogate: nn.Module, x: Tensor, y: Tensor, method: str, options: dict[str, Any], scale: Scale, seed: int) -> float:
-    """Train the surrogate by the squared error; returns the mean loss of the last epoch."""
-    cls: Any = compose(*MIXINS[method], base=torch.optim.Adam)
-    optimizer = cls(surrogate, lr=scale.lr, **options)
-    losses: list[float] = []
-    for epoch in range(scale.epochs):
-        order = torch.randperm(len(x), generator=seeds.generator(seed, "order", epoch))
-        losses = []
-        for rows in order[: len(x) // scale.batch * scale.batch].split(scale.batch):
-            inputs, targets = x[rows], y[rows]
-
-            def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                loss = functional.mse_loss(surrogate(inputs), targets)
-                optimizer.backward(loss)
-                return loss
-
-            def output(inputs: Tensor = inputs) -> Tensor:
-                mean = surrogate(inputs).mean()
-                optimizer.backward(mean)
-                return mean  # type: ignore[no-any-return]
-
-            losses.append(float(optimizer.step(closure, **({"output": output} if method == "ignite" else {}))))
-    return sum(losses) / len(losses)
+    """Train the surrogate by the squared error; returns R squared on what it was fitted to."""
+    rows = RowSource(x, targets=y, name="offline")
+    optimizer = functools.partial(compose(*MIXINS[method], base=torch.optim.Adam), lr=scale.lr, **options)
+    config = Trainer.Config(batch_size=scale.batch, epochs=scale.epochs, seed=seed)
+    trainer = Trainer(surrogate, optimizer, device="cpu", config=config, problem=Regression())
+    return float(trainer.fit(iid(rows, rows))[0][0])
 
 
 def search(surrogate: nn.Module, begin: Tensor, scale: Scale) -> Tensor:
