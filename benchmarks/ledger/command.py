@@ -92,15 +92,25 @@ def _list(names: Sequence[str], options: Mapping[str, str]) -> int:
 
 
 def _row(name: str, claim: Claim, store: Store) -> tuple[str, ...]:
-    plan = Plan.saved(name, claim, store)
     said, cells = str(Verdict.NOT_RUN), f"0/{claim.seeds * len(claim.arms_of(claim.scale))}"
+    plan, lost = _last(name, claim, store)
     if claim.needs:
         said, cells = f"{said}: needs {claim.needs}", "-"
     elif plan is not None:
         judged = judge(plan)
         said, cells = str(judged.verdict), f"{judged.done}/{judged.total}"
+    elif lost:
+        said = f"{said} since: {lost}"
     minutes = "-" if claim.needs else f"{claim.minutes:g}"
     return name, said, cells, minutes, ", ".join(claim.methods), str(claim.paper)
+
+
+def _last(name: str, claim: Claim, store: Store) -> tuple[Plan | None, str]:
+    """The claim as it was last run, or why that cannot be told any more."""
+    try:
+        return Plan.saved(name, claim, store), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ run
@@ -197,9 +207,10 @@ def _report(names: Sequence[str], options: Mapping[str, str]) -> int:
     for name, claim in claims().items():
         if names and name not in names:
             continue
-        plan = Plan.saved(name, claim, store)
+        plan, lost = _last(name, claim, store)
         if plan is None:
-            rows.append(f"| {name} | {Verdict.NOT_RUN} | {claim.says} | {claim.paper} |")
+            why = f": needs `{claim.needs}`" if claim.needs else f" since: {lost}" if lost else ""
+            rows.append(f"| {name} | {Verdict.NOT_RUN}{why} | {claim.says} | {claim.paper} |")
             continue
         judged = judge(plan)
         write(judged)

@@ -76,7 +76,11 @@ class Plan:
 
     @classmethod
     def saved(cls, name: str, claim: Claim, store: Store) -> Plan | None:
-        """As it was last run; None for never."""
+        """As it was last run; None for never.
+
+        Raises:
+            ValueError: a run whose options the claim has not any more, or whose samples are gone.
+        """
         path = store.home / name / "settings.json"
         if claim.needs or not path.exists():
             return None

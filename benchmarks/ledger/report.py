@@ -213,7 +213,7 @@ def plot(judged: Judged, path: Path) -> bool:
         _bar(right, part.estimate, place, factor, "C0" if part.contrast.decides else "0.6")
     right.set_yticks(range(len(shown)), [part.contrast.says for part in reversed(shown)], fontsize=8)
     right.axvline(0.0, color="0.3", linewidth=0.8)
-    right.margins(y=0.3)
+    right.set_ylim(-0.7, len(shown) - 0.3)
     right.set_title(f"contrasts, paired by seed{', points' if claim.percent else ''} (grey: not judged)", fontsize=9)
     figure.suptitle(f"{claim.title}: {judged.verdict}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def _draw_arms(judged: Judged, axes: Any, arms: Mapping[str, Any]) -> None:
         if value is not None:
             _bar(axes, value, place, 100 if claim.percent else 1, "C0")
     axes.set_yticks(range(len(names)), names[::-1], fontsize=8)
-    axes.margins(y=0.2)
+    axes.set_ylim(-0.7, len(names) - 0.3)
 
 
 def _draw_curves(judged: Judged, axes: Any, arms: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 from benchmarks.ledger.cells import Cell, Store
 from everbatch.report.recorder import versions
 
-__all__ = ["BUSY", "FAILED", "FOUND", "work"]
+__all__ = ["BUSY", "FAILED", "FOUND", "record", "work"]
 
 BUSY = 75
 """Exit code: another process runs the cell."""
@@ -41,14 +41,14 @@ def work(cell: Cell, home: Path, commit: str | None) -> None:
             sys.exit(FOUND)
         _to_log(store.path(cell, "log"))
         try:
-            store.write(cell, _record(cell, home, commit))
+            store.write(cell, record(cell, home, commit))
         except Exception:
             traceback.print_exc()
             store.fail(cell, traceback.format_exc())
             sys.exit(FAILED)
 
 
-def _record(cell: Cell, home: Path, commit: str | None) -> dict[str, Any]:
+def record(cell: Cell, home: Path, commit: str | None) -> dict[str, Any]:
     """Run the protocol; numbers that are not finite are None: the run diverged."""
     module, _, name = cell.run.partition(":")
     protocol = getattr(importlib.import_module(module), name)

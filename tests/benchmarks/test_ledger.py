@@ -15,7 +15,7 @@ from pathlib import Path
 import ledger_toy
 import pytest
 import torch
-from benchmarks.ledger import Arm, Claim, Contrast, Paper, Tuning, estimate, verdict
+from benchmarks.ledger import Arm, Claim, Contrast, Paper, Tuning, command, estimate, verdict
 from benchmarks.ledger.cells import Cell, Damaged, Store
 from benchmarks.ledger.claim import claims
 from benchmarks.ledger.command import carry_out, main
@@ -269,6 +269,28 @@ def test_a_claim_from_cells_to_report(tmp_path: Path) -> None:
     assert judge(part).done == 4 and judge(part).verdict is Verdict.NOT_RUN  # fewer seeds than declared
     saved = Plan.saved("toy", TOY, store)
     assert saved is not None and saved.settings == better.settings
+
+
+def test_list_and_report_tell_what_was_run(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"mos": claims()["mos"], "toy": TOY}
+    monkeypatch.setattr(command, "claims", lambda: known)
+    carry_out(Plan.of("toy", TOY, Settings.of(TOY, {"gain": 0.5}), Store(tmp_path)), jobs=2)
+    capsys.readouterr()
+    for words in (["list"], ["report"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, f"results={tmp_path}"])
+        assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert "toy   shows" in told and " 6/6 " in told and "not run: needs everbatch.train.MOS" in told
+    whole = (tmp_path / "report.md").read_text()
+    assert "| [toy](toy/report.md) | shows | b exceeds a. |" in whole
+    assert "| mos | not run: needs `everbatch.train.MOS` |" in whole
+    kept = json.loads((tmp_path / "toy" / "settings.json").read_text())
+    (tmp_path / "toy" / "settings.json").write_text(json.dumps({**kept, "scale": {"gone": 1}}))
+    with pytest.raises(SystemExit) as ended:
+        main(["list", f"results={tmp_path}"])
+    assert ended.value.code == 0 and "not run since: " in capsys.readouterr().out
 
 
 def test_options_are_chosen_by_held_out_samples(tmp_path: Path) -> None:
