@@ -164,7 +164,7 @@ def _serve() -> None:
         size = str(order["ranks"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
-                          TORCHELASTIC_RESTART_COUNT="0")
+                          TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_RUN_ID="none")
         sys.argv = [order["script"], *order["arguments"], *order["rank_arguments"].get(str(rank), [])]
         code = 0
         try:

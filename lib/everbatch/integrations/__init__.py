@@ -1,0 +1,1 @@
+"""Bridges into trainers of other libraries; each imports its library, and nothing here imports a bridge."""
