@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ import growing
 import learning
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
+from everbatch.experiment import ClassIncremental, Engine, Model, Optimizer, run
 from everbatch.nn import PartsHead
+from everbatch.optim import EWC
+from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin, load_model
 from learning import Abandoned, everything, stream, whole
 
 
@@ -142,7 +146,7 @@ def refused(record: Record, store: Path, host: str) -> None:
     def build(growths: Any) -> Any:
         return give["build"](growths) if growths else growing.model()
 
-    t = learning.trainer(host, cls=growing.Trainer, model=growing.model(), grown=build, reset_optimizer=False)
+    t = learning.trainer(host, cls=Trainer, model=growing.model(), grown=build, reset_optimizer=False)
 
     def odd_rank(growths: Any) -> nn.Module:
         return growing.model([{"classes": 2 + last}])
@@ -230,6 +234,53 @@ def mixed(record: Record, store: Path, host: str) -> None:
             found.require(False, "it was taken")
         except CheckpointMismatch as error:
             found.require("'3.parts.1.weight'" in str(error) and "one count of steps" in str(error), str(error))
+
+
+class Stops(TrainerMixin):
+    """Sends every rank a signal after a step."""
+
+    at = -1
+
+    def after_step(self, record: StepRecord) -> None:
+        super().after_step(record)  # type: ignore[misc]
+        if record.step == Stops.at:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+class Stoppable(ClassIncremental):
+    """The recipe, which a signal may stop."""
+
+    def more_mixins(self, world: World) -> dict[type, Any]:
+        return {**super().more_mixins(world), Stops: None}
+
+
+def recipe(record: Record, store: Path, host: str) -> None:
+    """The class-incremental recipe with model.head=growing, EWC and DER++: stopped in the second task and resumed, it ends with
+    the bytes of the run that was not; its file is one of the plain network."""
+    folder = store / f"recipe-{World.current().size}-{host}"
+
+    def ended(name: str, stop: int, **options: Any) -> Any:
+        Stops.at = stop
+        chosen = Engine(stage=int(host[4:])) if host.startswith("zero") else Engine(kind=host)  # type: ignore[arg-type]
+        mixed = Optimizer(base="adamw", lr=0.003, ewc=EWC.Config(strength=1.0))
+        return run(Stoppable(
+            engine=chosen, optimizer=mixed, tasks=2, output=str(folder / name), model=Model(head="growing"),
+            trainer=Trainer.Config(batch_size=128, epochs=2, reset_optimizer=False),
+            replay=Replay.Config(capacity=40, replay_batch=32), **options), signals=True)
+
+    with record.check(f"recipe/{host}") as found:
+        whole = ended("whole", -1)
+        steps = whole.steps
+        stopped = ended("cut", steps - 3)
+        found.require(stopped.stop_sign == signal.SIGUSR1 and stopped.steps == steps - 2, f"{stopped}")
+        again = ended("cut", -1, resume=True)
+        matrix = [row.values["accuracy_matrix"] for row in (whole, again)]
+        found.require(str(matrix[0]) == str(matrix[1]) and again.steps == steps, f"{matrix}")
+        files = [(folder / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+        found.require(files[0] == files[1], "the weights differ")
+        model = load_model(folder / "cut" / "model.safetensors")
+        found.require(type(model).__name__ == "SmallConv" and model.head.out_features == 10, f"{model}")
+        found.require(matrix[0][0][0] > 0.5 and matrix[0][1][1] > 0.5, f"it did not learn: {matrix[0]}")
 
 
 def jobs(record: Record, store: str, *names: str) -> Iterator[Job]:

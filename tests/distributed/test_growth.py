@@ -31,7 +31,7 @@ def launch(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return run
 
 
-PLAIN = ("nothing:plain", "widened:plain", "resumed:plain", "leak:plain/20", "refused:plain")
+PLAIN = ("nothing:plain", "widened:plain", "resumed:plain", "leak:plain/20", "refused:plain", "recipe:plain")
 
 
 def passes(results: Results, *starts: str) -> None:
@@ -45,7 +45,7 @@ def passes(results: Results, *starts: str) -> None:
 
 @pytest.mark.distributed
 def test_plain(launch: Callable[..., Results]) -> None:
-    passes(launch("plain", 1, *PLAIN), "nothing/", "growth/", "resumed/", "leak/", "refused/")
+    passes(launch("plain", 1, *PLAIN), "nothing/", "growth/", "resumed/", "leak/", "refused/", "recipe/")
 
 
 @pytest.mark.distributed
@@ -53,10 +53,10 @@ def test_plain(launch: Callable[..., Results]) -> None:
 def test_engines(launch: Callable[..., Results], hosts: list[str]) -> None:
     launch("plain", 1, *PLAIN)
     whole = len(hosts) > 1
-    jobs = [f"{job}:{host}" for host in hosts for job in ("nothing", "widened", "resumed", "refused")]
+    jobs = [f"{job}:{host}" for host in hosts for job in ("nothing", "widened", "resumed", "refused", "recipe")]
     jobs += [f"leak:{host}/{20 if whole else 6}" for host in hosts]
     jobs += [f"mixed:{host}" for host in hosts if host in ("zero1", "zero2", "zero3")]
     results = launch("-".join(hosts), 2, *jobs)
     for host in hosts:
-        passes(results, f"nothing/{host}", f"growth/{host}", f"resumed/{host}", f"refused/{host}", f"leak/{host}")
+        passes(results, *(f"{check}/{host}" for check in ("nothing", "growth", "resumed", "refused", "leak", "recipe")))
     passes(results, *(f"mixed/{host}" for host in hosts if host in ("zero1", "zero2", "zero3")))

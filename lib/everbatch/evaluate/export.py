@@ -15,7 +15,8 @@ from everbatch.distributed import World
 from everbatch.engines.frozen import frozen_of
 from everbatch.engines.host import plain_name
 from everbatch.evaluate.evaluator import mean_buffers
-from everbatch.evaluate.weights import built_as, metadata_texts
+from everbatch.evaluate.weights import built_as, holds, metadata_texts
+from everbatch.nn.heads import PartsHead, joined
 from everbatch.nn.split_bn import SplitBatchNorm
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.rows import Rows
@@ -39,10 +40,11 @@ class Exports(Protocol):
 
 
 @torch.no_grad()
-def whole_state(trainer: Exports) -> dict[str, Tensor]:
+def whole_state(trainer: Exports, *, parts: bool = False) -> dict[str, Tensor]:
     """The bare model's state dict on every rank: masters of trained parameters (fp32 also where the model computes in bf16),
     frozen parameters and persistent buffers (floating ones: their mean over ranks); what is tied under each of its names. Of
-    layers that `convert_split_bn` split, the main branch, which is what predicts.
+    layers that `convert_split_bn` split, the main branch, which is what predicts; a `PartsHead` as one linear layer, unless
+    `parts` says that it stays.
     Collective: one all-reduce per sharded tensor."""
     host, module = trainer.optimizer.host, trainer.module
     state = dict(host.gather(list(host.weights()), host.names)) | frozen_of(module)
@@ -54,12 +56,20 @@ def whole_state(trainer: Exports) -> dict[str, Tensor]:
                for name in part._non_persistent_buffers_set}
     with mean_buffers(module, trainer.world):
         state |= {plain_name(name): b.clone() for name, b in module.named_buffers(remove_duplicate=False) if name not in passing}
+    for path, part in _heads(module).items() if not parts else ():
+        state |= joined(part, state, path)
     split = tuple(f"{plain_name(path)}.branches." if path else "branches." for path, part in module.named_modules()
                   if isinstance(part, SplitBatchNorm))
     return {name: value.detach().cpu() for name, value in state.items() if not name.startswith(split)}
 
 
-def export(trainer: Exports, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+def _heads(module: nn.Module) -> dict[str, PartsHead]:
+    return {plain_name(path): part for path, part in module.named_modules() if isinstance(part, PartsHead)}
+
+
+def export(
+    trainer: Exports, path: str | Path, metadata: Mapping[str, Any] | None = None, *, parts: bool = False,
+) -> Path:
     """Write `whole_state` to one safetensors file, atomically, from rank 0. The names are those of the bare model, so timm and
     `load_state_dict` take it as it is, and `everbatch.train.load_model` rebuilds the model from it. To write averaged weights:
     `with opt.averaged(): ...`.
@@ -68,17 +78,27 @@ def export(trainer: Exports, path: str | Path, metadata: Mapping[str, Any] | Non
         metadata: what the file says of itself, over what the trainer knows: class names in the order of the outputs, input size,
             step, version, and name and options of a timm model. Texts as they are, all else as JSON. "mean", "std" and "scale"
             are `prepare`'s own, and only the caller knows them.
+        parts: keep heads in parts under their own names, to go on growing from the file: "conversion" says what they are made
+            of, and `load_model` puts them into the model. By default they are joined into one linear layer.
+
+    Of a model that has grown the file holds "growths". Where it has grown by more than a head, so that timm's model or
+    `SmallConv` cannot hold it, "base" names that model in place of "model", and `load_model` needs `build`.
 
     Raises:
         RuntimeError: the disk refused; an older file is untouched.
 
     Collective. Cost: `whole_state` and the file.
     """
-    state = whole_state(trainer)
+    state = whole_state(trainer, parts=parts)
     if trainer.world.rank == 0:
         known, given = _known(trainer), dict(metadata or {})
         given["options"] = {**known.get("options", {}), **given.get("options", {})}
-        checkpoint.export_weights(path, state, metadata_texts({**known, **given}))
+        told = {**known, **given}
+        heads = _heads(trainer.module) if parts else {}
+        told |= {"conversion": {name: head.made_of for name, head in heads.items()}} if heads else {}
+        if "growths" in told and "model" in told and not holds(told, state):
+            told["base"] = told.pop("model")
+        checkpoint.export_weights(path, state, metadata_texts(told))
     trainer.world.barrier()
     return Path(path)
 
@@ -86,9 +106,12 @@ def export(trainer: Exports, path: str | Path, metadata: Mapping[str, Any] | Non
 def _known(trainer: Exports) -> dict[str, Any]:
     """What the trainer can say of its model by itself."""
     known: dict[str, Any] = {"format": "pt", "everbatch_version": __version__, "step": trainer.step, **built_as(trainer.module)}
+    growths = getattr(trainer, "growths", [])
+    known |= {"growths": growths} if growths else {}
     if trainer.stream is not None:
         sample = trainer.inputs_of(trainer.stream.fetch(trainer.stream.tasks[0].test_ids[:1]))
-        known["classes"] = list(trainer.stream.classes)
+        heads = [head.out_features for head in _heads(trainer.module).values()]
+        known["classes"] = list(trainer.stream.classes)[: max(heads, default=None)]
         if isinstance(sample, Tensor):
             if "options" in known:
                 known["options"].setdefault("in_chans", sample.shape[1])

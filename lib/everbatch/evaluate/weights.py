@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from everbatch.errors import CheckpointMismatch
-from everbatch.nn import SmallConv
+from everbatch.nn import PartsHead, SmallConv
 
-__all__ = ["built_as", "load_model", "metadata_texts", "model_info"]
+__all__ = ["built_as", "holds", "load_model", "metadata_texts", "model_info"]
 
-JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step")
+JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step", "growths", "conversion")
 
 
 def metadata_texts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -70,16 +71,47 @@ def load_model(path: str | Path, *, build: Callable[[dict[str, Any]], nn.Module]
     """
     info = model_info(path)
     try:
-        model = _build(path, info) if build is None else build(info)
+        model = _rebuilt(path, info, build)
         model.load_state_dict(load_file(path))
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, CheckpointMismatch):
+            raise
         what = f"{info.get('model')} with options {info.get('options')}"
         raise CheckpointMismatch(f"{path}: its weights do not fit {what}: {' '.join(str(error).split())}") from error
     return model.eval()
 
 
+def holds(info: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
+    """Whether the model that the metadata name has weights of these names and shapes. Cost: its skeleton, and no memory where
+    it can be built on the meta device."""
+    told = dict(info)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                model = _rebuilt("this export", told)
+        except (NotImplementedError, RuntimeError):  # it looks at a value while it is built, or cannot be built
+            try:
+                model = _rebuilt("this export", told)
+            except (ImportError, RuntimeError, TypeError, AttributeError, ValueError):
+                return False
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    return own == {name: value.shape for name, value in state.items()}
+
+
+def _rebuilt(path: str | Path, info: dict[str, Any], build: Callable[[dict[str, Any]], nn.Module] | None = None) -> nn.Module:
+    """The model that the metadata name, with heads in parts where they say so."""
+    model = _build(path, info) if build is None else build(info)
+    for name, made_of in info.get("conversion", {}).items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, PartsHead(**made_of))
+    return model
+
+
 def _build(path: str | Path, info: dict[str, Any]) -> nn.Module:
     name, options = info.get("model"), info.get("options", {})
+    if name is None and info.get("growths"):
+        raise CheckpointMismatch(f"{path}: is of a model that has grown, by {info['growths']}; pass "
+                                 "build=lambda info: grown(info['growths']), with the factory that the trainer had")
     if name is None:
         raise CheckpointMismatch(f"{path}: does not say what model it is of; pass build=, or export with "
                                  "metadata={'model': name, 'options': {...}}")

@@ -33,6 +33,8 @@ class Experiment(Parts):
     """What messages begin with."""
     shares_folder: ClassVar[bool] = True
     """Whether every rank must see the output folder, as checkpoints want."""
+    grows: ClassVar[bool] = False
+    """Whether its tasks bring classes, for which a head may grow."""
 
     output: str = "runs/experiment"
     """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
@@ -45,6 +47,8 @@ class Experiment(Parts):
 
     def __post_init__(self) -> None:
         check_together(self)
+        check(self.grows or self.model.head == "fixed", self.title, f"model.head={self.model.head}", "be fixed",
+              "only a class-incremental run has classes to come")
         part: Any
         for key, part in TRAINER_MIXINS.items():
             config = getattr(self, key)

@@ -15,7 +15,7 @@ from everbatch.experiment.base import Experiment, Finished
 from everbatch.experiment.data import sample_of
 from everbatch.metrics import summary
 from everbatch.report.plots import accuracy_heatmap
-from everbatch.train import Replay, Trainer
+from everbatch.train import GrowingHead, Replay, Trainer
 
 __all__ = ["ClassIncremental"]
 
@@ -25,6 +25,7 @@ class ClassIncremental(Experiment):
     """Options of this recipe."""
 
     title: ClassVar[str] = "class_incremental"
+    grows: ClassVar[bool] = True
 
     replay: Replay.Config | None = field(default_factory=Replay.Config)
     """Rehearsal; null for plain fine-tuning."""
@@ -38,6 +39,8 @@ class ClassIncremental(Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("class_incremental", "tasks", self.tasks)
+        check(self.model.head == "fixed" or not self.trainer.eval_future, "class_incremental", "trainer.eval_future=true with "
+              "model.head=growing", "be false", "the head has no logits of classes to come")
         check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
               "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
 
@@ -46,6 +49,10 @@ class ClassIncremental(Experiment):
         split = {"class": class_incremental, "task": task_incremental}[self.scenario]
         samples, test = self.data.open()
         return split(samples, test, tasks=self.tasks, seed=self.trainer.seed)
+
+    def more_mixins(self, world: World) -> dict[type, Any]:
+        """Who lets the head grow."""
+        return {GrowingHead: None} if self.model.head == "growing" else {}
 
     def check_stream(self, stream: Stream, world: World) -> None:
         """Refuse a memory that a machine cannot hold: never more rows than samples, divided among the machines."""

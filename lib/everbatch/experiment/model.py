@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from everbatch import seeds
 from everbatch.errors import check, nearest
-from everbatch.nn import SmallConv
+from everbatch.nn import SmallConv, grow_head
 from everbatch.nn.probe import check_input
 
 __all__ = ["Factory", "Model"]
@@ -35,6 +35,8 @@ class Model:
     model.options.drop_path_rate=0.1."""
     output: str | None = None
     """Key, attribute or place of the logits, where the network returns a dictionary, an object or a tuple."""
+    head: Literal["fixed", "growing"] = "fixed"
+    """fixed: as wide as the stream. growing: as the classes seen so far, one more part before each task that brings some."""
 
     def __post_init__(self) -> None:
         if self.name == "small_conv":
@@ -63,6 +65,8 @@ class Model:
                     model: nn.Module = SmallConv(sample.shape[0], num_classes, sample.shape[-1])
             else:
                 model = self._timm(sample, num_classes)
+            if self.head == "growing":
+                grow_head(model, [])
             if tried:
                 self._try(model, sample, num_classes)
         if self.output is not None:
@@ -169,8 +173,14 @@ class Factory:
     shape: tuple[int, ...]
     """(C, H, W) of a sample."""
     num_classes: int
+    """Of the head as it begins."""
 
-    def __call__(self) -> nn.Module:
-        """A new model on the CPU. `Model.build` seeds itself; a seed drawn from the ambient stream makes it follow that."""
+    def __call__(self, growths: Sequence[Any] = ()) -> nn.Module:
+        """A new model on the CPU. `Model.build` seeds itself; a seed drawn from the ambient stream makes it follow that.
+
+        Args:
+            growths: {"classes": n} for each part that a growing head has got since.
+        """
         model = replace(self.model, pretrained=False)
-        return model.build(torch.empty(self.shape), self.num_classes, int(torch.randint(2**31, ())), tried=False)
+        made = model.build(torch.empty(self.shape), self.num_classes, int(torch.randint(2**31, ())), tried=False)
+        return grow_head(made, [growth["classes"] for growth in growths]) if growths else made

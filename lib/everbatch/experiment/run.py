@@ -70,15 +70,18 @@ def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
     sample = sample_of(stream)
     made = options.trainer_config(job.world)
     options.check_stream(stream, job.world)
-    factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=stream.num_classes)
+    growing = options.model.head == "growing"
+    classes = len(stream.tasks[0].classes) if growing else stream.num_classes
+    factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=classes)
     made_of = learner({**options.more_mixins(job.world), **options.mixins()}, factory=factory)
-    model = options.model.build(sample, stream.num_classes, options.trainer.seed)
+    model = options.model.build(sample, classes, options.trainer.seed)
     trainer = made_of(
         job.start(model),
         replace(options.optimizer, lr=options.peak_lr).build(factory),
         options.engine.build(made.batch_size, made.accumulation, job.world.size),
         config=made, ddp=options.engine.ddp, augment=options.data.augmentation(sample.shape[-1]), prepare=options.data.prepare,
-        folder=job.checkpoints, recorder=job.recorder, num_tasks=len(stream), identity=options.data.identity | job.identity)
+        folder=job.checkpoints, recorder=job.recorder, num_tasks=len(stream), identity=options.data.identity | job.identity,
+        grown=factory if growing else None)
     return trainer, sample
 
 

@@ -45,6 +45,21 @@ class PartsHead(nn.Module):
         """Classes of each part."""
         return [part.out_features for part in self._linear()]
 
+    @property
+    def in_features(self) -> int:
+        """Features that each part takes."""
+        return self._linear()[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Classes of all parts."""
+        return sum(self.sizes)
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Plain arguments that make a head like this one."""
+        return {"in_features": self.in_features, "sizes": self.sizes, "bias": self._linear()[0].bias is not None}
+
     def _linear(self) -> list[nn.Linear]:
         return list(self.parts)  # type: ignore[arg-type]
 

@@ -54,6 +54,9 @@ def save(trainer: Stepper) -> None:
             pieces += saved
         elif isinstance(value, Tensor):
             pieces += [Piece(key, tuple(value.shape), 0, value)] if trainer.world.rank == 0 else []
+        elif _of_tensors(value):
+            plain[key] = {"tensors": sorted(value)}
+            pieces += [Piece(f"{key}/{n}", tuple(t.shape), 0, t) for n, t in value.items() if trainer.world.rank == 0]
         else:
             plain[key] = value
     run, stream = trainer.run, trainer.run.stream
@@ -214,6 +217,9 @@ def _check_mixins(trainer: Stepper, kept: Checkpoint) -> None:
             needed = [f"{key}/index/{name}" for name in saved[key]["arrays"]]
             needed += [f"{key}/rows/{name}" for name in saved[key]["names"]]
             like("Trainer", f"{key}.numbers", saved[key]["numbers"], {})
+        elif _names_tensors(saved[key]):
+            like("Trainer", key, {}, value)
+            needed = [f"{key}/{name}" for name in saved[key]["tensors"]]
         else:
             kinds = {f.name: str(f.type) for f in dataclasses.fields(state)}
             like("Trainer", key, saved[key], value, optional="None" in kinds[field])
@@ -230,8 +236,20 @@ def _load_mixins(trainer: Stepper, kept: Checkpoint) -> None:
             value.load_state_dict(_store_state(key, saved[key], kept))
         elif isinstance(value, Tensor):
             setattr(state, field, kept.whole(key))
+        elif _names_tensors(saved[key]):
+            setattr(state, field, {name: kept.whole(f"{key}/{name}") for name in saved[key]["tensors"]})
         else:
             setattr(state, field, saved[key])
+
+
+def _of_tensors(value: Any) -> bool:
+    """Whether a field holds tensors by name, the same on every rank, and at least one."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+
+
+def _names_tensors(saved: Any) -> bool:
+    """Whether this stands for such a field in a checkpoint."""
+    return isinstance(saved, dict) and saved.keys() == {"tensors"} and isinstance(saved["tensors"], list)
 
 
 def layout(model: nn.Module) -> str:

@@ -287,7 +287,8 @@ class Trainer(Stepper):
         for task in stream.tasks:
             fit.schedule_of(self, fit.loader_of(self, stream, task))
 
-    def export(self, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    def export(self, path: str | Path, metadata: Mapping[str, Any] | None = None, *, parts: bool = False) -> Path:
         """Write the bare model's weights and buffers, and what `metadata` and the trainer know of them, to one safetensors file
-        that timm and `everbatch.train.load_model` take; see `everbatch.evaluate.export`. Collective."""
-        return export(self, path, metadata)
+        that timm and `everbatch.train.load_model` take; a head in parts as one layer, unless `parts` keeps it so. See
+        `everbatch.evaluate.export`. Collective."""
+        return export(self, path, metadata, parts=parts)
