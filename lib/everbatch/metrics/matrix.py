@@ -2,8 +2,9 @@
 
 The matrix a has shape (K, T): row k holds the accuracies measured after training task k, column j belongs to task j
 (both from 0), NaN where nothing was evaluated. With K < T the stream is under way: the first K columns count, so one
-call after every task gives the curves. Entries are fractions in [0, 1] unless `unit="percent"`. With one task there is
-nothing to forget or to transfer, so those metrics are None, not 0.
+call after every task gives the curves. Entries are fractions in [0, 1] unless `unit="percent"`, or `unit="score"` for what
+has no bounds, such as R squared; larger is better in any. With one task there is nothing to forget or to transfer, so those
+metrics are None, not 0.
 
 Source: the definitions of Lopez-Paz & Ranzato 2017 (arXiv 1706.08840) for both transfers, Chaudhry et al. 2018 (arXiv
 1801.10112) for forgetting, Rebuffi et al. 2017 (arXiv 1611.07725) for average incremental accuracy.
@@ -24,18 +25,19 @@ __all__ = [
     "seen_accuracy", "summary",
 ]
 
-Unit = Literal["fraction", "percent"]
-_TOP = {"fraction": 1.0, "percent": 100.0}
+Unit = Literal["fraction", "percent", "score"]
+_RANGE = {"fraction": (0.0, 1.0), "percent": (0.0, 100.0), "score": (-np.inf, np.inf)}
 
 
 def _within(who: str, values: NDArray[np.float64], unit: str) -> None:
-    """Raise unless every evaluated entry lies between 0 and the top of the unit; names the first that does not."""
-    check(unit in _TOP, who, f"unit={unit!r}", "be 'fraction' or 'percent'")
-    wrong = np.argwhere(~np.isnan(values) & ~((values >= 0.0) & (values <= _TOP[unit])))
+    """Raise unless every evaluated entry lies in the range of the unit; names the first that does not."""
+    check(unit in _RANGE, who, f"unit={unit!r}", "be 'fraction', 'percent' or 'score'")
+    low, high = _RANGE[unit]
+    wrong = np.argwhere(~np.isnan(values) & ~((values >= low) & (values <= high)))
     if len(wrong):
         place = tuple(int(i) for i in wrong[0])
-        cure = "pass unit='percent' for accuracies in percent" if unit == "fraction" else ""
-        check(False, who, f"accuracy {values[place]:g} at {list(place)}", f"be in [0, {_TOP[unit]:g}]", cure)
+        cure = "pass unit='percent' for accuracies in percent, 'score' for what has no bounds" if unit == "fraction" else ""
+        check(False, who, f"accuracy {values[place]:g} at {list(place)}", f"be in [{low:g}, {high:g}]", cure)
 
 
 def _square(who: str, matrix: ArrayLike, unit: str) -> NDArray[np.float64]:

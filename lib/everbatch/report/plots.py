@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from everbatch.errors import check
 
@@ -21,19 +21,21 @@ __all__ = ["accuracy_heatmap", "compare_curves"]
 
 def accuracy_heatmap(
     matrix: Sequence[Sequence[float]] | Any, path: str | os.PathLike[str] | None = None, *,
-    names: Sequence[str] | None = None, title: str = "accuracy",
+    names: Sequence[str] | None = None, title: str = "accuracy", unit: Literal["fraction", "score"] = "fraction",
 ) -> Figure:
     """Draw the accuracy matrix: a row per training task, a column per evaluated task, the number in every cell.
 
     Args:
-        matrix: accuracy in [0, 1] on task j after training task i, shape (T, T'); nested lists, an array or a tensor.
-            NaN: not evaluated, left blank.
+        matrix: accuracy in [0, 1], or another score, on task j after training task i, shape (T, T'); nested lists, an array
+            or a tensor. NaN: not evaluated, left blank.
         path: PNG to write; None only returns the figure.
         names: of the evaluated tasks; numbered from 1 by default.
         title: above the map.
+        unit: "fraction" is shown in percent, on colours from 0 to 1; "score" as it is, such as R squared, which has no lower
+            bound, on colours over the values there are.
 
     Raises:
-        ValueError: the matrix is empty, ragged or holds values outside [0, 1], or `names` has another length.
+        ValueError: the matrix is empty, ragged or holds values outside [0, 1] for unit="fraction", or `names` has another length.
     """
     from matplotlib.figure import Figure
 
@@ -42,15 +44,18 @@ def accuracy_heatmap(
     check(bool(rows) and bool(rows[0]), who, "an empty matrix", "have a row and a column")
     columns = len(rows[0])
     check(all(len(row) == columns for row in rows), who, "rows of different length", "be rectangular")
-    good = all(math.isnan(value) or 0.0 <= value <= 1.0 for row in rows for value in row)
-    check(good, who, "values outside the interval", "be in [0, 1] or NaN")
+    check(unit in ("fraction", "score"), who, f"unit={unit!r}", "be 'fraction' or 'score'")
+    shown = [value for row in rows for value in row if not math.isnan(value)]
+    good = unit == "score" or all(0.0 <= value <= 1.0 for value in shown)
+    check(good, who, "values outside the interval", "be in [0, 1] or NaN", "pass unit='score' for what has no bounds")
+    low, high = (0.0, 1.0) if unit == "fraction" else (min(shown, default=0.0), max(shown, default=1.0))
     names = [str(task + 1) for task in range(columns)] if names is None else names
     check(len(names) == columns, who, f"{len(names)} names for {columns} tasks", "be as many")
 
     cell = 0.62 if max(len(rows), columns) <= 12 else 0.42
     figure = Figure(figsize=(2.2 + cell * columns, 1.6 + cell * len(rows)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(rows, vmin=0.0, vmax=1.0, cmap="viridis")
+    image = axes.imshow(rows, vmin=low, vmax=high, cmap="viridis")
     axes.set_xticks(range(columns), names, rotation=0 if max(map(len, names)) <= 3 else 45)
     axes.set_yticks(range(len(rows)), [str(task + 1) for task in range(len(rows))])
     axes.set_xlabel("task evaluated")
@@ -60,9 +65,12 @@ def accuracy_heatmap(
     for i, row in enumerate(rows):
         for j, value in enumerate(row):
             if not math.isnan(value):
-                colour = "black" if value > 0.6 else "white"  # viridis is light at its upper end
-                axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", color=colour, fontsize=size)
-    figure.colorbar(image, ax=axes, shrink=0.85, format=lambda value, _: f"{100 * value:.0f}%")
+                light = value > low + 0.6 * (high - low)  # viridis is light at its upper end
+                colour = "black" if light else "white"
+                text = f"{100 * value:.1f}" if unit == "fraction" else f"{value:.2f}"
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
+    label = (lambda value, _: f"{100 * value:.0f}%") if unit == "fraction" else None
+    figure.colorbar(image, ax=axes, shrink=0.85, format=label)
     return _saved(figure, path)
 
 
