@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +236,3 @@ def test_samples_are_known_by_their_bytes(tmp_path: Path) -> None:
     one.unlink()
     np.savez(one, **{**arrays, "x_train": 255 - arrays["x_train"]})
     assert prepare(str(one), None, tmp_path) not in found[:2]  # a file that has changed
-
-
-def test_every_scale_says_what_it_is() -> None:
-    for module in (classify, stream, growing, offline, large_batch):
-        assert module.Scale.__doc__ and fields(module.Scale)
