@@ -24,7 +24,7 @@ CLAIM = Claim(
     protocol="Design-Bench (Ant, D'Kitty, TF-Bind 8 and 10), surrogates of 2 x 2048 units, 16 seeds.",
     scaled="The worse half of a noisy sample of Ackley in 8 and Branin in 2 dimensions, surrogates of 2 x 128 units with "
     "the squared error; the median of 64 candidates after 200 steps. No arm is tuned.",
-    run=optimise, scale=Scale(), seeds=10, statistic="score", percent=False, minutes=6,
+    run=optimise, scale=Scale(), seeds=10, statistic="score", percent=False, minutes=2,
     shown=("start", "overshoot", "output_gradient", "r2"),
     arms={f"{name}, {function}": Arm(options={"function": function, **options})
           for function in FUNCTIONS for name, options in METHODS.items()},

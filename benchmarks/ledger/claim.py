@@ -113,7 +113,7 @@ class Claim:
     shown: Sequence[str] = ()
     """More numbers for the table beside the statistic."""
     minutes: float = 0.0
-    """Of both cores together, for all cells at the default scale, as measured."""
+    """On two idle cores, for all cells at the default scale; about."""
 
     def __post_init__(self) -> None:
         who = f"claim {self.title!r}"

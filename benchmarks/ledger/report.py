@@ -148,12 +148,19 @@ def _arms(judged: Judged) -> list[str]:
              "|" + "---|" * (5 + len(claim.shown))]
     for arm, rows in judged.records.items():
         value, diverged = judged.estimate(claim.statistic, arm)
-        more = [judged.estimate(name, arm)[0] for name in claim.shown]
+        more = [_shown(*judged.estimate(name, arm)) for name in claim.shown]
         seconds = f"{estimate([row['seconds'] for row in rows.values()]).mean:.1f}" if rows else "-"
         count = f"{len(rows)}{f' ({diverged} diverged)' if diverged else ''}"
         lines.append(f"| {arm} | {count} | {'-' if value is None else _number(value.mean, claim)} | {_interval(value, claim)} | "
-                     + "".join(f"{'-' if m is None else format(m.mean, '.4g')} | " for m in more) + f"{seconds} |")
+                     + "".join(f"{text} | " for text in more) + f"{seconds} |")
     return lines
+
+
+def _shown(value: Estimate | None, without: int) -> str:
+    """A mean, and over how many cells where some have no number."""
+    if value is None:
+        return "-"
+    return f"{value.mean:.4g}" + (f" ({value.count} of {value.count + without})" if without else "")
 
 
 def _contrasts(judged: Judged) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import ledger_toy
 import pytest
 import torch
-from benchmarks.ledger import Arm, Claim, Contrast, Paper, Tuning, command, estimate, verdict
+from benchmarks.ledger import Arm, Claim, Contrast, Paper, Tuning, command, estimate, report, verdict
 from benchmarks.ledger.cells import Cell, Damaged, Store
 from benchmarks.ledger.claim import claims
 from benchmarks.ledger.command import carry_out, main
@@ -259,6 +259,7 @@ def test_a_claim_from_cells_to_report(tmp_path: Path) -> None:
     assert "**Verdict: undecided**" in text and "| b | 3 | 20.67 | -2.94 to 44.28 |" in text
     assert "| b minus a | 0.67 | 0.33 | -0.77 to 2.10 | 0.00 | 0.00 | undecided |" in text
     assert (tmp_path / "toy" / "figure.png").stat().st_size > 1000
+    assert report._shown(estimate([2.0, 4.0]), 1) == "3 (2 of 3)" and report._shown(estimate([2.0]), 0) == "2"
     better = Plan.of("toy", TOY, Settings.of(TOY, {"gain": 0.5}), store)
     assert carry_out(better, jobs=2).ran == 6  # another scale, other cells
     assert judge(better).verdict is Verdict.SHOWS and judge(plan).verdict is Verdict.UNDECIDED
