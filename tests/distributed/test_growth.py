@@ -31,7 +31,7 @@ def launch(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return run
 
 
-PLAIN = ("nothing:plain", "widened:plain", "resumed:plain", "leak:plain/20", "refused:plain", "recipe:plain")
+PLAIN = ("nothing:plain", "widened:plain", "resumed:plain", "leak:plain/20", "refused:plain")
 
 
 def passes(results: Results, *starts: str) -> None:
@@ -45,7 +45,7 @@ def passes(results: Results, *starts: str) -> None:
 
 @pytest.mark.distributed
 def test_plain(launch: Callable[..., Results]) -> None:
-    passes(launch("plain", 1, *PLAIN), "nothing/", "growth/", "resumed/", "leak/", "refused/", "recipe/")
+    passes(launch("plain", 1, *PLAIN), "nothing/", "growth/", "resumed/", "leak/", "refused/")
 
 
 @pytest.mark.distributed

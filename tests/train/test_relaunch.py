@@ -149,8 +149,10 @@ def test_the_trainers_own_factory_follows_the_growths() -> None:
     chosen = optimizer(EWC, strength=1.0, factory=growing.model)
     t = learning.trainer("plain", cls=Remembering, model=growing.model(), grown=growing.model, optimizer=chosen)
     made = t.optimizer.configs[EWC].factory
-    assert repr(made) == repr(growing.model) and made()[-1].sizes == [2]
+    assert repr(made) == "growing.model" and made()[-1].sizes == [2]
+    assert "a head of [2] classes" in t.describe()
     t.relaunch({"classes": 3})
+    assert "a head of [2, 3] classes" in t.describe()
     assert made()[-1].sizes == [2, 3] and t.optimizer.configs[EWC].factory()[-1].sizes == [2, 3]
 
 

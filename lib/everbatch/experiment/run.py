@@ -10,7 +10,6 @@ from everbatch import config
 from everbatch.config.strict_yaml import dump_text
 from everbatch.data import Stream
 from everbatch.distributed import init
-from everbatch.engines.release import release
 from everbatch.experiment.base import Experiment, Finished, Result
 from everbatch.experiment.data import sample_of
 from everbatch.experiment.job import Job, would_refuse
@@ -62,7 +61,8 @@ def _run(options: Experiment, job: Job, signals: bool) -> Result:
         return _trained(options, job, trainer, stream, sample)
     finally:
         job.close(trainer)
-        release(getattr(trainer.optimizer.host, "engine", None))
+        if trainer.engine is not None:  # a launch anew that failed has let go of it already
+            trainer.engine.close()
 
 
 def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:

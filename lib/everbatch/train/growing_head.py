@@ -51,6 +51,11 @@ class GrowingHead(TrainerMixin):
               "everbatch.nn.grow_head(model, []) puts it into one")
         return model
 
+    def notes(self) -> str:
+        """For describe(): the head by now."""
+        head: Any = self.module.get_submodule(head_of(self.module))
+        return f"a head of {head.sizes} classes, one more part before a task that brings some"
+
     def on_task_start(self, task: Task) -> None:
         """Grow, then let the task begin."""
         wanted = max(self.stream.seen_classes(task.id)) + 1

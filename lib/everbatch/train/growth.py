@@ -63,7 +63,9 @@ class _AsGrown:
         return self._growth.build(tuple(self._growth.done))
 
     def __repr__(self) -> str:
-        return repr(self._growth.build)
+        build = self._growth.build
+        name = getattr(build, "__qualname__", None)  # a function's own text has its address
+        return repr(build) if name is None else f"{build.__module__}.{name}"
 
 
 def following(optimizer: functools.partial[Any], growth: Growth) -> functools.partial[Any]:
