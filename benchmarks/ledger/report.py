@@ -83,7 +83,8 @@ def markdown(judged: Judged) -> str:
     lines = [
         f"## {claim.title}", "", f"**Verdict: {judged.verdict}**{_why(judged)}", "",
         f"- Claim: {claim.says}", f"- Source: {claim.paper}", f"- There: {claim.protocol}", f"- Here: {claim.scaled}",
-        f"- Scale: {_written(config.resolved(plan.settings.scale))}; {len(plan.settings.seeds)} seeds", *_provenance(judged), "",
+        f"- Scale: {_written(config.resolved(plan.settings.scale))}; {len(plan.settings.seeds)} seeds", *_other(plan),
+        *_provenance(judged), "",
         *_tuned(plan), *_arms(judged), "", *_contrasts(judged)]
     if judged.failed:
         lines += ["", "Failed cells, which do not count:", ""]
@@ -106,6 +107,15 @@ def _why(judged: Judged) -> str:
 
 def _written(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _other(plan: Plan) -> list[str]:
+    """What is not as the claim declares it: whoever looks at several scales, or at more seeds, has more than one try."""
+    now, declared = (config.resolved(scale) for scale in (plan.settings.scale, plan.claim.scale))
+    found = {key: value for key, value in now.items() if value != declared[key]}
+    if len(plan.settings.seeds) != plan.claim.seeds:
+        found["seeds"] = len(plan.settings.seeds)
+    return [f"- Other than declared: {_written(found)}"] if found else []
 
 
 def _provenance(judged: Judged) -> list[str]:

@@ -259,6 +259,9 @@ def test_a_claim_from_cells_to_report(tmp_path: Path) -> None:
     assert "**Verdict: undecided**" in text and "| b | 3 | 20.67 | -2.94 to 44.28 |" in text
     assert "| b minus a | 0.67 | 0.33 | -0.77 to 2.10 | 0.00 | 0.00 | undecided |" in text
     assert (tmp_path / "toy" / "figure.png").stat().st_size > 1000
+    assert "Other than declared" not in text
+    other_seeds = Plan.of("toy", TOY, Settings.of(TOY, {"gain": 0.5}, seeds=4), store)
+    assert "- Other than declared: gain=0.5, seeds=4" in markdown(judge(other_seeds))
     assert report._shown(estimate([2.0, 4.0]), 1) == "3 (2 of 3)" and report._shown(estimate([2.0]), 0) == "2"
     better = Plan.of("toy", TOY, Settings.of(TOY, {"gain": 0.5}), store)
     assert carry_out(better, jobs=2).ran == 6  # another scale, other cells
