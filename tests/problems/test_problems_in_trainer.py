@@ -96,6 +96,7 @@ def test_one_all_reduce_of_float64_in_a_step_with_units(make: Any, stream: Any, 
     loader = Loader(stream, stream.tasks[0], 8, 1, 1, World())
     for step in range(5):
         t.training_step(loader.batch(step))
+    assert ("1 all-reduce of a float64" in t.describe()) == bool(extra)
     units = [value for value in counted if value.dtype == torch.float64 and value.ndim == 1]
     assert len(units) == extra and all(value.shape == (1,) for value in units)
     assert len(counted) == extra

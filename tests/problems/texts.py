@@ -13,7 +13,7 @@ from everbatch.config.deepspeed import deepspeed_config
 from everbatch.data import RowSource, Stream, domain_incremental, iid
 from everbatch.distributed import World
 from everbatch.problems import CausalLM, Regression
-from everbatch.train import Trainer
+from everbatch.train import ConAdv, Trainer
 
 VOCABULARY, LENGTH = 37, 12
 LR = 0.5
@@ -89,11 +89,30 @@ def trainer(host: str = "plain", parts: tuple[type, ...] = (), mixins: tuple[typ
                 problem=problem or CausalLM(), **(more or {}))
 
 
+def predictor(outputs: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, outputs))
+
+
 def regressor(parts: tuple[type, ...] = (), mixins: tuple[type, ...] = (), *, outputs: int = 1, problem: Any = None,
               lr: float = 0.05, **given: Any) -> Any:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, outputs))
-    return trainer(parts=parts, mixins=mixins, model=model, problem=problem or Regression(), lr=lr, **given)
+    return trainer(parts=parts, mixins=mixins, model=predictor(outputs), problem=problem or Regression(), lr=lr, **given)
+
+
+def attacked(what: str, **attack: Any) -> dict[str, Tensor]:
+    """Weights after a run whose batches were attacked two steps ahead."""
+    given = {"tau": 2, "patience_s": 60.0, **attack}
+    if what == "language":
+        given |= {"embedding": "embed", "radius": 0.02}
+        t = trainer(mixins=(ConAdv,), more={f"conadv_{name}": value for name, value in given.items()})
+    else:
+        given |= {"radius": 25.5, "raw_low": -9.0, "raw_high": 9.0}
+        t = regressor(mixins=(ConAdv,), more={f"conadv_{name}": value for name, value in given.items()})
+    try:
+        t.fit(stream() if what == "language" else regression_stream())
+        return weights(t)
+    finally:
+        t.close()
 
 
 def weights(t: Any) -> dict[str, Tensor]:

@@ -205,6 +205,8 @@ class Trainer(Stepper):
                   for part, c in getattr(self, "configs", {}).items()]
         notes = {part.__name__: part.notes(self) for part in parts_of(type(self))}  # type: ignore[attr-defined]
         lines += [f"  {name:<18} {note}" for name, note in notes.items() if note]
+        if self.problem.in_units:
+            lines.append(f"  {'units':<18} count alike on all ranks: 1 all-reduce of a float64 for each part, in a step")
         terms = [f"E_stream {self.problem.text}", *texts(self), *texts(self.optimizer)]
         lines.append(f"  {'objective':<18} L = {' + '.join(terms)}")
         memory = [part.__name__ for part in active_parts(self.optimizer)]
