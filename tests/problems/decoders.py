@@ -16,7 +16,7 @@ from everbatch.train import ConAdv, Replay
 STEPS = 5
 REPLAY = {"replay_capacity": 12, "replay_replay_batch": 6}
 CASES: dict[str, tuple[tuple[type, ...], tuple[type, ...], dict[str, Any], dict[str, Any]]] = {
-    "bare": ((), (), {}, {}), "sam": ((SAM, EMA), (), {}, {}),
+    "bare": ((), (), {}, {}), "lonely": ((), (), {}, {}), "sam": ((SAM, EMA), (), {}, {}),
     "er": ((SAM,), (Replay,), {}, {**REPLAY, "replay_method": "er"}), "der": ((SAM,), (Replay,), {}, REPLAY),
     "ewc": ((EWC,), (), {"ewc_strength": 0.05}, {}),
     "conadv": ((), (ConAdv,), {}, {"conadv_embedding": "model.embed_tokens", "conadv_radius": 0.01}),
@@ -42,8 +42,11 @@ def llama() -> torch.nn.Module:
         max_position_embeddings=texts.LENGTH, use_cache=False, attn_implementation="eager"))
 
 
-def stream() -> Any:
-    """Ranks get rows of very different lengths; of the first batch some have no token at all."""
+def stream(case: str = "bare") -> Any:
+    """Ranks get rows of very different lengths, some without a token that counts. lonely: of eight rows in each batch one alone
+    has any, so that one of two ranks has none."""
+    if case == "lonely":
+        return domain_incremental([(texts.source(seed, 8, first=7), texts.source(9, 5)) for seed in range(5)])
     return domain_incremental([(texts.source(0, 40, first=5), texts.source(1, 11)), (texts.source(2, 40), texts.source(3, 7))])
 
 
@@ -51,8 +54,8 @@ def trained(host: str, case: str, *, steps: int, accumulation: int = 1, problem:
     parts, mixins, options, more = CASES[case]
     t = texts.trainer(host, parts, mixins, model=llama(), options=options, more=more, accumulation=accumulation, lr=0.1,
                       problem=problem)
-    if steps > STEPS:
-        t.fit(stream())
+    if steps > STEPS or case == "lonely":
+        t.fit(stream(case))
         return t
     data = stream()
     t.run.stream = data

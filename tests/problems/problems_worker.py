@@ -8,8 +8,12 @@ from typing import Any
 
 import texts
 import torch
-from decoders import PerRank, result, steps_of, trained
+from decoders import REPLAY, PerRank, result, steps_of, trained
 from record import Job, Record
+
+import learning
+from everbatch.optim import SAM
+from everbatch.train import Replay, StepRecord, Trainer
 
 
 def apart(folder: Path, host: str, case: str, accumulation: int) -> dict[str, Any]:
@@ -23,7 +27,38 @@ def apart(folder: Path, host: str, case: str, accumulation: int) -> dict[str, An
             "scores": max(abs(a[name] - b[name]) for a, b in pairs for name in b), "names": list(got["scores"][0])}
 
 
+def resumed(folder: Path, host: str) -> dict[str, Any]:
+    """A run with named inputs and stored logits in its memory that was left inside the second task, against one that was not."""
+    found = []
+    for name, leaves in (("whole", False), ("left", True), ("left", False)):
+        options = {"folder": folder / f"{host}-{name}", **REPLAY}
+        t = texts.trainer(host, (SAM,), (Replay,), more=options, cls=Leaves, checkpoint_every=2)
+        t.leaves = leaves
+        try:
+            t.fit(texts.stream(named=True), resume=len(found) == 1)
+        except InterruptedError:
+            continue
+        found.append({**learning.whole(t), **learning.memory(t)})
+    same = all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    every = t.world.gather((same, sorted(name for name in found[1] if name.startswith("rows/raw"))))
+    return {"same": [ok for ok, _ in every], "names": every[0][1], "step": t.step}
+
+
+class Leaves(Trainer):
+    """Ends after its seventh step, where asked."""
+
+    leaves = False
+
+    def after_step(self, record: StepRecord) -> None:
+        super().after_step(record)
+        if self.leaves and self.step == 7:
+            raise InterruptedError
+
+
 def jobs(record: Record, folder: str, *names: str) -> Iterator[Job]:
     for name in names:
         host, case, accumulation = name.split("/")
+        if case == "resume":
+            yield record.noted(name, resumed, Path(folder), host)
+            continue
         yield record.noted(name, apart, Path(folder), host, case, int(accumulation))

@@ -261,8 +261,7 @@ def test_a_run_with_a_memory_resumes_bit_for_bit(named: bool, tmp_path: Any) -> 
     for stops in (False, True):
         options = {**REPLAY, "folder": tmp_path / str(stops)}
         for resume in ((False, True) if stops else (False,)):
-            t = texts.trainer(mixins=(Replay,), parts=(SAM,), more=options, cls=Stops)
-            object.__setattr__(t, "config", type(t.config)(**{**vars(t.config), "checkpoint_every": 2}))
+            t = texts.trainer(mixins=(Replay,), parts=(SAM,), more=options, cls=Stops, checkpoint_every=2)
             t.stops = stops and not resume
             try:
                 t.fit(stream, resume=resume)

@@ -79,13 +79,14 @@ def engine(host: str, batch: int, accumulation: int, world: int) -> Any:
 
 def trainer(host: str = "plain", parts: tuple[type, ...] = (), mixins: tuple[type, ...] = (), *, model: nn.Module | None = None,
             problem: Any = None, options: dict[str, Any] | None = None, more: dict[str, Any] | None = None, cls: type = Trainer,
-            accumulation: int = 1, epochs: int = 1, momentum: float = 0.9, lr: float = LR) -> Any:
+            accumulation: int = 1, epochs: int = 1, momentum: float = 0.9, lr: float = LR, checkpoint_every: int = 0) -> Any:
     """A trainer of the language model, or of what is given."""
     world = World.current() if host != "plain" else World()
     made: Any = compose(*mixins, base=cls) if mixins else cls
     optimizer = functools.partial(compose(*parts, base=torch.optim.SGD), lr=lr, momentum=momentum, **(options or {}))
     return made(model or Speaker(), optimizer, engine(host, 8, accumulation, world.size), device="cpu",
-                config=Trainer.Config(batch_size=8, epochs=epochs, accumulation=accumulation, seed=1),
+                config=Trainer.Config(batch_size=8, epochs=epochs, accumulation=accumulation, seed=1,
+                                      checkpoint_every=checkpoint_every),
                 problem=problem or CausalLM(), **(more or {}))
 
 
