@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -31,8 +32,12 @@ def on_one_process(*arguments: str) -> Found:
     return perplexities(done.stdout)
 
 
-def test_it_learns_each_text_and_rehearsal_keeps_the_first() -> None:
-    found = on_one_process(*SMALL)
+def test_it_learns_each_text_and_rehearsal_keeps_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["language.py", *SMALL])
+    runpy.run_path(str(RECIPE))["main"]()
+    found = perplexities(capsys.readouterr().out)
     assert [len(row) for row in found.values()] == [1, 2, 3] * 2
     for method in ("none", "er"):
         assert all(row[-1] < 128 for (name, _), row in found.items() if name == method)  # of 256 at the start
