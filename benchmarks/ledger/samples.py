@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from everbatch.data import Source, load
 from everbatch.data.sources import digest
 from everbatch.errors import check
 
-__all__ = ["opened", "prepare", "spec", "top"]
+__all__ = ["opened", "prepare", "rows", "spec", "top"]
 
 
 def prepare(source: str, image_size: int | None, home: Path) -> str:
@@ -33,7 +34,8 @@ def prepare(source: str, image_size: int | None, home: Path) -> str:
         return mark.read_text()
     train, test = _parts(source, image_size)
     found = _hash(train, test)
-    arrays = {f"{kind}_{part.name}": values for part in (train, test) for kind, values in (("x", part.x), ("y", part.y))}
+    pieces = [(part, kind, values) for part in (train, test) for kind, values in (("x", part.x), ("y", part.y))]
+    arrays: dict[str, Any] = {f"{kind}_{part.name}": values for part, kind, values in pieces}
     draft = folder / f".{found}.{os.getpid()}.npz"
     np.savez(draft, **arrays)
     draft.replace(folder / f"{found}.npz")
@@ -53,6 +55,14 @@ def opened(cell: Cell, home: Path) -> tuple[Source, Source]:
     return train, test
 
 
+def rows(source: Source, ids: torch.Tensor) -> torch.Tensor:
+    """Samples of a source whose inputs have no names."""
+    found = source.fetch(ids)
+    check(isinstance(found, torch.Tensor), "ledger", f"{source.name} with inputs by name", "be images or numbers alone")
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
 def top(cell: Cell, inputs: torch.Tensor) -> float:
     """The largest value that such pixels can have."""
     return 16.0 if cell.data.startswith("digits-") else 255.0 if inputs.dtype == torch.uint8 else 1.0
@@ -64,7 +74,7 @@ class _Part:
     def __init__(self, source: str, train: bool, image_size: int | None) -> None:
         found = load(source, train=train, image_size=image_size)
         self.name = "train" if train else "test"
-        self.x = found.fetch(torch.arange(len(found))).contiguous().numpy()
+        self.x = rows(found, torch.arange(len(found))).contiguous().numpy()
         self.y = found.targets.numpy()
 
 

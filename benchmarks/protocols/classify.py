@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.ledger.cells import Cell
-from benchmarks.ledger.samples import opened, top
+from benchmarks.ledger.samples import opened, rows, top
 from everbatch import compose, seeds
 from everbatch.data import Source, stratified_split
 from everbatch.nn import SmallConv
@@ -106,8 +106,8 @@ def _steps(model: nn.Module, optimizer: Any, learn: Part, batch: int, seed: int,
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(scale.epochs * per_epoch, round(scale.warmup * per_epoch)))
     for epoch in range(scale.epochs):
         order = torch.randperm(count, generator=seeds.generator(seed, "order", epoch))
-        for rows in order[: per_epoch * batch].split(batch):
-            x, y = learn.inputs[rows], learn.targets[rows]
+        for ids in torch.split(order[: per_epoch * batch], batch):
+            x, y = learn.inputs[ids], learn.targets[ids]
             begun = time.perf_counter()
 
             def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -147,7 +147,7 @@ def parts(cell: Cell, scale: Scale, home: Path) -> tuple[Part, Part, int]:
 
 def _ready(cell: Cell, source: Source, ids: Tensor, noise: float) -> Part:
     """Inputs scaled to [-1, 1], with noise that belongs to the image, as in recipes/growing_data.py."""
-    raw = source.fetch(ids)
+    raw = rows(source, ids)
     values = raw.float() / top(cell, raw)
     if noise:
         values += noise * seeds.normal(("classify", source.name), 0, values.numel()).view(values.shape)
@@ -158,9 +158,8 @@ def _ready(cell: Cell, source: Source, ids: Tensor, noise: float) -> Part:
 def accuracy(model: nn.Module, part: Part) -> float:
     """Share that is right."""
     model.eval()
-    right = sum(int((model(x).argmax(1) == y).sum())
-                for x, y in zip(part.inputs.split(500), part.targets.split(500), strict=True))
-    return right / len(part.targets)
+    guess = torch.cat([model(x).argmax(1) for x in torch.split(part.inputs, 500)])
+    return int((guess == part.targets).sum()) / len(part.targets)
 
 
 def eigenvalue(model: nn.Module, part: Part, iterations: int) -> float:

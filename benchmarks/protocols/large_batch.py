@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.ledger.cells import Cell
 from benchmarks.ledger.claim import Arm
-from benchmarks.ledger.samples import opened, top
+from benchmarks.ledger.samples import opened, rows, top
 from everbatch import compose, seeds
 from everbatch.data import Batch, Source, TensorSource, iid, stratified_split
 from everbatch.errors import check
@@ -77,7 +77,8 @@ class CropFlip(TrainerMixin):
         """Both parts alike."""
         parts = super().augment_batch(parts)  # type: ignore[misc]
         g = seeds.generator(self.seed, "crop_flip", self.step)
-        return [replace(part, inputs=crop_flip(part.inputs, g)) for part in parts]
+        images: list[Any] = [part.inputs for part in parts]
+        return [replace(part, inputs=crop_flip(x, g)) for part, x in zip(parts, images, strict=True)]
 
 
 def crop_flip(x: Tensor, g: torch.Generator) -> Tensor:
@@ -94,18 +95,20 @@ def network(classes: int, channels: int, width: int, seed: int) -> nn.Module:
     """timm's residual net with one basic block per stage, stem and widths for small images."""
     from timm.models.resnet import BasicBlock, ResNet
 
-    class SmallResNet(ResNet):  # type: ignore[misc]
+    class SmallResNet(ResNet):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.contiguous(memory_format=torch.channels_last))  # 1.5 times as fast on CPU
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive(seed, "model"))
-        net = SmallResNet(BasicBlock, (1, 1, 1, 1), num_classes=classes, channels=tuple(width * 2**i for i in range(4)),
+        block: Any = BasicBlock
+        net: Any = SmallResNet(block, (1, 1, 1, 1), num_classes=classes, channels=tuple(width * 2**i for i in range(4)),
                           stem_type="deep", stem_width=width // 2)
         net.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
-    return net.to(memory_format=torch.channels_last)
+    placed: nn.Module = net.to(memory_format=torch.channels_last)
+    return placed
 
 
 def train(cell: Cell, home: Path) -> dict[str, float | None]:
@@ -171,4 +174,4 @@ def _sources(cell: Cell, scale: Scale, home: Path) -> tuple[TensorSource, Tensor
 
 
 def _held(source: Source, ids: Tensor, name: str) -> TensorSource:
-    return TensorSource(source.fetch(ids), source.targets[ids], name=name, classes=source.classes)
+    return TensorSource(rows(source, ids), source.targets[ids], name=name, classes=source.classes)
