@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import learning
+from everbatch import compose
 from everbatch.data import Loader, RowSource, iid, validation
 from everbatch.distributed import World
 from everbatch.optim import EMA, ESAM, EWC, GSAM, MAS, SAM, SI, GradientNorm, Ignite, LookSAM, Refresh, StaleSAM
@@ -234,6 +236,39 @@ def test_terms_of_replay_are_those_of_the_problem() -> None:
     want = functional.cross_entropy(outputs[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
     torch.testing.assert_close(label.value(outputs, batch), 0.7 * want)
     assert "CE(logits, tokens) + 0.3 E_dark ||outputs - stored||^2" in t.describe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Classification):
+    """Half of the cross-entropy: a classification whose losses are its own."""
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().losses(outputs, targets) / 2
+
+
+def test_a_classification_with_losses_of_its_own_keeps_them_in_every_method() -> None:
+    """Twice the learning rate makes up for half the loss, also in the terms of a memory; nothing takes cross-entropy for it."""
+    runs = []
+    for problem, lr, alpha in ((Classification(), 0.1, 0.3), (Halved(), 0.2, 0.15)):
+        optimizer = functools.partial(compose(base=torch.optim.SGD), lr=lr)
+        t: Any = type("Learner", (Replay, Trainer), {})(
+            learning.net(smooth=True), optimizer, device="cpu", config=Trainer.Config(batch_size=8), prepare=learning.scale,
+            problem=problem, **{**learning.REPLAY, "alpha": alpha})
+        t.fit(learning.stream())
+        assert "rows/aim" not in learning.memory(t)
+        runs.append(learning.whole(t))
+    assert texts.far(*runs) < 1e-5
+    with pytest.raises(ValueError, match="EWC with estimator='exact' and problem=Halved"):
+        texts.trainer(parts=(EWC,), options={"ewc_estimator": "exact"}, problem=Halved())
+
+
+def test_a_stream_of_ones_own_that_knows_labels_alone_is_trained_on() -> None:
+    stream = learning.stream()
+    names = ("tasks", "train", "test", "num_classes", "kind", "classes", "targets", "fetch", "seen_classes", "fingerprint",
+             "label_map", "__len__")
+    own: Any = type("Own", (), {name: getattr(stream, name) for name in names} | {"__len__": lambda self: len(stream)})()
+    t = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN)
+    assert t.fit(own)[-1] == learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN).fit(stream)[-1]
 
 
 def test_stored_logits_above_the_limit_are_refused_before_the_first_step(monkeypatch: Any) -> None:
