@@ -156,6 +156,48 @@ def test_the_trainers_own_factory_follows_the_growths() -> None:
     assert made()[-1].sizes == [2, 3] and t.optimizer.configs[EWC].factory()[-1].sizes == [2, 3]
 
 
+def sharded(growths: Any) -> nn.Module:
+    made = growing.model(growths)
+    made[1].weight.ds_id = 1  # as DeepSpeed's stage 3 marks what it has taken
+    return made
+
+
+def meta(growths: Any) -> nn.Module:
+    with torch.device("meta"):
+        return growing.model(growths)
+
+
+def without_statistics(growths: Any) -> nn.Module:
+    made = growing.model(growths)
+    made[2].running_mean = None
+    made[2]._buffers.pop("running_mean")
+    made[2].running_mean = 0
+    return made
+
+
+def frozen(growths: Any) -> nn.Module:
+    return growing.model(growths).requires_grad_(False)
+
+
+@pytest.mark.parametrize(("build", "text"), [
+    (sharded, r"gives a model whose \['1.weight'\] are sharded, must be a bare module"),
+    (meta, r"leaves \['1.weight', '1.bias', '2.weight'\] on the meta device, must have values"),
+    (without_statistics, r"has no place for buffers \['2.running_mean'\], must take every buffer"),
+    (frozen, "has nothing to train, must train something")])
+def test_what_a_factory_may_not_give(build: Any, text: str) -> None:
+    """Beside what tests/distributed/growth_jobs.py gives on ranks. The trainer is as before, and may grow by another one."""
+    chosen = [build]
+    t = learning.trainer("plain", cls=Trainer, model=growing.model(), grown=lambda growths: chosen[0](growths))
+    before, module = everything(t), t.module
+    with pytest.raises(ValueError, match=text):
+        t.relaunch({"classes": 2})
+    assert t.module is module and t.growths == []
+    assert not [n for n, v in everything(t).items() if not torch.equal(v, before[n])]
+    chosen[0] = growing.model
+    t.relaunch({"classes": 2})
+    assert t.module[-1].sizes == [2, 2]
+
+
 class Impatient(TrainerMixin):
     """Grows after a step."""
 
