@@ -265,14 +265,15 @@ def recipe(record: Record, store: Path, host: str) -> None:
         mixed = Optimizer(base="adamw", lr=0.003, ewc=EWC.Config(strength=1.0))
         return run(Stoppable(
             engine=chosen, optimizer=mixed, tasks=2, output=str(folder / name), model=Model(head="growing"),
-            trainer=Trainer.Config(batch_size=128, epochs=2, reset_optimizer=False),
+            trainer=Trainer.Config(batch_size=64, epochs=2, reset_optimizer=False),
             replay=Replay.Config(capacity=40, replay_batch=32), **options), signals=True)
 
     with record.check(f"recipe/{host}") as found:
         whole = ended("whole", -1)
         steps = whole.steps
-        stopped = ended("cut", steps - 3)
-        found.require(stopped.stop_sign == signal.SIGUSR1 and stopped.steps == steps - 2, f"{stopped}")
+        stopped = ended("cut", steps // 2)  # in the second task; ranks agree within ten steps
+        inside = stopped.stop_sign == signal.SIGUSR1 and steps // 2 < stopped.steps < steps
+        found.require(inside, f"{stopped}, of {steps} steps")
         again = ended("cut", -1, resume=True)
         matrix = [row.values["accuracy_matrix"] for row in (whole, again)]
         found.require(str(matrix[0]) == str(matrix[1]) and again.steps == steps, f"{matrix}")
