@@ -12,7 +12,7 @@ CLAIM = Claim(
     says="StaleSAM, with one pass a step, is no worse than SAM by half a point and better than SGD.",
     protocol="None published for StaleSAM: SAM's, accuracy at equal epochs against SGD.",
     scaled="Digits, a convolutional net, 20 epochs; each method's rho chosen on a part cut from the training samples.",
-    run=train, scale=Scale(), seeds=12, shown=("passes", "step_ms"), minutes=4,
+    run=train, scale=Scale(), seeds=12, shown=("passes", "step_ms"), minutes=3,
     arms={"SGD": Arm(options={"method": "SGD"}), "SAM": Arm(options={"method": "SAM"}),
           "LookSAM k=5": Arm(options={"method": "LookSAM", "every": 5}),
           "StaleSAM tau=1": Arm(options={"method": "StaleSAM", "tau": 1})},
