@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from everbatch.errors import check
 from everbatch.report.recorder import write_json
 
 __all__ = ["Cell", "Damaged", "Store"]
@@ -32,6 +33,10 @@ class Cell:
     """Hash of the samples; "" where the seed makes them."""
     label: str = field(default="", compare=False)
     """For people."""
+
+    def never_held_out(self) -> None:
+        """For a protocol that has no held-out samples: tuning would look at the test samples."""
+        check(not self.held_out, self.run, "a cell with held_out", "be without", "this protocol cannot tune an option")
 
     @property
     def described(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
         accuracy after the last round; first_accuracy after the first; epochs_to_fit: of the last round, until 99 % of an
         epoch's training samples were right, None where that was never so.
     """
+    cell.never_held_out()
     scale = Scale(**cell.scale)
     start = str(cell.options["start"])
     asked: dict[str, Any] = {

@@ -117,6 +117,7 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     Returns:
         accuracy after the last step, None where training diverged; steps.
     """
+    cell.never_held_out()
     scale = Scale(**{**cell.scale, "batches": tuple(cell.scale["batches"])})
     arm, batch = str(cell.options["arm"]), int(cell.options["batch"])
     learn, judge = _sources(cell, scale, home)

@@ -86,6 +86,7 @@ def optimise(cell: Cell, home: Path) -> dict[str, float | None]:
         start: the same of the points that the search began at; overshoot: how far the surrogate's promise exceeds the truth, in
         units of the values' spread; output_gradient: ||grad G||, G the surrogate's mean prediction; r2: of the fit.
     """
+    cell.never_held_out()
     scale, options = Scale(**cell.scale), dict(cell.options)
     function = FUNCTIONS[options.pop("function")]
     x, y, worst = offline_data(function, scale, cell.seed)

@@ -43,6 +43,8 @@ class Share(ClassIncremental):
 
     samples: int = 0
     """0 for all."""
+    held_out: bool = False
+    """Test on a part cut from the training samples."""
 
     def stream(self) -> Stream:
         """The classes of `data`, divided."""
@@ -51,23 +53,27 @@ class Share(ClassIncremental):
             ids = stratified_split(train.targets, self.samples / len(train), seed=0)[1]
             share: Source = SubsetSource(train, ids)
             train = share
+        if self.held_out:
+            rest, held = stratified_split(train.targets, 0.2, seed=0)
+            train, test = SubsetSource(train, rest), SubsetSource(train, held)
         split = {"class": class_incremental, "task": task_incremental}[self.scenario]
         return split(train, test, tasks=self.tasks, seed=self.trainer.seed)
 
 
 def train(cell: Cell, home: Path) -> dict[str, float | None]:
-    """One cell. Options of an arm: those of the recipe, nested.
+    """One cell. Options of an arm: those of the recipe, nested; `lr` instead of the scale's.
 
     Returns:
         accuracy (over all classes after the last task), average_incremental_accuracy, forgetting, backward_transfer.
     """
-    scale = Scale(**cell.scale)
+    scale, options = Scale(**cell.scale), dict(cell.options)
+    lr = float(options.pop("lr", scale.lr))
     shared: dict[str, Any] = {
         "data": {"source": spec(cell, home), "image_size": scale.image_size if cell.data.startswith("digits-") else None},
         "model": {"name": scale.model}, "engine": {"kind": "plain"}, "scenario": scale.scenario, "tasks": scale.tasks,
-        "samples": scale.samples, "optimizer": {"lr": scale.lr},
+        "samples": scale.samples, "held_out": cell.held_out, "optimizer": {"lr": lr},
         "trainer": {"batch_size": scale.batch, "epochs": scale.epochs, "seed": cell.seed}}
     with tempfile.TemporaryDirectory(prefix="everbatch-cell-") as folder:
-        values = run(config.build(Share, shared, cell.options, {"output": folder})).values
+        values = run(config.build(Share, shared, options, {"output": folder})).values
     names = ("average_incremental_accuracy", "forgetting", "backward_transfer")
     return {"accuracy": values["final_average_accuracy"], **{name: values[name] for name in names}}

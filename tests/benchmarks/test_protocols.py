@@ -100,6 +100,16 @@ def test_a_stream_is_the_recipes(tmp_path: Path) -> None:
     assert kept["forgetting"] == 0.0
 
 
+def test_no_protocol_tunes_on_test_samples(tmp_path: Path) -> None:
+    whole, cut = (stream.Share(samples=400, held_out=held).stream().tasks for held in (False, True))
+    trained, rest = (sum(len(task.train_ids) for task in tasks) for tasks in (whole, cut))
+    assert rest + sum(len(task.test_ids) for task in cut) == trained < 450 == sum(len(task.test_ids) for task in whole)
+    for module, protocol in ((growing, growing.train), (offline, offline.optimise), (large_batch, large_batch.train)):
+        scale = module.Scale()
+        with pytest.raises(ValueError, match="held_out"):
+            protocol(Cell(run="p", scale=asdict(scale), options={}, seed=0, held_out=True), tmp_path)  # type: ignore[operator]
+
+
 @pytest.mark.rotated(1, 3)
 def test_warm_start_is_the_recipe(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
