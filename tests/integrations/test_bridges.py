@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("transformers")
-pytest.importorskip("lightning")
 from processes import ROOT, Zygote
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+MISSING = [name for name in ("deepspeed", "transformers", "lightning") if importlib.util.find_spec(name) is None]
+# Not importorskip: every process that collects tests would import them, and with them a window toolkit.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300), pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}")]
 SAME = ("update/transformers", "resume/transformers", "update/lightning", "resume/lightning", "update/fabric",
         "update/accelerate")
 REFUSED = {

@@ -86,7 +86,7 @@ def schedule_of(trainer: Stepper, loader: Loader, *, done: int = 0) -> LRSchedul
     """A task's learning rates, from its step `done` on."""
     config = trainer.config
     return task_schedule(
-        config.schedule, trainer.rates, epochs=config.epochs, batch_size=config.batch_size,
+        config.schedule, trainer.base_rates, epochs=config.epochs, batch_size=config.batch_size,
         steps_per_epoch=loader.steps_per_epoch, done=done)
 
 

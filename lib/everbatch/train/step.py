@@ -48,7 +48,7 @@ class Stepper:
     problem: Problem
     """What is learned: losses, units and scores."""
     begun: Begun
-    rates: list[float]
+    base_rates: list[float]
     """Learning rate of each parameter group, as the optimizer was given it."""
     growth: Growth
     augment: Callable[[Any], Any] | None

@@ -175,7 +175,7 @@ class Trainer(Stepper):
         self.optimizer, self.module = self.engine.optimizer, self.engine.module
         self.optimizer.complete_state = True
         self.optimizer.problem = None if self.problem.cross_entropy else self.problem
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def _configured(self, model: nn.Module) -> nn.Module:
         """The model as mixins want it, returning its logits. A mixin may ask for them, and may give another model."""
