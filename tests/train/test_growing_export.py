@@ -116,6 +116,14 @@ def test_what_timm_cannot_hold_is_rebuilt_from_the_growths(tmp_path: Path) -> No
     assert torch.equal(again(inputs), trainer.module(inputs))
 
 
+def test_options_that_no_model_takes_stop_no_rank_of_an_export(tmp_path: Path) -> None:
+    """Only the first rank looks: what it raised alone, the others would wait for."""
+    trainer = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=deeper(), grown=deeper)
+    trainer.relaunch({"blocks": 1})
+    info = model_info(trainer.export(tmp_path / "model.safetensors", {"options": {"depth": 3}}))
+    assert "model" not in info and info["base"] == "small_conv" and info["options"]["depth"] == 3
+
+
 def test_heads_that_cannot_grow_are_named() -> None:
     with pytest.raises(ValueError, match="the classifier of Sequential is none, must be one linear layer"):
         grow_head(nn.Sequential(nn.Linear(2, 2)), [1])

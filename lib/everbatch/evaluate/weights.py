@@ -85,14 +85,15 @@ def holds(info: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
     """Whether the model that the metadata name has weights of these names and shapes. Cost: its skeleton, and no memory where
     it can be built on the meta device."""
     told = dict(info)
+    wrong = (ImportError, RuntimeError, TypeError, AttributeError, ValueError)  # NotImplementedError is a RuntimeError
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 model = _rebuilt("this export", told)
-        except (NotImplementedError, RuntimeError):  # it looks at a value while it is built, or cannot be built
+        except wrong:  # it looks at a value while it is built, or cannot be built
             try:
                 model = _rebuilt("this export", told)
-            except (ImportError, RuntimeError, TypeError, AttributeError, ValueError):
+            except wrong:
                 return False
     own = {name: value.shape for name, value in model.state_dict().items()}
     return own == {name: value.shape for name, value in state.items()}
