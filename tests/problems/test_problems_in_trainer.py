@@ -271,6 +271,16 @@ def test_a_stream_of_ones_own_that_knows_labels_alone_is_trained_on() -> None:
     assert t.fit(own)[-1] == learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN).fit(stream)[-1]
 
 
+def test_classification_refuses_targets_beside_its_labels() -> None:
+    """It would train on the targets, and be scored among the labels, all "0"."""
+    x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    rows = RowSource(x, targets=(x[:, 0] > 0).long())
+    with pytest.raises(ValueError, match=r"targets of its own and problem=Classification, .* give them as labels="):
+        texts.regressor(problem=Classification(), outputs=2).fit(iid(rows, rows))
+    with pytest.raises(ValueError, match=r"torch.float32, must be integers; .* goes into everbatch.data.RowSource"):
+        iid((x, x[:, 0]), (x, x[:, 0]))
+
+
 def test_stored_logits_above_the_limit_are_refused_before_the_first_step(monkeypatch: Any) -> None:
     monkeypatch.setattr(replay_module, "MOST_BYTES", 12 * texts.LENGTH * texts.VOCABULARY * 4 - 1)
     t = texts.trainer(mixins=(Replay,), more=REPLAY)

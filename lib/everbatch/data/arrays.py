@@ -90,7 +90,8 @@ def as_labels(who: str, what: str, values: Array) -> Tensor:
         labels = (labels == 1).to(torch.int64).argmax(1)
     check(labels.ndim == 1, who, f"{what} of shape {tuple(labels.shape)}", "be (N,) class indices")
     check(not labels.is_floating_point(), who, f"{what} of {labels.dtype}", "be integers",
-          "convert them: .long() of a tensor, .astype('int64') of an array")
+          "convert them: .long() of a tensor, .astype('int64') of an array; what is no class goes into "
+          "everbatch.data.RowSource(inputs, targets=...)")
     labels = labels.to("cpu", torch.int64)
     negative = torch.nonzero(labels < 0).flatten()
     if len(negative):

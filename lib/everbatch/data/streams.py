@@ -105,6 +105,12 @@ class Stream:
         inputs = {name: value for name, value in rows.items() if name != TARGETS}
         return unnamed("inputs", inputs) if inputs.keys() == {"inputs"} else inputs, rows.get(TARGETS, self.targets(ids))
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether the source gives targets of its own with its rows, beside labels. Cost: one sample."""
+        rows = self._everything.fetch(self.tasks[0].train_ids[:1])
+        return isinstance(rows, dict) and TARGETS in rows
+
     def seen_classes(self, task: int) -> tuple[int, ...]:
         """Labels of tasks 0 to `task`, ascending."""
         return tuple(sorted({label for earlier in self.tasks[: task + 1] for label in earlier.classes}))

@@ -13,7 +13,7 @@ from everbatch.train.outputs import check_output
 from everbatch.train.passes import OutputFn
 from everbatch.train.settings import TrainerConfig
 
-__all__ = ["check_objectives", "check_problem", "needed", "problem_of"]
+__all__ = ["check_objectives", "check_problem", "check_targets", "needed", "problem_of"]
 
 OF_LABELS = ("reference", "sampled", "exact")
 """Estimators of the Fisher information that weigh, draw or sum over the classes of a row."""
@@ -29,6 +29,19 @@ def problem_of(problem: Problem | None, config: TrainerConfig) -> Problem:
     check(not config.label_smoothing, "Trainer", f"label_smoothing={config.label_smoothing} beside problem={problem!r}",
           "be left out", "say Classification(label_smoothing=...)")
     return problem
+
+
+def check_targets(problem: Problem, stream: Any) -> None:
+    """Refuse a source with targets of its own under a problem of labels, by which tasks, predictions and memories go: training
+    would follow the targets, and the scores the labels.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    own = problem.labels and getattr(stream, "has_targets", False)
+    check(not own, "Trainer", f"a source with targets of its own and problem={type(problem).__name__}",
+          "have class indices as labels alone", "give them as labels=, without targets= or target=; or say problem=Regression() "
+          "or another whose targets are no labels")
 
 
 def check_problem(problem: Problem, optimizer: Any) -> None:

@@ -24,7 +24,7 @@ from everbatch.problems import Problem
 from everbatch.report.recorder import Recorder
 from everbatch.train import fit, persist, relaunch
 from everbatch.train.arguments import check_arguments
-from everbatch.train.auxiliary import check_objectives, check_problem, needed, problem_of
+from everbatch.train.auxiliary import check_objectives, check_problem, check_targets, needed, problem_of
 from everbatch.train.begun import Begun
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
@@ -286,6 +286,7 @@ class Trainer(Stepper):
         """Raise what `fit` would, of any task, before the first step of the first."""
         check(self._tasks_told in (None, len(stream)), "Trainer", f"a stream of {len(stream)} tasks after num_tasks="
               f"{self._tasks_told}", "have as many", "leave num_tasks out, or give the stream's")
+        check_targets(self.problem, stream)
         for task in stream.tasks:
             fit.schedule_of(self, fit.loader_of(self, stream, task))
 
