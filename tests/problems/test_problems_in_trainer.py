@@ -281,6 +281,20 @@ def test_classification_refuses_targets_beside_its_labels() -> None:
         iid((x, x[:, 0]), (x, x[:, 0]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Columns(Regression):
+    """Forgets to average over the columns."""
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets[:, None]).square()
+
+
+def test_losses_that_are_not_one_for_each_row_are_refused() -> None:
+    """Under weights of rows, with accumulation or a memory, they would be summed over pairs of rows."""
+    with pytest.raises(ValueError, match=r"Columns: losses\(\) of shape \(4, 1\), must be one for each of 4 rows"):
+        texts.regressor(problem=Columns(), accumulation=2).fit(texts.regression_stream())
+
+
 def test_stored_logits_above_the_limit_are_refused_before_the_first_step(monkeypatch: Any) -> None:
     monkeypatch.setattr(replay_module, "MOST_BYTES", 12 * texts.LENGTH * texts.VOCABULARY * 4 - 1)
     t = texts.trainer(mixins=(Replay,), more=REPLAY)

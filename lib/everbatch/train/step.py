@@ -114,7 +114,11 @@ class Stepper:
         if batch.part != "stream":
             return {}
         problem = self.problem
-        return {problem.term: batch.mean(problem.losses(outputs, batch.targets))}
+        losses = problem.losses(outputs, batch.targets)
+        if losses.shape != (len(batch),):  # times the weights of rows it would become a table
+            check(False, type(problem).__name__, f"losses() of shape {tuple(losses.shape)}",
+                  f"be one for each of {len(batch)} rows", "sum or average over all else")
+        return {problem.term: batch.mean(losses)}
 
     def after_step(self, record: StepRecord) -> None:
         """After every step, applied or skipped."""
