@@ -83,6 +83,8 @@ def _results(options: Mapping[str, str]) -> Store:
 # ----------------------------------------------------------------------------------------------------------------------- list
 def _list(names: Sequence[str], options: Mapping[str, str]) -> int:
     store = _results(options)
+    for name in names:
+        find(name)
     rows = [_row(name, claim, store) for name, claim in claims().items() if not names or name in names]
     rows.insert(0, ("name", "verdict", "cells", "minutes", "methods", "source"))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]

@@ -317,7 +317,8 @@ def test_options_are_chosen_by_held_out_samples(tmp_path: Path) -> None:
 def test_bad_words_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = f"results={tmp_path}"
     for words, said in (
-            (["lst"], "did you mean 'list'?"), (["run"], "name a claim"), (["run", "warmstart", here], "mean 'warm_start'?"),
+            (["lst"], "did you mean 'list'?"), (["list", "warmstart", here], "mean 'warm_start'?"),
+            (["run"], "name a claim"), (["run", "warmstart", here], "mean 'warm_start'?"),
             (["run", "mos", here], "everbatch.train.MOS"), (["run", "warm_start", "epoch=3", here], "epochs"),
             (["run", "warm_start", "jobs=0", here], "jobs=0"), (["run", "warm_start", "arms=cold", here], "arm 'cold'"),
             (["run", "warm_start", "data=/nowhere", here], "exist"), (["report", "jobs=2"], "option jobs")):
