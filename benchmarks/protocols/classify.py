@@ -74,7 +74,8 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     """One cell. Options of an arm: `method` of METHODS; `lr` and `batch` instead of the scale's; all others go to the optimizer.
 
     Returns:
-        accuracy; passes (mean per step); step_ms (median); eigenvalue, where the scale asks for the curvature.
+        accuracy, None where the last step had no finite gradient: the arm diverged; passes (mean per step); step_ms (median);
+        eigenvalue, where the scale asks for the curvature.
     """
     scale = Scale(**cell.scale)
     learn, judge, classes = parts(cell, scale, home)
@@ -84,10 +85,13 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     model = SmallConv(learn.inputs.shape[1], classes, learn.inputs.shape[-1], scale.width)
     optimizer = built(model, options.pop("method"), lr, scale.weight_decay, options)
     passes, spent = _steps(model, optimizer, learn, batch, cell.seed, scale)
+    diverged = not optimizer.last_applied
     values: dict[str, float | None] = {
-        "accuracy": accuracy(model, judge), "passes": statistics.fmean(passes), "step_ms": 1e3 * statistics.median(spent)}
+        "accuracy": None if diverged else accuracy(model, judge), "passes": statistics.fmean(passes),
+        "step_ms": 1e3 * statistics.median(spent)}
     if scale.curvature:
-        values["eigenvalue"] = eigenvalue(model, learn.rows(torch.arange(min(512, len(learn.targets)))), scale.curvature)
+        some = learn.rows(torch.arange(min(512, len(learn.targets))))
+        values["eigenvalue"] = None if diverged else eigenvalue(model, some, scale.curvature)
     return values
 
 

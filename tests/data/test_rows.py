@@ -145,6 +145,12 @@ def test_ragged_rows_say_what_to_do() -> None:
         source.fetch(torch.tensor([0, 2]))
 
 
+def test_samples_with_other_keys_say_so() -> None:
+    odd = as_source([{"x": [1.0], "y": 1.0}, {"x": [2.0]}], target="y")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"samples with \['x', 'y'\] and with \['x'\], must have the same keys"):
+        odd.fetch(torch.arange(2))
+
+
 def test_hugging_face_data_sets_are_sources() -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]], "labels": [[1, 2], [3, 4], [5, -100]]})

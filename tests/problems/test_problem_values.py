@@ -53,6 +53,11 @@ def test_a_language_model_counts_tokens(shift: bool) -> None:
     assert problem.scores(torch.tensor([0.0, 1e4, 10.0]))["perplexity"] == math.inf
 
 
+def test_tokens_of_any_integer_type() -> None:
+    outputs, tokens = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    assert torch.equal(CausalLM().losses(outputs, tokens.int()), CausalLM().losses(outputs, tokens))
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_regression_scores_as_scikit_learn_does(outputs: int) -> None:
     from sklearn.metrics import mean_squared_error, r2_score

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import learning
 from everbatch import compose
-from everbatch.data import Loader, RowSource, iid, validation
+from everbatch.data import Loader, RowSource, class_incremental, iid, validation
 from everbatch.distributed import World
 from everbatch.optim import EMA, ESAM, EWC, GSAM, MAS, SAM, SI, GradientNorm, Ignite, LookSAM, Refresh, StaleSAM
 from everbatch.optim.memory.fisher import fisher_sums
@@ -293,6 +293,18 @@ def test_losses_that_are_not_one_for_each_row_are_refused() -> None:
     """Under weights of rows, with accumulation or a memory, they would be summed over pairs of rows."""
     with pytest.raises(ValueError, match=r"Columns: losses\(\) of shape \(4, 1\), must be one for each of 4 rows"):
         texts.regressor(problem=Columns(), accumulation=2).fit(texts.regression_stream())
+
+
+def test_regression_refuses_labels_that_are_numbered_anew() -> None:
+    """Class-incremental streams number labels in the order of their classes; labels as they are may be learned as numbers."""
+    x, y = torch.randn(16, 5, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
+    for order, refused in (([2, 0, 3, 1], True), ([0, 1, 2, 3], False)):
+        stream = class_incremental((x, y), (x, y), tasks=2, class_order=order)
+        if refused:
+            with pytest.raises(ValueError, match=r"problem=Regression and labels .* numbered anew, .*RowSource"):
+                texts.regressor().fit(stream)
+        else:
+            texts.regressor().fit(stream)
 
 
 def test_stored_logits_above_the_limit_are_refused_before_the_first_step(monkeypatch: Any) -> None:

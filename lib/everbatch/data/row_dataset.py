@@ -89,6 +89,8 @@ def stacked(who: str, samples: Sequence[Any]) -> Any:
     cure = "pad them to one length, or give collate="
     first = samples[0]
     if isinstance(first, Mapping):
+        odd = next((sorted(sample) for sample in samples if sample.keys() != first.keys()), None)
+        check(odd is None, who, f"samples with {sorted(first)} and with {odd}", "have the same keys", "give collate=")
         return {key: _stack(who, key, [sample[key] for sample in samples], cure) for key in first}
     if isinstance(first, tuple | list):
         check(len(first) == 2, who, f"samples of {len(first)} values", "be (input, target), or dicts", "give collate=")

@@ -34,7 +34,7 @@ class ClosureModule:
         self._micro_batches: list[Any] = []
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> None:
-        self._micro_batches.append(batch)
+        self._micro_batches = [*(self._micro_batches if batch_idx else ()), batch]  # none of a fit that was cut off
         if len(self._micro_batches) < self.accumulate and not self.trainer.is_last_batch:
             return
         batches, self._micro_batches = self._micro_batches, []

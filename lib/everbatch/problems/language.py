@@ -43,7 +43,7 @@ class CausalLM(Problem):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """See `Problem.losses`."""
         at, aim = self._pair(outputs, targets)
-        flat = functional.cross_entropy(at.flatten(0, 1), aim.flatten(), ignore_index=self.ignore, reduction="none")
+        flat = functional.cross_entropy(at.flatten(0, 1), aim.flatten().long(), ignore_index=self.ignore, reduction="none")
         return flat.view(aim.shape).sum(1)
 
     def units(self, targets: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from everbatch.contract import parts_of, route
 from everbatch.errors import check
 from everbatch.optim import OptimizerMixin
@@ -33,15 +35,19 @@ def problem_of(problem: Problem | None, config: TrainerConfig) -> Problem:
 
 def check_targets(problem: Problem, stream: Any) -> None:
     """Refuse a source with targets of its own under a problem of labels, by which tasks, predictions and memories go: training
-    would follow the targets, and the scores the labels.
+    would follow the targets, and the scores the labels. Under other problems refuse labels that the stream has renumbered.
 
     Raises:
         ValueError: on every rank.
     """
-    own = problem.labels and getattr(stream, "has_targets", False)
-    check(not own, "Trainer", f"a source with targets of its own and problem={type(problem).__name__}",
+    name, own = type(problem).__name__, getattr(stream, "has_targets", False)
+    check(not (problem.labels and own), "Trainer", f"a source with targets of its own and problem={name}",
           "have class indices as labels alone", "give them as labels=, without targets= or target=; or say problem=Regression() "
           "or another whose targets are no labels")
+    numbers = getattr(stream, "label_map", None)
+    moved = numbers is not None and not torch.equal(numbers, torch.arange(len(numbers)))
+    check(problem.labels or own or not moved, "Trainer", f"problem={name} and labels that the stream has numbered anew",
+          "be targets of their own", "give them beside the inputs: everbatch.data.RowSource(inputs, targets=...)")
 
 
 def check_problem(problem: Problem, optimizer: Any) -> None:
