@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from everbatch.data import Source, load
 from everbatch.data.sources import digest
 from everbatch.errors import check
 
-__all__ = ["opened", "prepare", "rows", "spec", "top"]
+__all__ = ["Samples", "opened", "prepare", "recipe_data", "rows", "spec", "top"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The first fields of a scale: which samples its cells train on."""
+
+    data: str = "digits"
+    """digits, or any source of everbatch.data.load."""
+    image_size: int | None = None
+    """Side in pixels; by default the size the data has."""
 
 
 def prepare(source: str, image_size: int | None, home: Path) -> str:
@@ -53,6 +64,11 @@ def opened(cell: Cell, home: Path) -> tuple[Source, Source]:
     options = {"image_size": cell.scale["image_size"]} if cell.data.startswith("digits-") else {}
     train, test = (load(spec(cell, home), train=part, **options) for part in (True, False))
     return train, test
+
+
+def recipe_data(cell: Cell, home: Path) -> dict[str, Any]:
+    """The option `data` of a recipe that trains on a cell's samples."""
+    return {"source": spec(cell, home), "image_size": cell.scale["image_size"] if cell.data.startswith("digits-") else None}
 
 
 def rows(source: Source, ids: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.ledger.cells import Cell
-from benchmarks.ledger.samples import opened, rows, top
+from benchmarks.ledger.samples import Samples, opened, rows, top
 from everbatch import compose, seeds
 from everbatch.data import Source, stratified_split
 from everbatch.nn import SmallConv
@@ -34,13 +34,9 @@ METHODS: dict[str, tuple[tuple[type, ...], type[torch.optim.Optimizer]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Scale(Samples):
     """What all cells share."""
 
-    data: str = "digits"
-    """digits, or any source of everbatch.data.load."""
-    image_size: int | None = None
-    """Side in pixels; by default the size the data has."""
     samples: int = 0
     """Training samples, a stratified share; 0 for all."""
     noise: float = 0.0

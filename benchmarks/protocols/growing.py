@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ledger.cells import Cell
-from benchmarks.ledger.samples import spec
+from benchmarks.ledger.samples import Samples, recipe_data
 from everbatch import config
 from everbatch.experiment import GrowingData, run
 
@@ -16,13 +16,9 @@ __all__ = ["Scale", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Scale(Samples):
     """What all cells share: the defaults of the recipe's file."""
 
-    data: str = "digits"
-    """digits, or any source of everbatch.data.load."""
-    image_size: int | None = None
-    """Side in pixels; by default the size the data has."""
     pixel_noise: float = 0.5
     """Standard deviation of noise put on each image once and for all, as a share of the pixel range."""
     rounds: int = 2
@@ -49,7 +45,7 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     scale = Scale(**cell.scale)
     start = str(cell.options["start"])
     asked: dict[str, Any] = {
-        "data": {"source": spec(cell, home), "image_size": scale.image_size if cell.data.startswith("digits-") else None},
+        "data": recipe_data(cell, home),
         "pixel_noise": scale.pixel_noise, "rounds": scale.rounds, "first": scale.first, "width": scale.width,
         "shrink": scale.shrink, "perturb": scale.perturb, "arms": [start], "seeds": 1, "engine": {"kind": "plain"},
         "optimizer": {"base": "adamw", "lr": scale.lr},

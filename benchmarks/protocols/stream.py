@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ledger.cells import Cell
-from benchmarks.ledger.samples import spec
+from benchmarks.ledger.samples import Samples, recipe_data
 from everbatch import config
 from everbatch.data import Source, Stream, SubsetSource, class_incremental, stratified_split, task_incremental
 from everbatch.experiment import ClassIncremental, run
@@ -17,13 +17,9 @@ __all__ = ["Scale", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class Scale(Samples):
     """What all cells share."""
 
-    data: str = "digits"
-    """digits, or any source of everbatch.data.load."""
-    image_size: int | None = None
-    """Side in pixels; by default the size the data has."""
     samples: int = 0
     """Training samples, a stratified share; 0 for all."""
     model: str = "small_conv"
@@ -69,7 +65,7 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     scale, options = Scale(**cell.scale), dict(cell.options)
     lr = float(options.pop("lr", scale.lr))
     shared: dict[str, Any] = {
-        "data": {"source": spec(cell, home), "image_size": scale.image_size if cell.data.startswith("digits-") else None},
+        "data": recipe_data(cell, home),
         "model": {"name": scale.model}, "engine": {"kind": "plain"}, "scenario": scale.scenario, "tasks": scale.tasks,
         "samples": scale.samples, "held_out": cell.held_out, "optimizer": {"lr": lr},
         "trainer": {"batch_size": scale.batch, "epochs": scale.epochs, "seed": cell.seed}}

@@ -118,9 +118,9 @@ class Replay(TrainerMixin):
         config: Replay.Config = self.configs[Replay]
         if not config.capacity:
             return ()
-        problem = getattr(self, "problem", None)
-        if problem is not None and not problem.cross_entropy:
-            return _of_problem(problem, config)
+        other = _other_problem(self)
+        if other is not None:
+            return _of_problem(other, config)
         if config.method == "er":
             return er(config.beta)
         grown = _has_grown(self)
@@ -137,10 +137,10 @@ class Replay(TrainerMixin):
 
     def before_fit(self) -> None:
         """Refuse stored outputs that are too large, before the first step: asks the model for one row. Collective."""
-        store, problem = self.states[Replay].store, getattr(self, "problem", None)
+        store: ReplayStore | None = self.states[Replay].store
         stream: Any = getattr(self, "stream", None)
         config: Replay.Config = self.configs[Replay]
-        if store is None or problem is None or problem.cross_entropy or stream is None or config.method == "er":
+        if store is None or stream is None or config.method == "er" or _other_problem(self) is None:
             return
         raw, _ = rows_of_stream(stream, stream.tasks[0].train_ids[:1])
         outputs: Tensor = self.predict(self.inputs_of(raw))  # type: ignore[attr-defined]
@@ -184,15 +184,22 @@ class Replay(TrainerMixin):
             return
         raw = batch.extras.get("raw", batch.inputs)
         rows = {"raw": raw} if isinstance(raw, Tensor) else named("raw", raw)
-        problem = getattr(self, "problem", None)
-        if problem is None or problem.cross_entropy or self.configs[Replay].method != "er":
+        other = _other_problem(self)
+        if other is None or self.configs[Replay].method != "er":
             rows["logits"] = record.outputs["stream"].float()
+        problem = getattr(self, "problem", None)
         if problem is not None and not problem.labels:
             rows["aim"] = batch.targets  # the index holds labels of the stream
-        if (problem is None or problem.cross_entropy) and _has_grown(self):
+        if other is None and _has_grown(self):
             store.widen("logits", rows["logits"].shape[1])
         ids, targets, position = self.global_rows(batch)
         store.add(ids.numpy(), targets.numpy(), position.numpy(), batch.task, rows)
+
+
+def _other_problem(trainer: Any) -> Problem | None:
+    """The trainer's problem where it is another than cross-entropy of labels."""
+    problem: Problem | None = getattr(trainer, "problem", None)
+    return None if problem is None or problem.cross_entropy else problem
 
 
 def _of_problem(problem: Problem, config: Replay.Config) -> tuple[ProblemTerm, ...]:
