@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from everbatch import config, seeds
+from everbatch.checkpoint.folder import together
 from everbatch.composition import compose
 from everbatch.config.strict_yaml import dump_text
 from everbatch.contract import base_of, parts_of
@@ -167,7 +168,7 @@ def compare(options: GrowingData, job: Job) -> Result:
         "accuracy": accuracy, "epochs_to_99_percent": epochs, "gaps": gaps, "sizes": sizes, "seconds": seconds,
         "test_samples": len(test), "world_size": world.size, "versions": versions(),
         "configuration": config.resolved(options)})[0]
-    recorder.result(values)
+    together(world, folder, lambda: recorder.result(values))
     recorder.say("\n".join([*report(accuracy, epochs), *(verdict(name, g, options.seeds) for name, g in gaps.items()),
                             f"{seconds:.0f} s; see {folder}/result.json and {folder}/figures/accuracy_by_round.png",
                             f"weights of {ARMS[options.arms[-1]]}, seed {options.trainer.seed}: {folder}/model.safetensors"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from everbatch import config
+from everbatch.checkpoint.folder import together
 from everbatch.config.strict_yaml import dump_text
 from everbatch.data import Stream
 from everbatch.distributed import init
@@ -116,7 +117,7 @@ def _trained(options: Experiment, job: Job, trainer: Trainer, stream: Stream, sa
         "changes": trainer.changes, "describe": trainer.describe(), "stream": stream.fingerprint(), "versions": versions(),
         "configuration": config.resolved(options), **own}
     kept: Any = world.gather(values)[0]  # seconds differ by rank
-    recorder.result(kept)
+    together(world, job.folder, lambda: recorder.result(kept))  # no rank goes on before it can read them
     recorder.say("\n".join([*lines, f"{trainer.step} steps in {seconds:.0f} s; see {_written(job.folder)}"]))
     return Result(kept, job.folder, trainer.step)
 
