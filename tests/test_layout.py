@@ -13,7 +13,7 @@ MOST_LINES = 400
 FLOORS = (
     ("errors", "version", "quiet", "moved", "seeds", "processes", "rows"), ("distributed",), ("ends",), ("config",),
     ("declared", "contract", "methods"), ("checkpoint", "report", "nn", "problems"), ("engines",), ("objective",), ("optim",),
-    ("data", "metrics"), ("evaluate",), ("train",), ("composition",), ("integrations",), ("experiment",), ("cli",))
+    ("data", "metrics"), ("evaluate",), ("train",), ("composition",), ("integrations",), ("experiment",), ("tune",), ("cli",))
 """Rooms from the ground up: each imports from below, and from its own floor."""
 
 

@@ -1,0 +1,49 @@
+"""Two-phase tuning: search on one scenario, freeze what was chosen, judge it once on another whose data nobody has seen.
+
+    python -m everbatch.tune prepare output=runs/mine            two folders: what the search may see, and what it may not
+    python -m everbatch.tune search data=runs/mine/tuning        ends by freezing record.json, and prints its SHA-256
+    python -m everbatch.tune evaluate record=runs/mine/search/record.json data=runs/mine/evaluation
+    python -m everbatch.tune conventional data=runs/mine/evaluation
+
+Everything that is kept is JSON; a number that is not finite is never written. Four kinds of file:
+
+*A unit*, `units/KEY.json`: one stream, trained once. KEY is the SHA-256 of all that it depends on.
+
+    {"key": "...", "options": {"optimizer.lr": 0.05, ...}, "order": 0,
+     "accuracies": [1.0, 0.93, ...],        after each task, over all classes seen
+     "avg_acc": 0.93,                       their mean: average incremental accuracy
+     "acc": 0.9,                            the last: final average accuracy
+     "seconds": 1.9, "cpu_seconds": 1.6, "ranks": 1}
+
+or, of one that failed, `{"key", "options", "order", "failed": "diverged", "cause": "...", "seconds", "cpu_seconds"}`, where
+"failed" is one of diverged, error, time_limit, out_of_memory, died.
+
+*A record*, `record.json`: `{"body": BODY, "sha256": "..."}`, the SHA-256 of BODY as canonical JSON. Of BODY:
+
+    "kind": "two-phase" or "conventional"
+    "methods": {"er": {
+        "options": {"replay.method": "er"},         what makes it this method
+        "space": {"optimizer.lr": [0.01, ...]},     empty: not searched, a bound to compare with
+        "configurations": [                         every one that was drawn, by id
+            {"id": 0, "values": {"optimizer.lr": 0.05, ...}, "status": "complete",
+             "orders": [{"order": 0, "avg_acc": 0.93, "acc": 0.9, "seconds": 1.9, "cpu_seconds": 1.6}, ...]}],
+        "failures": [{"id": 3, "order": 1, "failed": "diverged", "cause": "..."}],
+        "chosen": 0}}                               the id of one that is complete
+    "orders": [0, 1]                                the class orders that the search used
+    "evaluation_orders": [2, 3, ...]                those declared for the evaluation
+    "cost": {"streams": 48, "seconds": 71.0, "cpu_seconds": 64.0}
+    and the scenario, the search's own options, what the seal says of both data sets, versions and flags.
+
+"status" is complete (it has all orders), failed, raced_out (left behind by a race) or unsearched (it has none: "space" is empty,
+and `orders` too). Only complete configurations can be chosen.
+
+*Rows of an evaluation*, `results.jsonl`, one a line, only ever added to:
+
+    {"protocol": "two-phase", "method": "er", "configuration": 0, "order": 2, "avg_acc": 0.9, "acc": 0.88,
+     "accuracies": [...], "seconds": 1.9, "cpu_seconds": 1.6, "record": "<SHA-256 of the record>", "amended": false}
+
+"protocol" is two-phase (also of methods that are not searched) or conventional (the values that were chosen on the evaluation
+data itself, on the same orders). A row of a stream that failed has "failed" and "cause" in place of the accuracies.
+"""
+
+from __future__ import annotations
