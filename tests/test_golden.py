@@ -33,7 +33,7 @@ def test_the_library_reproduces_the_golden_vectors(capsys: pytest.CaptureFixture
     for name, entry in files.items():
         assert entry["status"] == "pass" and entry["error"] <= 1 and entry["arrays"] > 0, entry
         partly = name == "grip_analytic.npz"  # its projections are in the library, its unlearning is not
-        assert partly or all(key.endswith(("num_batches_tracked", "numpy_seed")) for key in entry["unchecked"]), entry
+        assert partly or all(key.endswith(("num_batches_tracked", "numpy_seed", "_BUGGY")) for key in entry["unchecked"]), entry
 
 
 # ------------------------------------------------------------------------------------------------- altered vectors
@@ -57,6 +57,9 @@ CASES = [
     *(("lb_sam_bn_sgd_f64.npz", f"step2/{kind}") for kind in (
         "param/bn.weight", "param_buf/bn.running_var", "perturbed_buf/bn.running_mean")),
     ("lb_sam_sgd_f64.npz", "init/fc1.weight"), ("lb_sam_sgd_f64.npz", "x"),
+    *(("continual_evaluation_metrics.npz", key) for key in (
+        "1/ref_wc_acc", "0/ref_lca10", "1/ref_WF10_per_task", "0/exact_WP100_final_per_task",
+        "window/0/exact_rise")),
     ("cl_metrics.npz", "1/forgetting_pycil"), ("cl_metrics.npz", "2/fwt"), ("cl_metrics.npz", "0/random_init_acc"),
     *(("replay_er_der_derpp.npz", key) for key in (
         "er/step1/loss", "der/step3/theta_after/fc2.weight", "derpp/step4/buffer_logits", "derpp/step2/buffer_examples",

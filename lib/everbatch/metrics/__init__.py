@@ -1,4 +1,4 @@
-"""Metrics of a stream of tasks: pure functions on the accuracy matrix."""
+"""Metrics of a stream of tasks: pure functions on the accuracy matrix, and what happens between its rows."""
 
 from everbatch.metrics.matrix import (
     average_incremental_accuracy,
@@ -9,8 +9,9 @@ from everbatch.metrics.matrix import (
     seen_accuracy,
     summary,
 )
+from everbatch.metrics.stability import Stability, largest_drop, largest_rise
 
 __all__ = [
-    "average_incremental_accuracy", "backward_transfer", "final_average_accuracy", "forgetting", "forward_transfer",
-    "seen_accuracy", "summary",
+    "Stability", "average_incremental_accuracy", "backward_transfer", "final_average_accuracy", "forgetting", "forward_transfer",
+    "largest_drop", "largest_rise", "seen_accuracy", "summary",
 ]

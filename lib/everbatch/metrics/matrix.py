@@ -22,14 +22,14 @@ from everbatch.errors import check
 
 __all__ = [
     "average_incremental_accuracy", "backward_transfer", "final_average_accuracy", "forgetting", "forward_transfer",
-    "seen_accuracy", "summary",
+    "in_range", "seen_accuracy", "summary",
 ]
 
 Unit = Literal["fraction", "percent", "score"]
 _RANGE = {"fraction": (0.0, 1.0), "percent": (0.0, 100.0), "score": (-np.inf, np.inf)}
 
 
-def _within(who: str, values: NDArray[np.float64], unit: str) -> None:
+def in_range(who: str, values: NDArray[np.float64], unit: str) -> None:
     """Raise unless every evaluated entry lies in the range of the unit; names the first that does not."""
     check(unit in _RANGE, who, f"unit={unit!r}", "be 'fraction', 'percent' or 'score'")
     low, high = _RANGE[unit]
@@ -45,7 +45,7 @@ def _square(who: str, matrix: ArrayLike, unit: str) -> NDArray[np.float64]:
     full = np.asarray(matrix, dtype=np.float64)
     check(full.ndim == 2 and 1 <= full.shape[0] <= full.shape[1], who, f"accuracy matrix of shape {full.shape}",
           "be (tasks trained, tasks) with at least one row and no more rows than columns")
-    _within(who, full, unit)
+    in_range(who, full, unit)
     square = full[:, : full.shape[0]]
     missing = np.argwhere(np.isnan(square) & np.tri(len(square), dtype=bool))
     if len(missing):
@@ -132,7 +132,7 @@ def forward_transfer(matrix: ArrayLike, random_init: ArrayLike, *, unit: Unit = 
     tasks = np.asarray(matrix).shape[1]
     b = np.asarray(random_init, dtype=np.float64)
     check(b.shape == (tasks,), "forward_transfer", f"random_init of shape {b.shape}", f"be one per task ({tasks},)")
-    _within("forward_transfer", b, unit)
+    in_range("forward_transfer", b, unit)
     if len(a) == 1:
         return None
     ahead = np.diagonal(a, offset=1) - b[1 : len(a)]

@@ -15,6 +15,7 @@ from golden.families import (
     regularizers,
     replay,
     sparsity,
+    stability,
     subspace,
     trust,
     unified,
@@ -29,6 +30,7 @@ Family = Callable[[Vectors, Comparison], None]
 FAMILIES: dict[str, Family] = {
     "buffers": buffers.check,
     "cl_metrics": metrics.check,
+    "continual_evaluation": stability.check,
     "dst_isolation": sparsity.check_isolation,
     "erk_densities": sparsity.check_densities,
     "itop_mask_updates": sparsity.check_updates,
