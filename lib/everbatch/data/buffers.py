@@ -6,161 +6,21 @@ keys, so neither the number of ranks nor the use of global generators can change
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from everbatch.data.memory import check_memory
+from everbatch.data.buffer import NO_SLOTS, Buffer, Slots, State, rank_within, whole
+from everbatch.data.places import Known, Quota
 from everbatch.data.slots import Ints, group_quotas, largest, ring_index
 from everbatch.errors import CheckpointMismatch, check
-from everbatch.seeds import derive, generator, uniform_keys
+from everbatch.seeds import derive, uniform_keys
 
 __all__ = ["Buffer", "ClassBalanced", "Reservoir", "Ring", "Slots"]
 
 Key = Literal["stream", "sample"]
-State = dict[str, "np.ndarray | int"]
-_COLUMNS = ("ids", "targets", "positions", "tasks")
-INDEX_BYTES = 41
-"""Of a slot, beside its sample: four columns, where it lies, and whether it is used."""
-
-
-class Slots(NamedTuple):
-    """What happened to the rows of one `add`."""
-
-    rows: Ints
-    """Incoming rows that are kept (entered, or refreshed what was there), ascending."""
-    slots: Ints
-    """The slot of each."""
-    evicted: Ints
-    """Slots whose earlier sample is gone, ascending; some of them are in `slots` again, with their new sample."""
-
-
-def _ints(values: ArrayLike) -> Ints:
-    return np.asarray(values, dtype=np.int64)
-
-
-_NONE = np.empty(0, dtype=np.int64)
-
-
-class Buffer(ABC):
-    """`capacity` slots of (id, target, position, task). Subclasses decide who gets one.
-
-    Args:
-        capacity: number of slots; 0 keeps nothing.
-        seed: of keys and draws.
-
-    Raises:
-        ValueError: capacity below 0, or beyond this machine's memory.
-    """
-
-    def __init__(self, capacity: int, *, seed: int = 0) -> None:
-        whole = isinstance(capacity, int) and not isinstance(capacity, bool)
-        check(whole and capacity >= 0, type(self).__name__, f"capacity={capacity!r}", "be an integer >= 0",
-              "0 keeps nothing and switches replay off")
-        check_memory(type(self).__name__, f"capacity={capacity}", capacity * INDEX_BYTES, "lower the capacity")
-        self.capacity, self.seed = capacity, seed
-        self.used: NDArray[np.bool_] = np.zeros(capacity, dtype=bool)
-        self.ids, self.targets, self.positions, self.tasks = (np.full(capacity, -1, dtype=np.int64) for _ in _COLUMNS)
-
-    def __len__(self) -> int:
-        return int(self.used.sum())
-
-    @property
-    def filled(self) -> Ints:
-        """Slots that hold a sample, ascending."""
-        return np.flatnonzero(self.used)
-
-    def add(self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int) -> Slots:
-        """Offer one global batch: (G,) ids, targets and stream positions, all of one task. The same on every rank."""
-        keys, labels, places = _ints(ids), _ints(targets), _ints(positions)
-        if not (keys.ndim == 1 and keys.shape == labels.shape == places.shape):
-            check(False, type(self).__name__,
-                  f"ids, targets and positions of shapes {keys.shape}, {labels.shape}, {places.shape}", "be (G,) each")
-        if self.capacity == 0 or len(keys) == 0:
-            return Slots(_NONE, _NONE, _NONE)
-        return self._add(keys, labels, places, task)
-
-    @abstractmethod
-    def _add(self, ids: Ints, targets: Ints, positions: Ints, task: int) -> Slots: ...
-
-    def draw(self, count: int, *key: int | str, balanced: bool = False) -> Ints:
-        """min(count, filled) slots without replacement: a function of the content, the seed and `key` alone.
-
-        Args:
-            count: samples wanted, >= 1.
-            key: what the draw is for, say ("replay", step): the same key draws the same slots.
-            balanced: take classes in turn instead of samples uniformly: every class present is drawn equally often, as
-                far as it has samples.
-        """
-        if count < 1:
-            check(False, type(self).__name__, f"draw of {count}", "be at least 1")
-        slots, source = self.filled, generator(self.seed, "draw", *key)
-        order = torch.randperm(len(slots), generator=source).numpy()
-        if balanced and len(slots):
-            present, label = np.unique(self.targets[slots[order]], return_inverse=True)
-            turn = torch.randperm(len(present), generator=source).numpy()[label]
-            order = order[np.lexsort((turn, _rank_within(label)))]
-        return np.asarray(slots[order[:count]], dtype=np.int64)
-
-    def _write(self, slots: Ints, ids: Ints, targets: Ints, positions: Ints, tasks: Ints | int) -> None:
-        self.used[slots] = True
-        for name, values in zip(_COLUMNS, (ids, targets, positions, tasks), strict=True):
-            getattr(self, name)[slots] = values
-
-    @property
-    def _tag(self) -> int:
-        """Tells kinds of memories apart in saved states."""
-        return derive(type(self).__name__)
-
-    def state(self) -> State:
-        """Everything but the constructor's arguments: integers, and arrays over the filled slots, ascending."""
-        slots = self.filled
-        columns: State = {name: getattr(self, name)[slots] for name in _COLUMNS}
-        return {"kind": self._tag, "seed": self.seed, "capacity": self.capacity, "slots": slots, **columns}
-
-    def load(self, state: Mapping[str, np.ndarray | int]) -> Ints:
-        """Take over a saved state; returns the new slot of each saved sample, -1 for those that no longer fit.
-
-        A memory of another capacity keeps the samples its rule prefers, or has room left.
-
-        Raises:
-            CheckpointMismatch: the state is of another kind of memory, or of another seed.
-        """
-        who = type(self).__name__
-        if int(state["kind"]) != self._tag:
-            raise CheckpointMismatch(f"{who}: the saved memory is of another kind or has other options, must be alike")
-        if int(state["seed"]) != self.seed:
-            raise CheckpointMismatch(f"{who}: seed={self.seed}, must be that of the saved memory, {int(state['seed'])}")
-        slots = _ints(state["slots"])
-        columns = [_ints(state[name]) for name in _COLUMNS]
-        moved = self._place(state, int(state["capacity"]), slots, *columns)
-        self.used[:] = False
-        for name in _COLUMNS:
-            getattr(self, name)[:] = -1
-        kept = moved >= 0
-        self._write(moved[kept], *(column[kept] for column in columns))
-        return moved
-
-    @abstractmethod
-    def _place(
-        self, state: Mapping[str, np.ndarray | int], capacity: int, slots: Ints, ids: Ints, targets: Ints,
-        positions: Ints, tasks: Ints,
-    ) -> Ints:
-        """The slot here of each saved sample, or -1; may take over further parts of the state."""
-
-
-def _rank_within(group: Ints) -> Ints:
-    """For each row, how many earlier rows have its group."""
-    order = np.argsort(group, kind="stable")
-    ordered = group[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    rank = np.empty(len(group), dtype=np.int64)
-    rank[order] = np.arange(len(group)) - np.repeat(first, np.diff(np.r_[first, len(group)]))
-    return rank
 
 
 class Reservoir(Buffer):
@@ -175,7 +35,7 @@ class Reservoir(Buffer):
         key: "stream" keys every visit, by its position: a sample met in three epochs enters up to three times (as in
             Mammoth). "sample" keys (task, id): it enters once, and meeting it again refreshes what is stored with it.
 
-    Cost: O(G + capacity) per batch.
+    Cost: O(1) for a sample that is turned away, O(log capacity) for one that enters.
     Source: the random-key reservoir of Avalanche's storage_policy.py, with stateless keys.
     """
 
@@ -183,6 +43,7 @@ class Reservoir(Buffer):
         super().__init__(capacity, seed=seed)
         check(key in ("stream", "sample"), type(self).__name__, f"key={key!r}", "be 'stream' or 'sample'")
         self.key = key
+        self._quota, self._known = Quota(), Known()
 
     @property
     def _tag(self) -> int:
@@ -203,42 +64,85 @@ class Reservoir(Buffer):
         keep = np.ones(len(keys), dtype=bool)
         if len(keys) > self.capacity:
             keep[:] = False
-            keep[np.argpartition(-keys, self.capacity - 1)[: self.capacity] if self.capacity else _NONE] = True
+            keep[np.argpartition(-keys, self.capacity - 1)[: self.capacity] if self.capacity else NO_SLOTS] = True
         return keep
 
-    def _see(self, targets: Ints, task: int) -> None:
-        """Note what a batch brings before the choice is made."""
+    def _groups(self, targets: Ints, tasks: Ints) -> Ints:
+        """Which samples compete for the same slots: all."""
+        return np.zeros(len(targets), dtype=np.int64)
+
+    def quotas(self) -> dict[int, int]:
+        """Slots of each group."""
+        return {0: self.capacity}
+
+    def _see(self, targets: Ints, task: int) -> bool:
+        """Note what a batch brings before the choice is made; whether quotas are others now."""
+        return False
 
     def _met_again(self, ids: Ints, task: int) -> tuple[Ints, Ints, Ints]:
         """New rows, refreshed rows and their slots, of a batch with key="sample"; the last of equal ids counts."""
         _, last = np.unique(ids[::-1], return_index=True)
         rows = np.sort(len(ids) - 1 - last)
-        here = np.flatnonzero(self.used & (self.tasks == task))
-        here = here[np.argsort(self.ids[here])]
-        place = np.searchsorted(self.ids[here], ids[rows])
-        hit = place < len(here)
-        hit[hit] = self.ids[here[place[hit]]] == ids[rows[hit]]
-        return rows[~hit], rows[hit], here[place[hit]]
+        slots = self._known.find(ids[rows], task)
+        met = slots >= 0
+        return rows[~met], rows[met], slots[met]
 
     def _add(self, ids: Ints, targets: Ints, positions: Ints, task: int) -> Slots:
-        rows, again, again_slots = np.arange(len(ids)), _NONE, _NONE
+        rows, again, again_slots = np.arange(len(ids)), NO_SLOTS, NO_SLOTS
         if self.key == "sample":
             rows, again, again_slots = self._met_again(ids, task)
-            self._write(again_slots, ids[again], targets[again], positions[again], task)
-        self._see(targets, task)
-        old = self.filled
-        tasks = np.r_[self.tasks[old], np.full(len(rows), task)]
-        keys = self._keys(np.r_[self.ids[old], ids[rows]], np.r_[self.positions[old], positions[rows]], tasks)
-        keep = self._keep(keys, np.r_[self.targets[old], targets[rows]], tasks)
-        evicted, entering = old[~keep[: len(old)]], rows[keep[len(old) :]]
-        self.used[evicted] = False
-        slots = np.flatnonzero(~self.used)[: len(entering)]
+        relabelled = bool((self.targets[again_slots] != targets[again]).any())
+        self._write(again_slots, ids[again], targets[again], positions[again], task)
+        if relabelled:  # by whoever gives the targets: they may compete with others now
+            self._renew()
+        changed = self._see(targets, task) or relabelled
+        tasks = np.full(len(rows), task)
+        keys = self._keys(ids[rows], positions[rows], tasks)
+        groups = self._groups(targets[rows], tasks)
+        chosen, evicted = self._choose(keys, groups, changed=changed)
+
+        entering = rows[chosen]
+        self._evict(evicted)
+        slots = self._places.first_free(len(entering))
         self._write(slots, ids[entering], targets[entering], positions[entering], task)
+        self._quota.enter(groups[chosen].tolist(), keys[chosen].tolist(), slots.tolist())
+        if self.key == "sample":
+            self._known.enter(ids[entering], tasks[chosen], slots)
         # A refreshed sample can lose its place in the same step, when a new class shrinks the quota of its own.
         stay = ~np.isin(again_slots, evicted)
         kept, where = np.r_[entering, again[stay]], np.r_[slots, again_slots[stay]]
         order = np.argsort(kept)
-        return Slots(_ints(kept[order]), _ints(where[order]), _ints(evicted))
+        return Slots(whole(kept[order]), whole(where[order]), evicted)
+
+    def _choose(self, keys: NDArray[np.float64], groups: Ints, *, changed: bool) -> tuple[Ints, Ints]:
+        """Which of the candidates enter, and the slots whose samples go, both ascending."""
+        quotas = self.quotas()
+        gone: list[int] = []
+        for group in self._quota.heaps if changed else ():
+            gone += self._quota.shrink(group, quotas[group])
+        order = largest(keys, len(keys))
+        entering = []
+        for group in np.unique(groups).tolist():
+            ranked = order[groups[order] == group]
+            count, lost = self._quota.offer(group, quotas[group], keys[ranked].tolist())
+            entering.append(ranked[:count])
+            gone += lost
+        chosen = np.sort(np.concatenate(entering)) if entering else NO_SLOTS
+        return chosen, np.sort(whole(gone))
+
+    def _evict(self, slots: Ints) -> None:
+        if self.key == "sample":
+            self._known.leave(self.ids[slots], self.tasks[slots])
+        self._places.free(slots)
+
+    def _renew(self) -> None:
+        super()._renew()
+        slots = self.filled
+        ids, positions, targets, tasks = (getattr(self, n)[slots] for n in ("ids", "positions", "targets", "tasks"))
+        self._quota.fill(self._groups(targets, tasks), self._keys(ids, positions, tasks), slots)
+        self._known = Known()
+        if self.key == "sample":
+            self._known.enter(ids, tasks, slots)
 
     def _place(
         self, state: Mapping[str, np.ndarray | int], capacity: int, slots: Ints, ids: Ints, targets: Ints,
@@ -263,7 +167,7 @@ class ClassBalanced(Reservoir):
         by: "class", or "task" for a memory balanced over tasks.
         total: the number of groups there will be, if the quota shall be capacity // total from the start.
 
-    Cost: O((G + capacity) log(G + capacity)) per batch.
+    Cost: that of `Reservoir`; O(capacity) in all for each group that comes.
     """
 
     def __init__(
@@ -288,32 +192,37 @@ class ClassBalanced(Reservoir):
             return dict(zip(self.seen, group_quotas(self.capacity, len(self.seen)).tolist(), strict=True))
         return dict.fromkeys(self.seen, self.capacity // self.total)
 
-    def _see(self, targets: Ints, task: int) -> None:
+    def _groups(self, targets: Ints, tasks: Ints) -> Ints:
+        return targets if self.by == "class" else tasks
+
+    def _see(self, targets: Ints, task: int) -> bool:
         values, first = np.unique(targets, return_index=True)
         arriving = values[np.argsort(first)].tolist() if self.by == "class" else [task]
-        self.seen += [group for group in arriving if group not in self.seen]
+        new = [group for group in arriving if group not in self.seen]
+        self.seen += new
         check(self.total is None or len(self.seen) <= self.total, "ClassBalanced",
               f"{len(self.seen)} groups seen and total={self.total}", "be no more than total")
+        return bool(new)
 
     def _keep(self, keys: NDArray[np.float64], targets: Ints, tasks: Ints) -> NDArray[np.bool_]:
-        groups = targets if self.by == "class" else tasks
+        groups = self._groups(targets, tasks)
         quotas = self.quotas()
         order = largest(keys, len(keys))
         present, label = np.unique(groups[order], return_inverse=True)
-        quota = _ints([quotas[group] for group in present.tolist()])
+        quota = whole([quotas[group] for group in present.tolist()])
         keep = np.empty(len(keys), dtype=bool)
-        keep[order] = _rank_within(label) < quota[label] if len(keys) else False
+        keep[order] = rank_within(label) < quota[label] if len(keys) else False
         return keep
 
     def state(self) -> State:
         """See `Buffer.state`."""
-        return {**super().state(), "seen": _ints(self.seen)}
+        return {**super().state(), "seen": whole(self.seen)}
 
     def _place(
         self, state: Mapping[str, np.ndarray | int], capacity: int, slots: Ints, ids: Ints, targets: Ints,
         positions: Ints, tasks: Ints,
     ) -> Ints:
-        self.seen = _ints(state["seen"]).tolist()
+        self.seen = whole(state["seen"]).tolist()
         return super()._place(state, capacity, slots, ids, targets, positions, tasks)
 
 
@@ -363,5 +272,5 @@ class Ring(Buffer):
         if capacity != self.capacity:
             raise CheckpointMismatch(f"Ring: capacity={self.capacity}, must be that of the saved memory, {capacity}; "
                                      "a ring's slots depend on it")
-        self.counts = _ints(state["counts"]).copy()
+        self.counts = whole(state["counts"]).copy()
         return slots

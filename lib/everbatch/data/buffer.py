@@ -1,0 +1,183 @@
+"""What all sample memories are: slots, and draws from them. Indices only; `store.py` holds what they index.
+
+A memory is the same on every rank: it sees the ids of whole global batches and draws all its randomness from stateless
+keys, so neither the number of ranks nor the use of global generators can change it, and nothing random is saved.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from everbatch.data.memory import check_memory
+from everbatch.data.places import Places
+from everbatch.data.slots import Ints, first_of_permutation
+from everbatch.errors import CheckpointMismatch, check
+from everbatch.seeds import derive, generator
+
+__all__ = ["NO_SLOTS", "Buffer", "Slots", "State", "rank_within", "whole"]
+
+State = dict[str, "np.ndarray | int"]
+_COLUMNS = ("ids", "targets", "positions", "tasks")
+INDEX_BYTES = 41
+"""Of a slot, beside its sample: four columns, where it lies, and whether it is used. A filled one of
+a reservoir takes about 120 more for its key, and as many to be found by its id."""
+
+
+class Slots(NamedTuple):
+    """What happened to the rows of one `add`."""
+
+    rows: Ints
+    """Incoming rows that are kept (entered, or refreshed what was there), ascending."""
+    slots: Ints
+    """The slot of each."""
+    evicted: Ints
+    """Slots whose earlier sample is gone, ascending; some of them are in `slots` again, with their new sample."""
+
+
+def whole(values: ArrayLike) -> Ints:
+    """As an array of int64."""
+    return np.asarray(values, dtype=np.int64)
+
+
+NO_SLOTS = np.empty(0, dtype=np.int64)
+
+
+class Buffer(ABC):
+    """`capacity` slots of (id, target, position, task). Subclasses decide who gets one.
+
+    Args:
+        capacity: number of slots; 0 keeps nothing.
+        seed: of keys and draws.
+
+    Raises:
+        ValueError: capacity below 0, or beyond this machine's memory.
+    """
+
+    def __init__(self, capacity: int, *, seed: int = 0) -> None:
+        integer = isinstance(capacity, int) and not isinstance(capacity, bool)
+        check(integer and capacity >= 0, type(self).__name__, f"capacity={capacity!r}", "be an integer >= 0",
+              "0 keeps nothing and switches replay off")
+        check_memory(type(self).__name__, f"capacity={capacity}", capacity * INDEX_BYTES, "lower the capacity")
+        self.capacity, self.seed = capacity, seed
+        self._places = Places(np.zeros(capacity, dtype=bool))
+        self.ids, self.targets, self.positions, self.tasks = (np.full(capacity, -1, dtype=np.int64) for _ in _COLUMNS)
+
+    def __len__(self) -> int:
+        return self._places.count
+
+    @property
+    def used(self) -> NDArray[np.bool_]:
+        """(capacity,) whether a slot holds a sample; to be read."""
+        return self._places.used
+
+    @property
+    def filled(self) -> Ints:
+        """Slots that hold a sample, ascending."""
+        return np.flatnonzero(self.used)
+
+    def add(self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int) -> Slots:
+        """Offer one global batch: (G,) ids, targets and stream positions, all of one task. The same on every rank."""
+        keys, labels, places = whole(ids), whole(targets), whole(positions)
+        if not (keys.ndim == 1 and keys.shape == labels.shape == places.shape):
+            check(False, type(self).__name__,
+                  f"ids, targets and positions of shapes {keys.shape}, {labels.shape}, {places.shape}", "be (G,) each")
+        if self.capacity == 0 or len(keys) == 0:
+            return Slots(NO_SLOTS, NO_SLOTS, NO_SLOTS)
+        return self._add(keys, labels, places, task)
+
+    @abstractmethod
+    def _add(self, ids: Ints, targets: Ints, positions: Ints, task: int) -> Slots: ...
+
+    def draw(self, count: int, *key: int | str, balanced: bool = False) -> Ints:
+        """min(count, filled) slots without replacement: a function of the content, the seed and `key` alone.
+
+        Args:
+            count: samples wanted, >= 1.
+            key: what the draw is for, say ("replay", step): the same key draws the same slots.
+            balanced: take classes in turn instead of samples uniformly: every class present is drawn equally often, as
+                far as it has samples.
+
+        Cost: O(count), whatever the memory holds; balanced: O(n log n) of n samples.
+        """
+        if count < 1:
+            check(False, type(self).__name__, f"draw of {count}", "be at least 1")
+        source = generator(self.seed, "draw", *key)
+        if not balanced or not len(self):
+            return self._places.filled(first_of_permutation(len(self), count, source))
+        slots = self.filled
+        order = torch.randperm(len(slots), generator=source).numpy()
+        present, label = np.unique(self.targets[slots[order]], return_inverse=True)
+        turn = torch.randperm(len(present), generator=source).numpy()[label]
+        order = order[np.lexsort((turn, rank_within(label)))]
+        return np.asarray(slots[order[:count]], dtype=np.int64)
+
+    def _write(self, slots: Ints, ids: Ints, targets: Ints, positions: Ints, tasks: Ints | int) -> None:
+        self._places.take(slots)
+        self._set(slots, ids, targets, positions, tasks)
+
+    def _set(self, slots: Ints, ids: Ints, targets: Ints, positions: Ints, tasks: Ints | int) -> None:
+        for name, values in zip(_COLUMNS, (ids, targets, positions, tasks), strict=True):
+            getattr(self, name)[slots] = values
+
+    @property
+    def _tag(self) -> int:
+        """Tells kinds of memories apart in saved states."""
+        return derive(type(self).__name__)
+
+    def state(self) -> State:
+        """Everything but the constructor's arguments: integers, and arrays over the filled slots, ascending."""
+        slots = self.filled
+        columns: State = {name: getattr(self, name)[slots] for name in _COLUMNS}
+        return {"kind": self._tag, "seed": self.seed, "capacity": self.capacity, "slots": slots, **columns}
+
+    def load(self, state: Mapping[str, np.ndarray | int]) -> Ints:
+        """Take over a saved state; returns the new slot of each saved sample, -1 for those that no longer fit.
+
+        A memory of another capacity keeps the samples its rule prefers, or has room left.
+
+        Raises:
+            CheckpointMismatch: the state is of another kind of memory, or of another seed.
+        """
+        who = type(self).__name__
+        if int(state["kind"]) != self._tag:
+            raise CheckpointMismatch(f"{who}: the saved memory is of another kind or has other options, must be alike")
+        if int(state["seed"]) != self.seed:
+            raise CheckpointMismatch(f"{who}: seed={self.seed}, must be that of the saved memory, {int(state['seed'])}")
+        slots = whole(state["slots"])
+        columns = [whole(state[name]) for name in _COLUMNS]
+        moved = self._place(state, int(state["capacity"]), slots, *columns)
+        self.used[:] = False
+        for name in _COLUMNS:
+            getattr(self, name)[:] = -1
+        kept = moved >= 0
+        self.used[moved[kept]] = True
+        self._set(moved[kept], *(column[kept] for column in columns))
+        self._renew()
+        return moved
+
+    def _renew(self) -> None:
+        """Find anew what follows from the columns."""
+        self._places.renew()
+
+    @abstractmethod
+    def _place(
+        self, state: Mapping[str, np.ndarray | int], capacity: int, slots: Ints, ids: Ints, targets: Ints,
+        positions: Ints, tasks: Ints,
+    ) -> Ints:
+        """The slot here of each saved sample, or -1; may take over further parts of the state."""
+
+
+def rank_within(group: Ints) -> Ints:
+    """For each row, how many earlier rows have its group."""
+    order = np.argsort(group, kind="stable")
+    ordered = group[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    rank = np.empty(len(group), dtype=np.int64)
+    rank[order] = np.arange(len(group)) - np.repeat(first, np.diff(np.r_[first, len(group)]))
+    return rank
