@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"everbatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("versions", help="versions of everbatch and of what it builds on, as every run records them")
-    listed = commands.add_parser("methods", help="every method: its key in recipes, class, family, cost and source")
+    listed = commands.add_parser("methods", help="every method: its key and name in recipes, class, family, cost and source")
     listed.add_argument("--json", action="store_true", help="with descriptions and search spaces, as JSON")
     chosen = parser.parse_args(argv)
     if chosen.command == "methods":
@@ -37,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _methods(*, as_json: bool) -> int:
     """Print the table of methods."""
     from everbatch import methods
+    from everbatch.experiment import named
 
-    found = methods.table()
+    found, makes = methods.table(), {key: named.made_by(key) for key in methods.TABLE}
     if as_json:
-        rows = [{**dataclasses.asdict(fact), "search": methods.search_space([fact.key])} for fact in found]
+        rows = [{**dataclasses.asdict(fact), "makes": makes[fact.key], "search": methods.search_space([fact.key])}
+                for fact in found]
         print(json.dumps(rows, indent=1, default=_plain))
         return 0
-    print(f"{'key':<20} {'class':<19} {'family':<10} {'cost':<60} source")
+    print(f"{'key':<20} {'class':<19} {'family':<10} {f'method= (or {named.NOTHING})':<24} {'cost':<60} source")
     for fact in found:
         cost = textwrap.shorten(fact.cost, 60, placeholder=" ...")
-        print(f"{fact.key:<20} {fact.name:<19} {fact.family:<10} {cost:<60} {fact.source}")
+        made = " ".join(makes[fact.key]) or "-"
+        print(f"{fact.key:<20} {fact.name:<19} {fact.family:<10} {made:<24} {cost:<60} {fact.source}")
     return 0
 
 

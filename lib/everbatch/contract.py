@@ -19,7 +19,7 @@ __all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", 
            "parts_of"]
 
 DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks",
-            "from_data", "asked", "wants", "idle", "fixed", "at_task_end")
+            "from_data", "makes", "asked", "wants", "idle", "fixed", "at_task_end")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
 
@@ -61,6 +61,10 @@ class Contract:
     from_data: ClassVar[Mapping[str, str]] = {}
     """Trainer mixins: fields that are no options of a recipe, and the property of its `Data` that
     each follows; "": the trainer knows."""
+    makes: ClassVar[Mapping[str, Mapping[str, Any]] | None] = None
+    """Methods of the literature by the name that a recipe's `method=` takes, and the options of each:
+    fields of the part and, with a dot, other options of the recipe by path. None: one method, of the
+    part's key and defaults."""
 
     configs: dict[type, Any]
     states: dict[type, Any]
@@ -240,6 +244,10 @@ def _check_part(cls: type[Contract]) -> None:
         if unknown:
             hint = nearest(unknown[0], _fields(cls))
             refuse(f"{name} has {unknown[0]!r}, which is no field of its Config; {hint}")
+    for method, made in (vars(cls).get("makes") or {}).items():
+        unknown = sorted({name for name in made if "." not in name} - set(_fields(cls)))
+        if unknown:
+            refuse(f"makes {method!r} of {unknown[0]!r}, which is no field of its Config; {nearest(unknown[0], _fields(cls))}")
     for name in cls.final:
         if name in vars(cls):
             refuse(f"overrides {name}(), which is final; override a verb: {', '.join(cls.verbs)}")

@@ -20,7 +20,7 @@ from everbatch.contract import Contract, Options, Range
 from everbatch.errors import check, nearest
 
 __all__ = ["TABLE", "Facts", "facts", "lazily", "load", "names", "optimizer_mixins", "options",
-           "search_space", "table", "trainer_mixins"]
+           "path_of", "search_space", "table", "trainer_mixins"]
 
 TABLE: dict[str, str] = {
     "clip": "everbatch.optim.clip:ClipGradNorm",
@@ -45,6 +45,7 @@ TABLE: dict[str, str] = {
     "lamb": "everbatch.optim.layerwise.lamb:LAMB",
     "conadv": "everbatch.train.adversarial.conadv:ConAdv",
     "replay": "everbatch.train.memory.replay:Replay",
+    "er_ace": "everbatch.train.memory.er_ace:ErAce",
     "consolidate": "everbatch.train.consolidate:Consolidate",
     "warm_start": "everbatch.train.warm_start:WarmStart",
 }
@@ -103,6 +104,11 @@ def options(part: type[Contract], which: Options, factory: Callable[[], Any]) ->
     return given
 
 
+def path_of(key: str) -> str:
+    """Where a recipe has the options of a method: "optimizer.sam", "replay"."""
+    return f"optimizer.{key}" if TABLE[key].startswith("everbatch.optim.") else key
+
+
 def search_space(keys: Iterable[str]) -> dict[str, tuple[Any, ...] | Range]:
     """What tuning varies of some methods, by the path of a recipe's option.
 
@@ -115,8 +121,7 @@ def search_space(keys: Iterable[str]) -> dict[str, tuple[Any, ...] | Range]:
     found: dict[str, tuple[Any, ...] | Range] = {}
     for key in keys:
         part = load(key)
-        front = "optimizer." if TABLE[key].startswith("everbatch.optim.") else ""
-        found |= {f"{front}{key}.{field}": values for field, values in part.search.items()}
+        found |= {f"{path_of(key)}.{field}": values for field, values in part.search.items()}
     return found
 
 

@@ -55,6 +55,8 @@ def parse(
             _say(help_text(recipe, base, prog=prog), sys.stdout)
             raise SystemExit(0)
         layers = [_mapping(file) for file in files]
+        words = getattr(recipe, "words", {}).keys()
+        overrides.sort(key=lambda layer: not layer.keys() & words)  # options win over what a word stands for, wherever they stand
         config = build(recipe, *layers, *overrides, base=base)
         _refuse_unused(config, tree(recipe, base), layers, overrides)
     except ValueError as error:  # ConfigError, and what the strict loader raises
@@ -70,13 +72,23 @@ def parse(
 def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) -> T:
     """An instance of `recipe` from nested mappings, later ones over earlier ones, over `base` or the field defaults.
 
+    A recipe may have `words`, names and their texts, that are no options but stand for some: `recipe.meaning(word, value)` gives
+    them as nested mappings, which lie right below the layer that says the word.
+
     Raises:
         ConfigError: an unknown key, a wrong type or a value out of range; one line with the key's path.
     """
     root = tree(recipe, base)
     merged: dict[str, Any] = {}
     for layer in layers:
-        _merge(root, merged, layer, _Claims())
+        own = dict(layer)
+        for word in getattr(recipe, "words", {}):
+            said = own.pop(word, None)
+            if said is not None:
+                if not isinstance(said, str):
+                    raise ConfigError(f"{word}={said!r}, must be text")
+                _merge(root, merged, recipe.meaning(word, said), _Claims())  # type: ignore[attr-defined]
+        _merge(root, merged, own, _Claims())
     return grow(root, merged)  # type: ignore[no-any-return]
 
 

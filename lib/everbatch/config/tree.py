@@ -34,7 +34,7 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class Leaf:
     """One option: dotted path, annotation, default and the text under the field; `free`: a tree of unchecked keys; `spellings`:
-    what a choice is called elsewhere."""
+    what a choice is called elsewhere; `word`: it stands for others, and is no field."""
 
     path: str
     hint: Any
@@ -42,6 +42,7 @@ class Leaf:
     text: str
     free: bool = False
     spellings: Mapping[str, str] = field(default_factory=dict)
+    word: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def tree(cls: type, default: Any = None, path: str = "", text: str = "", is_opti
         raise TypeError(f"configuration: {cls!r}, must be a dataclass")
     hints, texts = typing.get_type_hints(cls), _field_texts(cls)
     group = Group(path, cls, default, text, is_optional)
+    words: Mapping[str, str] = {} if path else getattr(cls, "words", {})
+    group.children.update({name: Leaf(name, str | None, None, about, word=True) for name, about in words.items()})
     for item in dataclasses.fields(cls):
         if not item.init:
             continue
@@ -124,6 +127,8 @@ def _grow(group: Group, values: Any, converted: Mapping[str, Any]) -> Any:
         return None
     arguments = {name: getattr(group.default, name) for name in group.idle if isinstance(group.default, group.cls)}
     for name, child in group.children.items():
+        if isinstance(child, Leaf) and child.word:
+            continue
         value = ABSENT if values is ABSENT else values.get(name, ABSENT)
         if isinstance(child, Group):
             arguments[name] = _grow(child, value, converted)

@@ -11,6 +11,7 @@ from everbatch.data.memory import check_memory
 from everbatch.distributed import World
 from everbatch.errors import check, check_whole
 from everbatch.evaluate.evaluator import accuracies
+from everbatch.experiment import named
 from everbatch.experiment.base import Experiment, Finished
 from everbatch.experiment.data import sample_of
 from everbatch.metrics import summary
@@ -26,6 +27,8 @@ class ClassIncremental(Experiment):
 
     title: ClassVar[str] = "class_incremental"
     grows: ClassVar[bool] = True
+    words: ClassVar[dict[str, str]] = {"method": f"A method by name, or several joined by +, for all of its options at once; "
+                                       f"options given beside it win over it. One of {', '.join(named.names())}."}
 
     replay: Replay.Config | None = field(default_factory=Replay.Config)
     """Rehearsal; null for plain fine-tuning."""
@@ -43,6 +46,11 @@ class ClassIncremental(Experiment):
               "model.head=growing", "be false", "the head has no logits of classes to come")
         check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
               "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
+
+    @classmethod
+    def meaning(cls, word: str, value: str) -> dict[str, Any]:
+        """The options that `method=...` stands for."""
+        return named.layer(value)
 
     def stream(self) -> Stream:
         """The classes of `data`, divided."""

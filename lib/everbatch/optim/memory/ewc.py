@@ -80,6 +80,7 @@ class EWC(OptimizerMixin):
 
     called_by = "consolidate"
     between_tasks = True
+    makes = {"ewc": {"form": "separate"}, "online_ewc": {"form": "online"}}
     example = {"strength": 0.5}
     off = {"strength": 0.0}
     search = {"strength": (1.0, 10.0, 100.0, 1000.0)}

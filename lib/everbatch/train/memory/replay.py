@@ -60,6 +60,7 @@ class Replay(TrainerMixin):
 
     example = {"capacity": 12, "replay_batch": 8, "alpha": 0.3}
     off = {"capacity": 0}
+    makes = {name: {"method": name} for name in METHODS}
     search = {"replay_batch": (32, 16, 64), "alpha": (0.3, 0.1, 1.0, 3.0), "beta": (0.5, 0.25, 1.0, 2.0)}
 
     @dataclass(frozen=True, kw_only=True)
