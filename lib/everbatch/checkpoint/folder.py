@@ -31,7 +31,7 @@ from everbatch.errors import check
 __all__ = ["FILES", "FOLDERS", "PARTS", "claimed", "set_aside", "try_writing"]
 
 OWNER = ".owner"
-FOLDERS = ("checkpoints", "figures", "tensorboard")
+FOLDERS = ("checkpoints", "figures", "tensorboard", "seeds")
 FILES = ("config.yaml", "model.safetensors", "result.json", "scalars.jsonl")
 PARTS = (*FOLDERS, *FILES)
 """What a run leaves in its folder. Anything else there is the user's, and stays."""

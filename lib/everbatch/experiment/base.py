@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from everbatch.data import Stream
 from everbatch.distributed import World
-from everbatch.errors import check
+from everbatch.errors import check, check_whole
 from everbatch.experiment.data import sample_of
 from everbatch.experiment.job import Job
 from everbatch.experiment.options import TRAINER_MIXINS, Parts, check_together, unused_together
@@ -20,6 +21,9 @@ from everbatch.train import Trainer
 from everbatch.train.adversarial import Role, serve, split_ranks
 
 __all__ = ["Experiment", "Finished", "Result"]
+
+SETTINGS = ("steps", "skipped_steps", "seed", "world_size", "seconds")
+"""Numbers at the top of result.json that say how a run was made, not what came of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Experiment(Parts):
     """Whether every rank must see the output folder, as checkpoints want."""
     grows: ClassVar[bool] = False
     """Whether its tasks bring classes, for which a head may grow."""
+    repeats_itself: ClassVar[bool] = False
+    """Whether `conduct` runs all `seeds` itself."""
 
     output: str = "runs/experiment"
     """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
@@ -42,11 +48,21 @@ class Experiment(Parts):
     """Begin a new run with the weights of another: its folder, one of its checkpoints, or a .safetensors file."""
     resume: bool = False
     """Go on from the newest good checkpoint in the output folder; workers that torchrun restarts do so anyway."""
+    seeds: int = 1
+    """Runs with this many seeds, from trainer.seed on, each in seeds/S of the output folder, and sums up their numbers: mean,
+    standard deviation and 95 % t interval, never a best run; >= 1. A seed that has ended is not run again by resume=true."""
+    seeds_at_once: int = 1
+    """Seeds that run side by side, each in a process of its own with a share of the cores and one of the GPUs; 1: in turn, as
+    they must under torchrun; >= 1."""
     dry_run: bool = False
     """Print the resolved configuration and what a step costs, and stop. Opens the data, for its shape."""
 
     def __post_init__(self) -> None:
         check_together(self)
+        check_whole(self.title, "seeds", self.seeds, 1)
+        check_whole(self.title, "seeds_at_once", self.seeds_at_once, 1)
+        last = self.trainer.seed + self.seeds - 1
+        check(last < 2**32, self.title, f"seeds={self.seeds} from trainer.seed={self.trainer.seed}", "end below 2^32")
         check(self.grows or self.model.head == "fixed", self.title, f"model.head={self.model.head}", "be fixed",
               "only a class-incremental run has classes to come")
         part: Any
@@ -59,7 +75,10 @@ class Experiment(Parts):
 
     def unused(self) -> dict[str, str]:
         """Options without an effect beside the others, and why; `everbatch.config.parse` refuses them where a user gives them."""
-        return unused_together(self)
+        found = unused_together(self)
+        if self.seeds == 1:
+            found["seeds_at_once"] = "there is one seed"
+        return found
 
     # ------------------------------------------------------------------------------------------------ what a subclass says
     def conduct(self, job: Job) -> Result | None:
@@ -118,6 +137,19 @@ class Experiment(Parts):
             What result.json holds of it, and the lines to print.
         """
         return {}, []
+
+    def headlines(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        """The numbers of a run that are summed up over seeds, from what its result.json holds; None where it has none.
+
+        Without an answer of its own: every number that `finish` gave at the top, and the seconds.
+        """
+        names = [name for name in values if name not in SETTINGS]
+        found = {name: values[name] for name in names if values[name] is None or type(values[name]) in (int, float)}
+        return {**found, "seconds": values.get("seconds")}
+
+    def unit_of(self, headline: str) -> str:
+        """What a headline number is told in: "%" for a share, which is told in percent; "" for none."""
+        return "s" if headline == "seconds" else ""
 
 
 @dataclass(frozen=True)

@@ -89,3 +89,7 @@ class ClassIncremental(Experiment):
         lines = [f"{name.replace('_', ' '):<30} {'-' if value is None else f'{100 * value:6.2f} %'}"
                  for name, value in figures.items()]
         return {"accuracy_matrix": done.matrix, **figures, "classes": done.stream.classes}, lines
+
+    def unit_of(self, headline: str) -> str:
+        """All are shares."""
+        return super().unit_of(headline) or "%"

@@ -24,8 +24,10 @@ from everbatch.errors import check, check_real, check_whole
 from everbatch.experiment.base import Experiment, Result
 from everbatch.experiment.data import Data, sample_of
 from everbatch.experiment.growing_report import ARMS, gap, report, verdict
+from everbatch.experiment.growing_units import Units
 from everbatch.experiment.job import Job
 from everbatch.experiment.options import learner
+from everbatch.experiment.repeat import sum_up
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.report.plots import compare_curves
@@ -45,6 +47,7 @@ class GrowingData(Experiment):
 
     title: ClassVar[str] = "growing_data"
     shares_folder: ClassVar[bool] = False
+    repeats_itself: ClassVar[bool] = True
 
     trainer: Trainer.Config = field(default_factory=Trainer.Config, metadata={"idle": {
         "checkpoint_every": KEPT, "keep_last": KEPT, "eval_future": "all rounds are tested on the same samples"}})
@@ -67,7 +70,9 @@ class GrowingData(Experiment):
     """Channels of small_conv's first convolution; >= 1."""
     output: str = "runs/growing_data"
     """Folder of this run: result.json, config.yaml, the figure, model.safetensors (of the last arm and the first seed)."""
-    resume: bool = field(default=False, init=False)
+    resume: bool = False
+    """Go on with what the folder holds: an arm that has ended under a seed is not run again."""
+    seeds_at_once: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,16 +145,15 @@ def compare(options: GrowingData, job: Job) -> Result:
     accuracy: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     epochs: dict[str, list[list[int]]] = {arm: [] for arm in options.arms}
     job.checkpoints = None
-    job.begin()
+    units = Units(options, job)
     recorder = Recorder(folder, world.rank, tensorboard=False)
-    if world.rank == 0:
-        config.dump(options, folder / "config.yaml")
     started, steps = time.perf_counter(), 0
     for seed in range(options.trainer.seed, options.trainer.seed + options.seeds):
         stream = growing(train, test, sizes=sizes, seed=seed)
         for arm in options.arms:
             home = folder / "model.safetensors" if (seed, arm) == (options.trainer.seed, options.arms[-1]) else None
-            row, price, taken = one_run(options, stream, arm, seed, world, home)
+            row, price, taken = units.kept(seed, arm) or units.keep(
+                seed, arm, *one_run(options, stream, arm, seed, world, home))
             accuracy[arm].append(row)
             epochs[arm].append(price)
             steps += taken
@@ -159,13 +163,16 @@ def compare(options: GrowingData, job: Job) -> Result:
     pairs = [("fresh", "warm"), ("shrink_perturb", "warm"), ("fresh", "shrink_perturb")]
     gaps = {f"{a}_minus_{b}": gap([x[-1] for x in accuracy[a]], [x[-1] for x in accuracy[b]])
             for a, b in pairs if a in accuracy and b in accuracy}
+    last = {seed: {arm: rows[place][-1] for arm, rows in accuracy.items()}
+            for place, seed in enumerate(range(options.trainer.seed, options.trainer.seed + options.seeds))}
     arrived = [sum(sizes[: k + 1]) for k in range(len(sizes))]
     curves = {f"{ARMS[arm]} (n={options.seeds})": (arrived, [statistics.fmean(x) for x in zip(*rows, strict=True)])
               for arm, rows in accuracy.items()}
     recorder.figure("accuracy_by_round", compare_curves(curves, x="training samples arrived", y="test accuracy",
                                                         title=f"{train.name}: mean over {options.seeds} seeds"), 0)
     values: Any = world.gather({
-        "accuracy": accuracy, "epochs_to_99_percent": epochs, "gaps": gaps, "sizes": sizes, "seconds": seconds,
+        "accuracy": accuracy, "epochs_to_99_percent": epochs, "gaps": gaps, "seeds": list(last),
+        "estimates": sum_up(last), "sizes": sizes, "seconds": seconds,
         "test_samples": len(test), "world_size": world.size, "versions": versions(),
         "configuration": config.resolved(options)})[0]
     together(world, folder, lambda: recorder.result(values))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 
+from everbatch.metrics.estimate import estimate
+
 __all__ = ["ARMS", "gap", "report", "verdict"]
 
 ARMS = {"fresh": "start over", "warm": "warm start", "shrink_perturb": "shrink and perturb"}
 
 
 def gap(a: list[float], b: list[float]) -> dict[str, float | None]:
-    """Paired difference a - b over the seeds: mean, sample standard deviation, standard error of the mean."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    spread = statistics.stdev(differences) if len(differences) > 1 else None
-    return {"mean": statistics.fmean(differences), "std": spread, "error": None if spread is None else spread / len(a) ** 0.5}
+    """Paired difference a - b over the seeds: mean, sample standard deviation, standard error of the mean, and the low and
+    high end of its 95 % t interval."""
+    found = estimate(x - y for x, y in zip(a, b, strict=True))
+    return {"mean": found.mean, "std": found.std, "error": found.error, "low": found.low, "high": found.high}
 
 
 def report(accuracy: dict[str, list[list[float]]], epochs: dict[str, list[list[int]]]) -> list[str]:
@@ -38,4 +40,5 @@ def verdict(name: str, found: dict[str, float | None], count: int) -> str:
     if error is None:
         return f"{head} with one seed: no statement about spread"
     said = "more than 2 standard errors from zero" if abs(mean) > 200 * error else "no difference beyond 2 standard errors"
-    return f"{head}, standard error {100 * error:.2f} over {count} seeds: {said}"
+    interval = f"95 % t interval {100 * (found['low'] or 0.0):.2f} to {100 * (found['high'] or 0.0):.2f}"
+    return f"{head}, standard error {100 * error:.2f} over {count} seeds, {interval}: {said}"

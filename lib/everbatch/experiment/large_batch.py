@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -110,6 +111,16 @@ class LargeBatch(Experiment):
             "throughput": trainer.throughput, "test_samples": len(done.stream.tasks[0].test_ids),
             "peak_lr": self.peak_lr, "accumulation": trainer.config.accumulation}
         return values, _lines(accuracy, averaged, trainer.throughput)
+
+    def headlines(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        """Accuracy, that of the averaged weights where there are any, throughput."""
+        averaged = {} if self.optimizer.ema is None else {"accuracy_averaged": values["accuracy_averaged"]}
+        return {"accuracy": values["accuracy"], **averaged, "samples_per_s": values["throughput"]["samples_per_s"],
+                "seconds": values["seconds"]}
+
+    def unit_of(self, headline: str) -> str:
+        """Accuracies are shares."""
+        return {"samples_per_s": "samples/s"}.get(headline) or super().unit_of(headline) or "%"
 
 
 def micro_batches(global_batch: int, micro_batch: int, ranks: int) -> int:

@@ -11,6 +11,7 @@ from everbatch.distributed import init
 from everbatch.ends import guard
 from everbatch.experiment.base import Experiment
 from everbatch.experiment.run import run
+from everbatch.experiment.side_by_side import follow
 
 __all__ = ["main"]
 
@@ -21,12 +22,13 @@ def main(recipe: type[Experiment], script: str | os.PathLike[str]) -> None:
     Exit codes: 0; 1 after an error, told in one line; 130 after a Ctrl-C and 143 after another signal, with a checkpoint.
     """
     with guard(recipe.title):
+        follow()
         options = config.parse(recipe, default_yaml=Path(script).with_suffix(".yaml"), prog=recipe.title)
         role = options.set_aside()
         if role is not None and role.adversary:
             options.serve(role)
             return
         init()  # not left by `run` then: ranks that wait in it must not end before an error has been told
-        stop_sign = run(options, signals=True).stop_sign
+        stop_sign = run(options, signals=True, script=script).stop_sign
         if stop_sign:
             raise SystemExit(128 + (signal.SIGINT if stop_sign == signal.SIGINT else signal.SIGTERM))

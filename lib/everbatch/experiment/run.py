@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from everbatch import config
 from everbatch.checkpoint.folder import together
 from everbatch.config.strict_yaml import dump_text
 from everbatch.data import Stream
-from everbatch.distributed import init
+from everbatch.distributed import World, init
 from everbatch.experiment.base import Experiment, Finished, Result
 from everbatch.experiment.data import sample_of
 from everbatch.experiment.job import Job, would_refuse
 from everbatch.experiment.model import Factory
 from everbatch.experiment.options import learner
+from everbatch.experiment.repeat import refuse_other_folder, repeat
 from everbatch.experiment.state import as_found
 from everbatch.report.recorder import versions
 from everbatch.train import Trainer
@@ -24,7 +27,7 @@ from everbatch.train.persist import agree
 __all__ = ["Result", "run"]
 
 
-def run(options: Experiment, *, signals: bool = False) -> Result:
+def run(options: Experiment, *, signals: bool = False, script: str | os.PathLike[str] | None = None) -> Result:
     """Train, evaluate and report, in this process: one rank, one of a process group that is there, or one of torchrun's.
 
     Nothing of the process is changed for good: generators of torch, numpy and Python, the environment, modes of torch and the
@@ -35,6 +38,7 @@ def run(options: Experiment, *, signals: bool = False) -> Result:
         options: of this run; the same on every rank.
         signals: take SIGTERM, SIGUSR1 and Ctrl-C during training: a checkpoint is written, and `Result.stop_sign` says so. For
             scripts; needs the main thread. Without it a Ctrl-C is a KeyboardInterrupt, as anywhere.
+        script: of these options, which `--config FILE` starts anew; wanted where `seeds_at_once` is more than 1.
 
     Raises:
         ValueError: options that do not go together, differ between ranks, or name what is not there; another run in the folder.
@@ -43,9 +47,19 @@ def run(options: Experiment, *, signals: bool = False) -> Result:
     """
     with as_found():
         world = init()
-        with Job.of(options, world, shared=options.shares_folder) as job:
-            own = options.conduct(job)
-            return _run(options.settled(), job, signals) if own is None else own
+        single = functools.partial(_once, world=world, signals=signals)
+        if options.seeds == 1 or options.dry_run or options.repeats_itself:
+            if not options.repeats_itself:
+                refuse_other_folder(options, world)
+            return single(options)
+        return repeat(options, world, single, None if script is None else Path(script), signals)
+
+
+def _once(options: Experiment, *, world: World, signals: bool) -> Result:
+    """`run`, with one seed."""
+    with as_found(), Job.of(options, world, shared=options.shares_folder) as job:
+        own = options.conduct(job)
+        return _run(options.settled(), job, signals) if own is None else own
 
 
 def _run(options: Experiment, job: Job, signals: bool) -> Result:

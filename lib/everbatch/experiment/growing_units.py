@@ -1,0 +1,66 @@
+"""What is done of a comparison: a file for each arm under each seed, so that none is run twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from everbatch.checkpoint import folder as runs
+from everbatch.config.layers import dump, resolved
+from everbatch.config.strict_yaml import load_file
+from everbatch.errors import check
+from everbatch.experiment.job import Job
+from everbatch.experiment.repeat import compared, went_on
+from everbatch.report.recorder import write_json
+
+__all__ = ["Units"]
+
+Found = tuple[list[float], list[int], int]
+"""Test accuracy by round, epochs to fit it, and steps."""
+
+
+class Units:
+    """Results by seed and arm in `seeds/` of a folder; makes the folder ready. Collective.
+
+    Raises:
+        ValueError: a folder to resume that holds a comparison with other options.
+    """
+
+    def __init__(self, options: Any, job: Job) -> None:
+        self.job, self.options = job, options
+        job.goes_on = went_on(job)
+        if job.goes_on:
+            runs.together(job.world, job.folder, lambda: None if job.world.rank else self._check_same())
+        job.begin()
+        if job.world.rank == 0:
+            dump(options, job.folder / "config.yaml")
+
+    def kept(self, seed: int, arm: str) -> Found | None:
+        """What an arm that has ended gave; None for one that is still to run. Collective."""
+        found: Any = self.job.world.gather(self._read(seed, arm))[0]
+        return found if found is None else (found["accuracy"], found["epochs"], found["steps"])
+
+    def keep(self, seed: int, arm: str, accuracy: list[float], epochs: list[int], steps: int) -> Found:
+        """Write what an arm gave, and give it back."""
+        if self.job.world.rank == 0:
+            write_json(self._path(seed, arm), {"accuracy": accuracy, "epochs": epochs, "steps": steps})
+        return accuracy, epochs, steps
+
+    def _read(self, seed: int, arm: str) -> dict[str, Any] | None:
+        if self.job.world.rank or not self.job.goes_on:
+            return None
+        try:
+            found: dict[str, Any] = json.loads(self._path(seed, arm).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def _path(self, seed: int, arm: str) -> Path:
+        return self.job.folder / "seeds" / f"{seed}-{arm}.json"
+
+    def _check_same(self) -> None:
+        kept, now = (compared(options) for options in (load_file(self.job.folder / "config.yaml"), resolved(self.options)))
+        other = [name for name in now if now[name] != kept.get(name)]
+        check(not other, self.options.title, f"resume=true with another {', '.join(other)} than in {self.job.folder}",
+              "repeat what it began with", f"see {self.job.folder / 'config.yaml'}, or give this one another folder")
