@@ -2,6 +2,7 @@
 
 from everbatch.data.batch import Batch
 from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
+from everbatch.data.correlated import dirichlet_order
 from everbatch.data.datasets import DatasetSource, as_source
 from everbatch.data.domains import Permute, Rotate, permuted, rotated
 from everbatch.data.load import load
@@ -35,7 +36,7 @@ __all__ = [
     "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
     "ReplayStore", "Reservoir", "Ring", "Rotate", "RowDataset", "RowSource", "Slots", "Source", "Stream", "SubsetSource",
     "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index",
-    "class_incremental", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
+    "class_incremental", "dirichlet_order", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
     "iid", "largest", "load", "permuted", "pilot_increments", "reservoir_index", "ring_index",
     "rotated", "share", "stratified_split", "task_incremental", "validation",
 ]

@@ -14,6 +14,7 @@ from everbatch.data import Batch, Stream, Task, evaluation_batches
 from everbatch.distributed import World
 from everbatch.evaluate.candidates import allowed_classes
 from everbatch.nn.compiled import is_compiled
+from everbatch.nn.own_buffers import own_buffers
 from everbatch.problems import Classification, Problem
 from everbatch.rows import Rows
 
@@ -129,12 +130,15 @@ def firsts(found: list[dict[str, float]] | None) -> list[float] | None:
 
 @contextmanager
 def evaluating(module: nn.Module, world: World) -> Iterator[None]:
-    """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards.
+    """Evaluation mode with the mean over ranks of every floating buffer; everything is put back, flag by flag, afterwards, and
+    so are `own_buffers`, which forwards may move in evaluation mode too.
     What was compiled for training runs as it is: another mode, and batches of other sizes, would each be one more graph."""
     flags = [(m, m.training) for m in module.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     compiled = any(map(is_compiled, module.modules()))
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    apart = own_buffers(module)
+    moving = [(buffer, buffer.clone()) for name, buffer in module.named_buffers() if name in apart]
     with mean_buffers(module, world), torch.random.fork_rng(devices=devices), eager:
         module.eval()
         try:
@@ -142,15 +146,18 @@ def evaluating(module: nn.Module, world: World) -> Iterator[None]:
         finally:
             for m, training in flags:
                 m.training = training
+            for buffer, kept in moving:
+                buffer.copy_(kept)
 
 
 @contextmanager
 def mean_buffers(module: nn.Module, world: World) -> Iterator[None]:
     """Floating buffers replaced by their mean over ranks inside the block; those whose shapes differ by rank, tables that grew
-    with what a rank has seen, stay. One small gather, one all-reduce each; none on one rank."""
+    with what a rank has seen, stay, and so do those of `own_buffers`. One small gather, one all-reduce each; none on one rank."""
     own = []
     if world.size > 1:
-        floating = {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+        kept_apart = own_buffers(module)
+        floating = {name: b for name, b in module.named_buffers() if b.is_floating_point() and name not in kept_apart}
         everywhere: list[Any] = world.gather({name: tuple(b.shape) for name, b in floating.items()})
         own = [(b, b.clone()) for name, b in floating.items() if all(theirs.get(name) == tuple(b.shape) for theirs in everywhere)]
     for buffer, _ in own:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
+from everbatch.nn.own_buffers import own_buffers
 
 __all__ = ["buffer_pieces", "buffer_problem", "carry_buffers", "check_buffers", "load_buffers",
            "persistent"]
@@ -56,13 +57,14 @@ def check_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
 
 @torch.no_grad()
 def load_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
-    """Put them back: bit for bit at the same world size; at another, those that differ by rank become their mean, and of tables
-    of several lengths every rank gets the longest."""
-    ours = persistent(module)
+    """Put them back: bit for bit at the same world size; at another, those that differ by rank become their mean, of tables
+    of several lengths every rank gets the longest, and of `own_buffers` that of one rank."""
+    ours, apart = persistent(module), own_buffers(module)
     for name, keys in _saved(kept, world).items():
         if name not in ours and _ignored(module, name, kept):
             continue
-        values = [kept.whole(key) for key in keys]
+        own = [keys[world.rank % len(keys)]] if name in apart else keys
+        values = [kept.whole(key) for key in own]
         value = max(values, key=Tensor.numel)
         if len(values) > 1 and value.is_floating_point() and len({v.shape for v in values}) == 1:
             value = torch.stack([v.float() for v in values]).mean(0)

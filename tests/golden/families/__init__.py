@@ -19,6 +19,7 @@ from golden.families import (
     subspace,
     trust,
     unified,
+    unmix,
     warm,
 )
 
@@ -56,6 +57,11 @@ FAMILIES: dict[str, Family] = {
     "shrink_perturb": warm.check,
     "si_path_integral": regularizers.check_path,
     "unified_objective": unified.check,
+    "unmixtns_1d": unmix.check_vectors,
+    "unmixtns_2d": unmix.check_layer,
+    "unmixtns_dirichlet": unmix.check_order,
+    "unmixtns_momentum_table": unmix.check_momentum,
+    "unmixtns_tent_composition": unmix.check_tent,
 }
 
 

@@ -1,0 +1,155 @@
+"""Batch norms of a model made UnMix-TNS layers, and back."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from everbatch import seeds
+from everbatch.errors import check, check_real, check_whole
+from everbatch.nn.statistics import TORCH_FORWARDS
+from everbatch.nn.unmix import COMPONENTS, Mode, UnMixTNS, momentum_of
+
+__all__ = ["convert_unmix_tns", "restore_batch_norm", "unmix_layers", "unmix_mode"]
+
+ADDED = ("original", "step", "temperature", "spread", "synchronised", "by_batch", "total_variance", "mode")
+
+
+def convert_unmix_tns(
+    model: nn.Module, num_components: int = 16, *, alpha: float = 0.5, temperature: float = 0.07, batch_size: int = 64,
+    batch_size_max: int = 64, dynamic_momentum: bool = False, synchronised: bool = False, total_variance: bool = False,
+    exclude: Sequence[str] = (), seed: int = 0,
+) -> list[str]:
+    """Make every batch norm of `model` an `UnMixTNS` layer that adapts, in place; see there for the equations.
+
+    Layers of torch (1d, 2d, 3d, synchronised) and timm's BatchNormAct change their class and keep their identity, hooks, names,
+    weights and source statistics: optimisers that know the parameters go on, a state dict of the source loads (strict=False).
+    `restore_batch_norm` undoes it. A layer that is one already is left as it is.
+
+    Args:
+        model: with running statistics, in its trained state.
+        num_components: K >= 1; 16 for one domain after another, 128 where domains are mixed. One is instance normalisation.
+        alpha: share of the source's variance that the first components' means are spread by, in [0, 1].
+        temperature: of the softmax over cosines, > 0.
+        batch_size: samples of a forward that are to be expected; of all ranks together where `synchronised`.
+        batch_size_max: the batch size at which components move by the batch norm's own momentum.
+        dynamic_momentum: take each forward's number of samples in place of `batch_size`.
+        synchronised: move components by the samples of all ranks.
+        total_variance: see `UnMixTNS`.
+        exclude: patterns (`layer4.*`) of names to leave out.
+        seed: of the noise that sets components apart; the same on every rank and for a layer's name.
+
+    Returns:
+        Names of the layers converted.
+
+    Raises:
+        ValueError: options out of range; no batch norm to convert; one without running statistics, without shape, split
+            (`convert_split_bn`) or with a forward of its own. Nothing is changed then.
+
+    Cost: 3KC numbers per layer. No collective.
+    """
+    who = "convert_unmix_tns"
+    for name, value in (("num_components", num_components), ("batch_size", batch_size), ("batch_size_max", batch_size_max)):
+        check_whole(who, name, value, 1)
+    check_real(who, "alpha", alpha, 0.0, 1.0)
+    check_real(who, "temperature", temperature, 0.0, open_low=True)
+    check(not isinstance(exclude, str), who, f"exclude={exclude!r}", "be a sequence of patterns")
+    layers = _to_convert(model, exclude, who)
+    for name, layer in layers.items():
+        momentum = 0.1 if layer.momentum is None else float(layer.momentum)
+        dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)  # type: ignore[union-attr]
+        shape = (num_components, layer.num_features)
+        noise = torch.randn(shape, generator=seeds.generator(seed, "unmix", name), dtype=torch.float64)
+        settings: dict[str, Any] = {
+            "original": type(layer), "temperature": temperature, "spread": alpha, "synchronised": synchronised,
+            "step": momentum_of(momentum, batch_size, batch_size_max), "mode": "adapt",
+            "by_batch": (momentum, batch_size_max) if dynamic_momentum else None, "total_variance": total_variance}
+        layer.__class__ = UnMixTNS  # type: ignore[assignment]
+        for key, setting in settings.items():
+            setattr(layer, key, setting)
+        device = layer.running_mean.device  # type: ignore[union-attr]
+        layer.register_buffer("component_means", torch.empty(shape, dtype=dtype, device=device))
+        layer.register_buffer("component_vars", torch.empty(shape, dtype=dtype, device=device))
+        layer.register_buffer("noise", noise.to(device, dtype))
+        layer.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        layer.reset()  # type: ignore[operator]
+    return list(layers)
+
+
+def restore_batch_norm(model: nn.Module) -> list[str]:
+    """Undo `convert_unmix_tns`, in place: the original classes, with weights as they are and the source's statistics.
+
+    Returns:
+        Names of the layers restored.
+    """
+    layers = unmix_layers(model)
+    for layer in layers.values():
+        for name in (*COMPONENTS, "skipped"):
+            delattr(layer, name)
+        layer._non_persistent_buffers_set.discard("skipped")
+        original = layer.original
+        for name in ADDED:
+            layer.__dict__.pop(name, None)
+        layer.__class__ = original  # type: ignore[assignment]
+    return list(layers)
+
+
+def unmix_layers(model: nn.Module) -> dict[str, UnMixTNS]:
+    """The UnMix-TNS layers of a model by their first names."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, UnMixTNS)}
+
+
+@contextmanager
+def unmix_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Inside the block, UnMix-TNS layers of `model` are in this mode: adapt, frozen or source.
+
+    Raises:
+        ValueError: another word.
+    """
+    check(mode in ("adapt", "frozen", "source"), "unmix_mode", f"mode={mode!r}", "be adapt, frozen or source")
+    before = [(layer, layer.mode) for layer in unmix_layers(model).values()]
+    try:
+        for layer, _ in before:
+            layer.mode = mode
+        yield
+    finally:
+        for layer, kept in before:
+            layer.mode = kept
+
+
+def _to_convert(model: nn.Module, exclude: Sequence[str], who: str) -> dict[str, _BatchNorm]:
+    """Layers by name, all of which can be converted."""
+    result: dict[str, _BatchNorm] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, _BatchNorm) or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+            continue
+        lazy = isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()
+        kind = type(layer).__name__
+        check(not lazy, who, f"{name!r}, a {kind} without shape,", "be initialised", "run one forward before")
+        check(_known_forward(layer), who, f"{name!r}, a {kind} with a forward of its own,",
+              "be torch's batch norm or timm's BatchNormAct",
+              "undo split batch norms first (strip_split_bn), or exclude=['NAME']")
+        known = layer.running_mean is not None and layer.running_var is not None
+        check(known, who, f"{name!r}, a {kind} without running statistics,", "have the source's statistics",
+              "build the model with track_running_stats=True, or exclude=['NAME']")
+        result[name] = layer
+    found = bool(result) or bool(unmix_layers(model))
+    check(found, who, f"a {type(model).__name__} without batch norms", "have one to convert",
+          "layers that normalise each sample for itself, such as LayerNorm, need no un-mixing")
+    return result
+
+
+def _known_forward(layer: _BatchNorm) -> bool:
+    """Whether the layer is a plain batch norm, or timm's with drop and activation behind it."""
+    if "forward" in layer.__dict__:
+        return False
+    forward: Any = type(layer).forward
+    timms = forward.__module__ == "timm.layers.norm_act" and {"drop", "act"} <= set(layer._modules)
+    return forward in TORCH_FORWARDS or timms
