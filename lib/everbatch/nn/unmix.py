@@ -104,8 +104,9 @@ class UnMixTNS(nn.Module):
         scale = (spread + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight.to(scale.dtype)
         shift = offset * scale if self.bias is None else torch.addcmul(self.bias.to(scale.dtype), offset, scale)
-        y = centred.mul(scale.view_as(mean)).add_(shift.view_as(mean))
-        return y.to(input.dtype)
+        # Without a graph to keep it for, the centred input becomes the output: a new tensor costs its pages.
+        scaled = centred.mul(scale.view_as(mean)) if torch.is_grad_enabled() else centred.mul_(scale.view_as(mean))
+        return scaled.add_(shift.view_as(mean)).to(input.dtype)
 
     def _mixed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """m_b - mean_b and var_b, (n, C) each. Everything is relative to the middle of the components: squares of large means
