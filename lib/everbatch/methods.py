@@ -44,6 +44,8 @@ TABLE: dict[str, str] = {
     "lars": "everbatch.optim.layerwise.lars:LARS",
     "lamb": "everbatch.optim.layerwise.lamb:LAMB",
     "conadv": "everbatch.train.adversarial.conadv:ConAdv",
+    "lwf": "everbatch.train.memory.lwf:LwF",
+    "cpr": "everbatch.train.memory.cpr:CPR",
     "replay": "everbatch.train.memory.replay:Replay",
     "er_ace": "everbatch.train.memory.er_ace:ErAce",
     "consolidate": "everbatch.train.consolidate:Consolidate",

@@ -15,7 +15,7 @@ from everbatch.composition import compose
 from everbatch.data import Batch
 from everbatch.objective import bregman as b
 from everbatch.objective.table import TABLE
-from everbatch.objective.terms import Divergence, OutputTerm, WeightTerm, evaluate
+from everbatch.objective.terms import OutputTerm, WeightTerm, evaluate
 from everbatch.optim import EWC, MAS, SI, OptimizerMixin
 from everbatch.optim.memory.ewc import merge_quadratics
 from everbatch.train import Replay, Trainer, TrainerMixin
@@ -31,14 +31,6 @@ PRECISION = {"w": draw(3, 4).exp(), "b": draw(4, seed=1).exp()}
 ANCHOR = {"w": draw(3, 4, seed=2), "b": draw(4, seed=3)}
 WEIGHTS = {"w": draw(3, 4, seed=4), "b": draw(4, seed=5), "free": draw(2, seed=6)}
 
-DISTILLATION = Divergence(
-    "distillation", lambda u: (u / 2.0).softmax(-1), b.negative_entropy, b.distillation,
-    lambda u, z: (z / 2.0).softmax(-1), target_first=True)
-CONFIDENCE = Divergence(
-    "KL(p, uniform)", lambda u: u.softmax(-1), b.negative_entropy, lambda u, z: b.uniform_divergence(u),
-    lambda u, z: torch.full_like(u, 1.0 / u.shape[-1]))
-"""What LwF and CPR will be: a further method is a divergence of this kind, and an entry."""
-
 METHODS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "er": lambda: TABLE["er"](0.5),
     "dark_er": lambda: TABLE["dark_er"](0.1),
@@ -48,8 +40,9 @@ METHODS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "online_ewc": lambda: TABLE["online_ewc"](0.7, PRECISION, ANCHOR),
     "si": lambda: TABLE["si"](0.3, PRECISION, ANCHOR),
     "mas": lambda: TABLE["mas"](2.0, PRECISION, ANCHOR),
-    "lwf": lambda: (OutputTerm("lwf", 0.5, "stream", DISTILLATION, target="logits"),),
-    "cpr": lambda: (OutputTerm("cpr", 0.2, "stream", CONFIDENCE, target="logits"),),
+    "lwf": lambda: TABLE["lwf"](0.5, 2.0, ((0, 3),)),
+    "lwf, by task": lambda: TABLE["lwf"](0.5, 1.5, ((0, 2), (2, 4))),
+    "cpr": lambda: TABLE["cpr"](0.2),
 }
 
 
@@ -60,7 +53,7 @@ def test_every_entry_is_checked_here() -> None:
 def part(name: str) -> Batch:
     labels = torch.arange(N) % C
     rows = {"inputs": torch.zeros(N, 1), "ids": torch.arange(N), "position": torch.arange(N)}
-    return Batch(targets=labels, part=name, extras={"logits": draw(N, C, seed=8)}, **rows)
+    return Batch(targets=labels, part=name, extras={"logits": draw(N, C, seed=8), "old": draw(N, 4, seed=9)}, **rows)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -84,16 +77,16 @@ def check_outputs(term: OutputTerm) -> None:
     # Losses are in fp32, hence the tolerance.
     losses, definition = term.losses(logits, batch).double(), term.divergence.definition(logits, wanted)
     exact = definition
-    if term.divergence is DISTILLATION:  # more by the entropy of its target, which no logit moves
+    if term.divergence.target_first:  # more by the entropy of its target, which no logit moves: 0 for labels
         p = term.divergence.target(logits, wanted)
-        exact = definition - (p * p.log()).sum(-1)
+        exact = definition - torch.xlogy(p, p).sum(-1)
     torch.testing.assert_close(losses, exact, rtol=1e-6, atol=1e-6)
     assert (definition > 0).all()
     torch.testing.assert_close(gradient, term.gradient(logits, wanted), rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(value.double(), term.weight * losses.mean(), rtol=1e-6, atol=0)
 
     # Where h is z there is nothing to gain.
-    if term.target == "logits" and term.divergence is not CONFIDENCE:
+    if term.target != "targets":
         still = term.gradient(wanted, wanted)
         torch.testing.assert_close(still, torch.zeros_like(still), rtol=0, atol=1e-12)
     assert evaluate([term], logits, part("another")) == {}

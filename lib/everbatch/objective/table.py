@@ -9,6 +9,8 @@ the weights:
     er           memory      cross-entropy, labels      -
     dark_er      memory      squared distance, logits   -
     dark_er_pp   two draws   both                       -
+    lwf          stream      cross-entropy, old softmax -
+    cpr          stream      KL divergence, uniform     -
     ewc          -           -                          Fisher F of the tasks, summed    merged
     online_ewc   -           -                          F, decayed sum or mean           last task
     si           -           -                          Omega of the path                last task
@@ -28,7 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from everbatch.objective.bregman import mean_square, negative_entropy, squared_norm
+from everbatch.objective.bregman import (
+    distillation,
+    mean_square,
+    negative_entropy,
+    squared_norm,
+    uniform_divergence,
+)
 from everbatch.objective.terms import (
     Divergence,
     OutputTerm,
@@ -38,11 +46,13 @@ from everbatch.objective.terms import (
     label_term,
 )
 
-__all__ = ["CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "dark_er", "dark_er_pp", "er",
-           "ewc", "mas", "online_ewc", "si"]
+__all__ = ["CONFIDENCE", "CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "cpr", "dark_er",
+           "dark_er_pp", "er", "ewc", "lwf", "mas", "online_ewc", "si"]
 
 ByName = Mapping[str, Tensor]
 Reduction = Literal["element_mean", "sample_sum"]
+Ranges = tuple[tuple[int, int], ...]
+"""Of classes: first, and the one after the last."""
 
 
 # -------------------------------------------------------------------------------------- divergences
@@ -87,6 +97,40 @@ KNOWN_DISTANCE = replace(SQUARED_DISTANCE, loss=_known_squared, target=_known)
 """The two over rows of which some were stored with fewer classes: NaN stands for the others."""
 
 
+def _sureness(u: Tensor, y: Tensor) -> Tensor:
+    return uniform_divergence(u.float())
+
+
+def _uniform(u: Tensor, y: Tensor) -> Tensor:
+    return torch.full_like(u, 1.0 / u.shape[-1])
+
+
+CONFIDENCE = Divergence(
+    "KL(softmax(logits), uniform)", _probabilities, negative_entropy, _sureness, _uniform)
+"""ln C - H(p): what an entropy bonus is, but for the constant."""
+
+
+@functools.cache
+def _distilling(temperature: float, ranges: Ranges) -> Divergence:
+    """KL(softmax(z / T) || softmax(u / T)) over each range of classes, summed, and the entropy of
+    the targets, which no logit moves."""
+    def tempered(u: Tensor) -> Tensor:
+        scaled = u / temperature
+        parts = [scaled[..., first:last].softmax(-1) for first, last in ranges]
+        return torch.cat(parts, -1) if parts else scaled.softmax(-1)
+
+    def loss(u: Tensor, z: Tensor) -> Tensor:
+        u, z = u.float(), z.float()
+        parts = [distillation(u[:, a:b], z[:, a:b], temperature) for a, b in ranges]
+        return torch.stack(parts).sum(0) if parts else distillation(u, z, temperature)
+
+    def old(u: Tensor, z: Tensor) -> Tensor:
+        return tempered(z)
+
+    text = f"CE(softmax(logits / {temperature:g}), old softmax)"
+    return Divergence(text, tempered, negative_entropy, loss, old, target_first=True)
+
+
 # ----------------------------------------------------------------------------------- output methods
 @functools.cache
 def er(beta: float) -> tuple[OutputTerm, ...]:
@@ -111,6 +155,19 @@ def dark_er_pp(
 ) -> tuple[OutputTerm, ...]:
     """Both, of independent draws."""
     return dark_er(alpha, reduction, grown) + er(beta)
+
+
+@functools.cache
+def lwf(alpha: float, temperature: float, ranges: Ranges = ()) -> tuple[OutputTerm, ...]:
+    """Learning without forgetting: the model before the task, on the task's own samples; a softmax
+    over each range of classes, over all of them where none is given."""
+    return (OutputTerm("lwf", alpha, "stream", _distilling(temperature, ranges), target="old"),)
+
+
+@functools.cache
+def cpr(beta: float) -> tuple[OutputTerm, ...]:
+    """Classifier-projection regularisation: outputs that are not sure of themselves."""
+    return (OutputTerm("cpr", beta, "stream", CONFIDENCE),)
 
 
 # ----------------------------------------------------------------------------------- weight methods
@@ -138,7 +195,7 @@ def mas(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm,
 
 
 TABLE: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp,
+    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp, "lwf": lwf, "cpr": cpr,
     "ewc": ewc, "online_ewc": online_ewc, "si": si, "mas": mas,
 }
 """Method by name: a function of its weights, and of what it remembers, to its terms."""

@@ -19,7 +19,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     # <methods>
     from everbatch.train.adversarial.conadv import ConAdv as ConAdv
     from everbatch.train.consolidate import Consolidate as Consolidate
+    from everbatch.train.memory.cpr import CPR as CPR
     from everbatch.train.memory.er_ace import ErAce as ErAce
+    from everbatch.train.memory.lwf import LwF as LwF
     from everbatch.train.memory.replay import Replay as Replay
     from everbatch.train.warm_start import WarmStart as WarmStart
     # </methods>

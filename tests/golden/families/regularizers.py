@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.objective import bregman as objectives
+from everbatch.objective.table import cpr, lwf
 from everbatch.optim import EWC, SI
 from golden.comparison import Array, Comparison, FormatError, Tolerance, Vectors
 from golden.families.nets import build
@@ -43,8 +45,7 @@ def _ewc(file: Vectors, compare: Comparison, part: str) -> None:
             step = f"{task}step{i}/"
             penalty = opt.ewc_penalty()
             compare.close(f"{step}penalty_before", (penalty / strength).numpy(), file[f"{step}penalty_before"])
-            bonus = beta if part.endswith("cpr") else 0.0
-            loss = _step(opt, model, *rows, bonus=bonus)
+            loss = _step(opt, model, *rows, bonus=beta if part.endswith("cpr") else 0.0)
             compare.close(f"{step}loss", (loss + penalty).numpy(), file[f"{step}loss"])
             _weights_after(file, compare, step, model)
         opt.consolidate_ewc(zip(x, y, strict=True))
@@ -77,17 +78,26 @@ def _lwf(file: Vectors, compare: Comparison, part: str) -> None:
     for case in file.groups(f"{part}/"):
         at = f"{part}/{case}/"
         new = torch.from_numpy(file[f"{at}new_logits"].copy()).requires_grad_()
-        term = objectives.distillation(new, torch.from_numpy(file[f"{at}old_logits"].copy()), float(file[f"{at}temperature"]))
-        loss = term.mean()
+        old = torch.from_numpy(file[f"{at}old_logits"].copy())
+        heat = float(file[f"{at}temperature"])
+        loss = objectives.distillation(new, old, heat).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         assert new.grad is not None
         compare.close(f"{at}loss", loss.detach().numpy(), file[f"{at}loss"])
         compare.close(f"{at}grad_new_logits", new.grad.numpy(), file[f"{at}grad_new_logits"])
+        # As the table has it: the gradient from the generator alone. Its losses are in float32.
+        (term,) = lwf(1.0, heat, ((0, old.shape[1]),))
+        compare.close(f"{at}grad_new_logits (table)", term.gradient(new.detach(), old).numpy(), file[f"{at}grad_new_logits"])
 
 
 def _cpr(file: Vectors, compare: Comparison, part: str) -> None:
-    mean = objectives.entropy(torch.from_numpy(file[f"{part}/logits"].copy())).mean()
+    logits = torch.from_numpy(file[f"{part}/logits"].copy())
+    mean = objectives.entropy(logits).mean()
     compare.close(f"{part}/mean_entropy", mean.numpy(), file[f"{part}/mean_entropy"])
+    (term,) = cpr(1.0)
+    divergence = term.divergence.definition(logits, logits.new_zeros(len(logits)).long()).mean()
+    mean = math.log(logits.shape[1]) - divergence
+    compare.close(f"{part}/mean_entropy (table)", mean.numpy(), file[f"{part}/mean_entropy"])
 
 
 def _tasks(file: Vectors, compare: Comparison, at: str) -> Iterator[tuple[str, Tensor, Tensor]]:
