@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from everbatch.metrics.estimate import estimate
-from everbatch.tune import ranks, tables
+from everbatch.tune import rankings, tables
 from everbatch.tune.choices import choices
 from everbatch.tune.figure import both_protocols
-from everbatch.tune.ranks import above, tau
+from everbatch.tune.rankings import above, tau
 from everbatch.tune.statistics import bootstrap, bootstrap_optimism, compare, expected_maximum, optimism
 
 NEW = tuple(range(2, 8))
@@ -170,7 +170,7 @@ def test_five_methods_are_tested() -> None:
     kept = [row for i, n in enumerate(names) for p in ("two-phase", "conventional") for row in rows(p, n, [0.5 + i / 20] * 6)]
     found = compare(two, conventional, kept)["ranks"]
     assert found["tau"] == pytest.approx(1.0) and found["p"] == pytest.approx(2 / math.factorial(5))
-    assert not any(pair["changes"] for pair in found["pairs"]) and ranks.LEAST == 5
+    assert not any(pair["changes"] for pair in found["pairs"]) and rankings.LEAST == 5
     # By hand: of 6 pairs one is turned round.
     turned = tau({"a": 1, "b": 2, "c": 3, "d": 4}, {"a": 1, "b": 2, "c": 4, "d": 3})
     assert turned["tau"] == pytest.approx(2 / 3)

@@ -25,7 +25,7 @@ import numpy as np
 from everbatch import seeds
 from everbatch.metrics.estimate import LEVEL, estimate
 from everbatch.tune.choices import Choice, choices
-from everbatch.tune.ranks import ranks
+from everbatch.tune.rankings import ranks
 
 __all__ = ["bootstrap", "bootstrap_optimism", "compare", "expected_maximum", "optimism"]
 
