@@ -19,8 +19,11 @@ __all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", 
            "parts_of"]
 
 DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks",
-            "from_data", "makes", "asked", "wants", "idle", "fixed", "at_task_end")
+            "from_data", "makes", "asked", "wants", "idle", "fixed", "needs_boundaries", "at_task_end")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
+
+AT_BOUNDARIES = ("at_task_end", "consolidate", "on_task_start", "on_task_end")
+"""Functions of a part that are called where tasks begin and end."""
 
 
 class Contract:
@@ -103,6 +106,13 @@ class Contract:
         """Why these options cannot be beside a model that grows between tasks, and what can; "": they
         can. What a part keeps by parameter name begins anew for a new one."""
         return ""
+
+    @classmethod
+    def needs_boundaries(cls, config: Any) -> str:
+        """Why these options have to know where tasks begin and end, "": they need not; a task-free
+        stream refuses those that have to. By default a part that acts there has to."""
+        where = [name for name in AT_BOUNDARIES if name in vars(cls)]
+        return f"it acts there, in {where[0]}()" if where else ""
 
     def at_task_end(self, rows: Any) -> None:
         """Called of each part that defines it, when a task's last step is done; collective.

@@ -1,5 +1,6 @@
 """Data: sources of samples, streams of tasks over them, batches, and memories for replay."""
 
+from everbatch.data.arrival import blurry, online, task_free
 from everbatch.data.batch import Batch
 from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
 from everbatch.data.correlated import dirichlet_order
@@ -35,8 +36,8 @@ from everbatch.data.streams import (
 __all__ = [
     "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
     "ReplayStore", "Reservoir", "Ring", "Rotate", "RowDataset", "RowSource", "Slots", "Source", "Stream", "SubsetSource",
-    "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index",
+    "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index", "blurry",
     "class_incremental", "dirichlet_order", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
-    "iid", "largest", "load", "permuted", "pilot_increments", "reservoir_index", "ring_index",
-    "rotated", "share", "stratified_split", "task_incremental", "validation",
+    "iid", "largest", "load", "online", "permuted", "pilot_increments", "reservoir_index", "ring_index",
+    "rotated", "share", "stratified_split", "task_free", "task_incremental", "validation",
 ]

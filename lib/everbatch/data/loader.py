@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from everbatch.data.batch import Batch
 from everbatch.data.datasets import drawing
-from everbatch.data.streams import Stream, Task, rows_of_stream
+from everbatch.data.tasks import Stream, Task, bounded, rows_of_stream
 from everbatch.distributed import World
 from everbatch.errors import check
 from everbatch.processes import follow_trainer
@@ -137,8 +137,9 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """This rank's rows of the global batch of `step`, un-augmented."""
         ids, _, position = (value[self.local] for value in self.global_rows(step))
+        shown = self.task.id if bounded(self.stream) else 0
         with drawing(self.seed, "fetch", self.task.id, step):
-            return Batch(*rows_of_stream(self.stream, ids), ids, position, task=self.task.id)
+            return Batch(*rows_of_stream(self.stream, ids), ids, position, task=shown)
 
     def __iter__(self) -> Iterator[Batch]:
         steps = range(self.start, len(self))

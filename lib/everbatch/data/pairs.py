@@ -10,7 +10,8 @@ import torch
 from everbatch.data.datasets import as_source
 from everbatch.data.label_space import Pair, in_one_label_space, is_data
 from everbatch.data.sources import ConcatSource, Source
-from everbatch.data.streams import Stream, Task, domain_incremental, finished, iid
+from everbatch.data.streams import domain_incremental, iid
+from everbatch.data.tasks import Stream, Task, finished
 from everbatch.errors import check
 
 __all__ = ["as_stream"]
@@ -63,6 +64,8 @@ def _joined(
 ) -> Stream:
     """Pairs with labels of their own, as tasks one after the other."""
     train, test = ConcatSource([pair[0] for pair in pairs]), ConcatSource([pair[1] for pair in pairs])
+    if kind == "class":
+        _check_disjoint(who, labels, train.classes)
     label_map = torch.arange(len(train.classes))
     if kind != "domain":
         order = list(dict.fromkeys(label for own in labels for label in sorted(own)))
@@ -76,6 +79,18 @@ def _joined(
         start, test_start = start + len(one), test_start + len(other)
     width = int(label_map.max()) + 1
     return finished(who, Stream(tuple(tasks), train, test, width, kind, label_map))
+
+
+def _check_disjoint(who: str, labels: Sequence[set[int]], names: Sequence[str]) -> None:
+    """Refuse classes that come in two tasks; one look at each."""
+    home: dict[int, int] = {}
+    for index, own in enumerate(labels):
+        twice = sorted(own & home.keys())
+        place = home[twice[0]] if twice else index
+        got = f"class {names[twice[0]]!r} in tasks {place} and {index}" if twice else ""
+        check(not twice, who, got, "be in one task of a class-incremental stream",
+              "say kind='domain', or make the tasks disjoint and mix them with everbatch.data.blurry")
+        home |= dict.fromkeys(own, index)
 
 
 def pairs_of(who: str, data: Any) -> list[Pair]:

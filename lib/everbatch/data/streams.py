@@ -6,13 +6,10 @@ of the stream, then all test samples, so an id names one sample among everything
 
 from __future__ import annotations
 
-import typing
-import warnings
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,111 +19,15 @@ from everbatch.data.arrays import check_labels
 from everbatch.data.datasets import Samples, as_source
 from everbatch.data.label_space import Pair, as_pair, in_one_label_space
 from everbatch.data.memory import check_memory
-from everbatch.data.notes import notes_of, speaks
-from everbatch.data.sources import TARGETS, ConcatSource, Source, digest, stratified_split, target_bytes
+from everbatch.data.sources import ConcatSource, Source, stratified_split
+from everbatch.data.tasks import Kind, Stream, Task, finished, rows_of_stream
 from everbatch.errors import check
-from everbatch.rows import Rows, unnamed
 from everbatch.seeds import generator
 
 __all__ = [
-    "Stream", "Task", "class_incremental", "domain_incremental", "growing", "iid", "pilot_increments",
-    "task_incremental", "validation",
+    "Stream", "Task", "class_incremental", "domain_incremental", "finished", "growing", "iid", "pilot_increments",
+    "rows_of_stream", "task_incremental", "validation",
 ]
-
-Kind = Literal["class", "task", "domain", "growing", "iid"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One stretch of a stream."""
-
-    id: int
-    """Place in the stream, from 0."""
-    name: str
-    classes: tuple[int, ...]
-    """The labels of the task, as the stream numbers them, ascending."""
-    train_ids: Tensor
-    """(n,) int64 ids of the training samples."""
-    test_ids: Tensor
-    """(m,) int64 ids of the test samples."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Tasks over a training and a test source. Build one with the functions of this page, which check it."""
-
-    tasks: tuple[Task, ...]
-    train: Source
-    test: Source
-    num_classes: int
-    """Labels after numbering them in order of appearance; the width of a head for the whole stream."""
-    kind: Kind
-    label_map: Tensor
-    """(source classes,) int64: the stream's label of each source label, -1 where the stream never shows it."""
-
-    def __post_init__(self) -> None:
-        kinds = typing.get_args(Kind)
-        check(self.kind in kinds, "Stream", f"kind={self.kind!r}", f"be one of {', '.join(kinds)}",
-              "it says among which classes a prediction chooses")
-        check(len(self.tasks) > 0, "Stream", "no tasks", "be at least one")
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of the results should know of the samples, one line each: classes with a single training sample, or
-        with none in training or test."""
-        return notes_of(self)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Name of each label, in the stream's numbering."""
-        names = {int(new): self.train.classes[old] for old, new in enumerate(self.label_map) if new >= 0}
-        return tuple(names[label] for label in range(self.num_classes))
-
-    @cached_property
-    def _everything(self) -> ConcatSource:
-        return ConcatSource((self.train, self.test))
-
-    def targets(self, ids: Tensor) -> Tensor:
-        """(n,) labels of the samples `ids`, as the stream numbers them."""
-        return self.label_map[self._everything.targets[ids]]
-
-    def fetch(self, ids: Tensor) -> Rows:
-        """(n, ...) un-augmented inputs of the samples `ids`, training and test samples alike; or several by name."""
-        return self.rows(ids)[0]
-
-    def rows(self, ids: Tensor) -> tuple[Rows, Tensor]:
-        """Inputs and targets of the samples `ids`: the targets that the source gives with its rows, else their labels."""
-        rows = self._everything.fetch(ids)
-        if not isinstance(rows, dict):
-            return rows, self.targets(ids)
-        inputs = {name: value for name, value in rows.items() if name != TARGETS}
-        return unnamed("inputs", inputs) if inputs.keys() == {"inputs"} else inputs, rows.get(TARGETS, self.targets(ids))
-
-    @property
-    def has_targets(self) -> bool:
-        """Whether the source gives targets of its own with its rows, beside labels. Cost: one sample."""
-        rows = self._everything.fetch(self.tasks[0].train_ids[:1])
-        return isinstance(rows, dict) and TARGETS in rows
-
-    def seen_classes(self, task: int) -> tuple[int, ...]:
-        """Labels of tasks 0 to `task`, ascending."""
-        return tuple(sorted({label for earlier in self.tasks[: task + 1] for label in earlier.classes}))
-
-    def fingerprint(self) -> str:
-        """A short hash of data, task order and labels: equal streams, and only those, resume each other."""
-        parts: list[str | bytes] = [self.kind, self.train.fingerprint(), self.test.fingerprint()]
-        parts.append(target_bytes(self.label_map))
-        for task in self.tasks:
-            parts += [str(task.classes), target_bytes(task.train_ids), target_bytes(task.test_ids)]
-        return digest(*parts)
-
-
-def rows_of_stream(stream: Stream, ids: Tensor) -> tuple[Rows, Tensor]:
-    """Inputs and targets of samples, also of a stream of one's own that knows of labels alone."""
-    return stream.rows(ids) if hasattr(stream, "rows") else (stream.fetch(ids), stream.targets(ids))
 
 
 def _pair(who: str, train: Samples, test: Samples) -> Pair:
@@ -141,19 +42,6 @@ def _check_pair(who: str, train: Source, test: Source) -> None:
     for source in (train, test):
         check(len(source) > 0, who, f"{source.name!r} is empty", "hold samples")
         check_labels(f"{who}: {source.name}", source.targets, len(source.classes))
-
-
-def finished(who: str, stream: Stream) -> Stream:
-    """Refuse empty tasks, warn on rank 0 of classes that a task promises and never shows."""
-    for task in stream.tasks:
-        for part, ids in (("training", task.train_ids), ("test", task.test_ids)):
-            check(len(ids) > 0, who, f"task {task.id} ({task.name}) has no {part} samples", "have some")
-        absent = sorted(set(task.classes) - set(torch.unique(stream.targets(task.train_ids)).tolist()))
-        # An early round of growing data may well miss a class that arrives later.
-        if absent and speaks() and (stream.kind != "growing" or task is stream.tasks[-1]):
-            warnings.warn(f"{who}: task {task.id} has no training samples of classes "
-                          f"{[stream.classes[label] for label in absent[:5]]}", stacklevel=3)
-    return stream
 
 
 def pilot_increments(num_classes: int, initial: int, increment: int) -> tuple[int, ...]:
@@ -190,37 +78,60 @@ def _class_order(
 
 def _split_classes(
     kind: Kind, train: Samples, test: Samples, tasks: int | None, seed: int, class_order: Sequence[int] | None,
-    increments: Sequence[int] | None, classes: Sequence[int] | None,
+    increments: Sequence[int] | str | None, classes: Sequence[int] | None,
 ) -> Stream:
     who = f"{kind}_incremental"
     train, test = _pair(who, train, test)
     order = _class_order(who, train.classes, seed, class_order, classes)
-    if increments is None:
-        count = 5 if tasks is None else tasks
-        check(1 <= count <= len(order), who, f"{count} tasks of {len(order)} classes", "be at least one class per task")
-        sizes = [len(order) // count + (k < len(order) % count) for k in range(count)]
-    else:
-        sizes = list(increments)
-        check(tasks is None or tasks == len(sizes), who, f"tasks={tasks} and {len(sizes)} increments", "agree")
-        check(all(size >= 1 for size in sizes), who, f"increments={sizes}", "be at least one class each")
-        check(sum(sizes) == len(order), who, f"increments={sizes} cover {sum(sizes)} classes",
-              f"cover the {len(order)} classes of the stream")
+    sizes = _sizes(who, tasks, increments, len(order))
     label_map = torch.full((len(train.classes),), -1)
     label_map[torch.tensor(order)] = torch.arange(len(order))
-    labels = [label_map[source.targets] for source in (train, test)]
+    home = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    train_ids, test_ids = (_by_task(label_map[source.targets], home, len(sizes)) for source in (train, test))
     made, start = [], 0
     for index, size in enumerate(sizes):
         stop = start + size
-        ids = [torch.nonzero((label >= start) & (label < stop)).flatten() for label in labels]
         name = ",".join(train.classes[c] for c in order[start:stop][:4]) + ("..." if size > 4 else "")
-        made.append(Task(index, name, tuple(range(start, stop)), ids[0], ids[1] + len(train)))
+        made.append(Task(index, name, tuple(range(start, stop)), train_ids[index], test_ids[index] + len(train)))
         start = stop
     return finished(who, Stream(tuple(made), train, test, len(order), kind, label_map))
 
 
+def _sizes(who: str, tasks: int | None, increments: Sequence[int] | str | None, classes: int) -> list[int]:
+    """Classes of each task."""
+    if increments is None:
+        count = 5 if tasks is None else tasks
+        check(1 <= count <= classes, who, f"{count} tasks of {classes} classes", "be at least one class per task")
+        return [classes // count + (k < classes % count) for k in range(count)]
+    if isinstance(increments, str):
+        found = re.fullmatch(r"B(\d+)[-_ ]?Inc(\d+)", increments, re.IGNORECASE)
+        check(found is not None, who, f"increments={increments!r}", "be B<classes of the first task>-Inc<of each other>",
+              "say B50-Inc10, or B0-Inc10 for equal tasks")
+        first, each = (int(number) for number in found.groups()) if found is not None else (0, 0)
+        increments = pilot_increments(classes, first or each, each)
+    sizes = list(increments)
+    check(tasks is None or tasks == len(sizes), who, f"tasks={tasks} and {len(sizes)} increments", "agree")
+    check(all(size >= 1 for size in sizes), who, f"increments={sizes}", "be at least one class each")
+    check(sum(sizes) == classes, who, f"increments={sizes} cover {sum(sizes)} classes",
+          f"cover the {classes} classes of the stream")
+    return sizes
+
+
+def _by_task(labels: Tensor, home: Tensor, tasks: int) -> tuple[Tensor, ...]:
+    """Places of the samples of each task, ascending; one sort for all tasks.
+
+    Args:
+        labels: (n,) labels of the samples, -1 for those that are in no task.
+        home: (classes,) task of each label.
+    """
+    places = torch.where(labels < 0, tasks, home[labels])
+    counts = torch.bincount(places, minlength=tasks + 1)
+    return torch.split(places.argsort(stable=True), counts.tolist())[:tasks]
+
+
 def class_incremental(
     train: Samples, test: Samples, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
-    increments: Sequence[int] | None = None, classes: Sequence[int] | None = None,
+    increments: Sequence[int] | str | None = None, classes: Sequence[int] | None = None,
 ) -> Stream:
     """Disjoint sets of classes, one task after the other; no task id at test time.
 
@@ -230,7 +141,8 @@ def class_incremental(
             divide.
         seed: shuffles the classes by numpy's legacy generator, as PILOT, PyCIL and GTEP do.
         class_order: source labels in order of appearance, instead of `seed`; those left out are not in the stream.
-        increments: classes of each task instead of `tasks`; see `pilot_increments`.
+        increments: classes of each task instead of `tasks`: a list, or PILOT's notation of a first task and of those after it,
+            "B50-Inc10"; see `pilot_increments`.
         classes: the source labels that take part, shuffled by `seed`; by default all.
 
     Raises:
@@ -242,7 +154,7 @@ def class_incremental(
 
 def task_incremental(
     train: Samples, test: Samples, tasks: int | None = None, seed: int = 0, class_order: Sequence[int] | None = None, *,
-    increments: Sequence[int] | None = None, classes: Sequence[int] | None = None,
+    increments: Sequence[int] | str | None = None, classes: Sequence[int] | None = None,
 ) -> Stream:
     """`class_incremental` with the task known at test time: predictions choose among the task's own classes."""
     return _split_classes("task", train, test, tasks, seed, class_order, increments, classes)
@@ -326,20 +238,23 @@ def iid(train: Samples, test: Samples) -> Stream:
 def validation(stream: Stream, fraction: float = 0.1, seed: int = 0) -> Stream:
     """The same stream with a stratified share of every task's training samples held out in place of its test samples.
 
-    For tuning: the test samples are never shown. In a growing stream a sample held out in one round is held out in all.
+    For tuning: the test samples are never shown. In a growing stream a sample held out in one round is held out in all. In a
+    blurry one samples are held out by class, wherever they come, and belong to the test part of their class's task.
 
     Raises:
         ValueError: fraction outside (0, 1), or a class with a single sample.
     """
     last = stream.tasks[-1].train_ids
+    everywhere = last if stream.kind == "growing" else torch.cat([task.train_ids for task in stream.tasks])
+    shared = stream.kind == "growing" or bool(stream.blur)
+    held = everywhere[stratified_split(stream.targets(everywhere), fraction, seed)[1]] if shared else None
     tasks = []
     for task in stream.tasks:
-        if stream.kind == "growing":
-            held = last[stratified_split(stream.targets(last), fraction, seed)[1]]
-            out = torch.isin(task.train_ids, held)
-            ids = task.train_ids[~out], held.sort().values
-        else:
+        if held is None:
             kept, out = stratified_split(stream.targets(task.train_ids), fraction, seed)
             ids = task.train_ids[kept], task.train_ids[out]
+        else:
+            own = torch.isin(stream.targets(held), torch.tensor(task.classes))
+            ids = task.train_ids[~torch.isin(task.train_ids, held)], held[own].sort().values
         tasks.append(replace(task, train_ids=ids[0], test_ids=ids[1]))
     return finished("validation", replace(stream, tasks=tuple(tasks)))

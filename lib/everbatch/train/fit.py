@@ -17,6 +17,7 @@ from everbatch.contract import parts_of
 from everbatch.data import Loader, Stream, Task
 from everbatch.evaluate.evaluator import firsts, scores
 from everbatch.train import persist
+from everbatch.train.boundaries import begins, ends, steps_before, visible_steps
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.diagnosis import where_not_finite
 from everbatch.train.modes import warn_if_nothing_trains
@@ -83,11 +84,11 @@ def loader_of(trainer: Stepper, stream: Stream, task: Task, *, done: int = 0, wo
 
 
 def schedule_of(trainer: Stepper, loader: Loader, *, done: int = 0) -> LRScheduler:
-    """A task's learning rates, from its step `done` on."""
+    """A task's learning rates, from its step `done` on; where tasks are not to be seen, those of the stream from its step."""
     config = trainer.config
     return task_schedule(
         config.schedule, trainer.base_rates, epochs=config.epochs, batch_size=config.batch_size,
-        steps_per_epoch=loader.steps_per_epoch, done=done)
+        steps_per_epoch=visible_steps(trainer, loader), done=done)
 
 
 def _train(trainer: Stepper, run: Run, stream: Stream) -> None:
@@ -100,7 +101,8 @@ def _train(trainer: Stepper, run: Run, stream: Stream) -> None:
         if not _run_task(trainer, run, stream, task):
             _save(trainer)
             return
-        _end_task(trainer, task)
+        if ends(stream, run.task_index):
+            _end_task(trainer, task)
         _close_task(trainer, run, stream)
 
 
@@ -109,7 +111,7 @@ def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
     config, stop = trainer.config, run.stop
     loader = loader_of(trainer, stream, task, done=run.task_step, workers=config.workers)
     run.begin_task(loader)
-    if run.task_step == 0:
+    if run.task_step == 0 and begins(stream, run.task_index):
         if run.task_index and config.reset_optimizer:
             trainer.optimizer.host.reset_moments()
         require_stable(trainer)
@@ -117,7 +119,10 @@ def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
         trainer.optimizer.host.watch.look_again()
     run.in_task = True
     warn_if_nothing_trains(trainer.module)
-    schedule = schedule_of(trainer, loader, done=run.task_step)
+    if run.schedule is None or begins(stream, run.task_index):
+        before = steps_before(trainer, stream, run.task_index)
+        run.schedule = schedule_of(trainer, loader, done=before + run.task_step)
+    schedule = run.schedule
     set_rates(trainer.optimizer.param_groups, schedule)
     if trainer.recorder is not None:
         title = f"task {task.id + 1}/{len(stream)}"

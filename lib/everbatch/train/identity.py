@@ -12,11 +12,12 @@ from everbatch.checkpoint.manifest import json_problem
 from everbatch.contract import base_of, parts_of
 from everbatch.data import Loader, Stream, Task
 from everbatch.data.sources import digest, target_bytes
+from everbatch.data.tasks import manner
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.problems import Classification
 from everbatch.train.step import Stepper
 
-__all__ = ["changes", "check_plain", "described", "identity", "parts", "steps_per_epoch"]
+__all__ = ["changes", "check_plain", "described", "identity", "known", "parts", "steps_per_epoch"]
 
 FREE = ("keep_last", "checkpoint_every", "workers", "eval_batch", "accumulation", "max_bad_steps",
         "compile")
@@ -36,7 +37,7 @@ def identity(trainer: Stepper) -> dict[str, Any]:
     classes = [[p.__name__ for p in parts_of(type(trainer))], [p.__name__ for p in (*parts_of(type(trainer.optimizer)), base)]]
     begun = trainer.begun
     values = {"trainer": config, "mixins": mixins, "optimizer": optimizer | begun.options, "classes": classes,
-              "lr": begun.rates, "stream": trainer.run.stream.fingerprint(), "identity": trainer.identity,
+              "lr": begun.rates, "stream": known(trainer)[0], "identity": trainer.identity,
               "frozen": begun.frozen}
     if begun.evaluation:  # older checkpoints, all of models in training mode, say nothing
         values["evaluation"] = begun.evaluation
@@ -47,10 +48,19 @@ def identity(trainer: Stepper) -> dict[str, Any]:
     return {k: _jsonable(v) for k, v in {**flat, **{k: v for k, v in values.items() if not isinstance(v, dict)}}.items()}
 
 
+def known(trainer: Stepper) -> tuple[str, dict[str, Any]]:
+    """The fingerprint and the description of the run's stream, made once in a run: each looks at every source."""
+    run, stream = trainer.run, trainer.run.stream
+    assert stream is not None
+    if run.hashed is None:
+        run.hashed = stream.fingerprint(), described(stream)
+    return run.hashed
+
+
 def described(stream: Stream) -> dict[str, Any]:
     """A stream in words, beside its hash: so that a difference can be named."""
     tasks = [[task.name, list(task.classes), len(task.train_ids), len(task.test_ids)] for task in stream.tasks]
-    return {"kind": stream.kind, "classes": list(stream.classes), "tasks": tasks, "train": stream.train.name,
+    return {"kind": manner(stream), "classes": list(stream.classes), "tasks": tasks, "train": stream.train.name,
             "test": stream.test.name, "samples": {
                 f"{part} samples": [digest(target_bytes(source.targets)), source.fingerprint()]
                 for part, source in (("training", stream.train), ("test", stream.test))}}

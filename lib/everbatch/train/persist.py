@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from everbatch.optim import state as optimizer_state
 from everbatch.optim.state_checks import like
 from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers
 from everbatch.train.growth import wanted_growths
-from everbatch.train.identity import changes, check_plain, described, identity, parts, steps_per_epoch
+from everbatch.train.identity import changes, check_plain, identity, known, parts, steps_per_epoch
 from everbatch.train.modes import in_evaluation, put_into_evaluation
 from everbatch.train.relaunch import replay
 from everbatch.train.step import Stepper
@@ -62,13 +62,20 @@ def save(trainer: Stepper) -> None:
     run, stream = trainer.run, trainer.run.stream
     assert trainer.folder is not None and stream is not None
     counters = {"step": trainer.step, "task_index": run.task_index, "task_step": run.task_step,
-                "bad_steps": run.bad_steps, "matrix": run.matrix, "scores": run.scores, "mixins": plain, "changes": run.changes,
+                "bad_steps": run.bad_steps, "matrix": run.matrix, "mixins": plain, "changes": run.changes,
                 "evaluation": in_evaluation(trainer.module)}
+    if run.scores != _of_accuracies(run.matrix):
+        counters["scores"] = run.scores
     grown = {"growths": {"done": trainer.growth.done, "born": trainer.growth.born}} if trainer.growth.done else {}
     everything = {**grown, "optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
-                  "stream": described(stream), "seconds": run.seconds}
+                  "stream": known(trainer)[1], "seconds": run.seconds}
     checkpoint.save(trainer.folder, trainer.step, pieces, everything, world=trainer.world, keep_last=trainer.config.keep_last,
                     healthy=run.bad_steps == 0)
+
+
+def _of_accuracies(matrix: Sequence[Sequence[float]]) -> list[list[dict[str, float]]]:
+    """The scores of a classification, which its matrix says already."""
+    return [[{"accuracy": value} for value in row if value == value] for row in matrix]
 
 
 def _refuse_nonfinite(trainer: Stepper) -> None:
@@ -143,8 +150,8 @@ def load(trainer: Stepper, kept: Checkpoint) -> None:
     run.task_index, run.task_step = saved["task_index"], saved["task_step"]
     run.earlier_seconds = float(kept.meta.get("seconds", 0.0))
     run.bad_steps, run.matrix = saved["bad_steps"], [list(row) for row in saved["matrix"]]
-    older = [[{"accuracy": value} for value in row if value == value] for row in run.matrix]  # of classification, all of them
-    run.scores = [[dict(values) for values in row] for row in saved.get("scores", older)]
+    scores = saved["scores"] if "scores" in saved else _of_accuracies(run.matrix)
+    run.scores = [[dict(values) for values in row] for row in scores]
     if new and run.task_index == len(stream):  # a run of one task is prolonged: back into that task
         before = steps_per_epoch(trainer, stream.tasks[0]) * kept.meta["identity"]["trainer.epochs"]
         run.task_index, run.task_step, run.matrix, run.scores = 0, before, [], []

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from everbatch.data import Batch, Loader, Stream
 from everbatch.train.signals import StopFlag
 
@@ -46,6 +48,10 @@ class Run:
     """The rest of the task's batches, as the loader gives them."""
     ahead: deque[Batch] = field(default_factory=deque)
     """Those that were fetched already."""
+    hashed: tuple[str, dict[str, Any]] | None = None
+    """Fingerprint and description of the stream, once they were asked for."""
+    schedule: LRScheduler | None = None
+    """Of the present task, or of all where none is to be seen."""
     peeked: dict[int, Batch] = field(default_factory=dict)
     """Stream parts that were made ready before their step, by step."""
     fitting: set[tuple[Any, ...]] = field(default_factory=set)

@@ -14,7 +14,7 @@ from everbatch import seeds
 from everbatch.contract import base_of, parts_of
 from everbatch.data import Task
 from everbatch.data.notes import tell
-from everbatch.data.streams import rows_of_stream
+from everbatch.data.tasks import rows_of_stream
 from everbatch.errors import check
 from everbatch.evaluate.evaluator import mean_buffers
 from everbatch.rows import Rows, each

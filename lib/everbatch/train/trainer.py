@@ -26,6 +26,7 @@ from everbatch.train import fit, persist, relaunch
 from everbatch.train.arguments import check_arguments
 from everbatch.train.auxiliary import check_objectives, check_problem, check_targets, needed, problem_of
 from everbatch.train.begun import Begun
+from everbatch.train.boundaries import check_manner
 from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
 from everbatch.train.growth import Build, Growth, check_growable, following
@@ -244,7 +245,8 @@ class Trainer(Stepper):
               "pass Trainer(..., folder=...), where checkpoints go")
         stream = as_stream(stream)
         self.validate(stream)
-        self.run.stream, self.num_tasks = stream, len(stream)  # the run itself begins once it is not refused
+        self.run.stream, self.run.hashed = stream, None  # the run itself begins once it is not refused
+        self.num_tasks = len(stream)
         for note in notes_of(stream) if self.problem.labels else ():
             tell(f"data: {note}")
         persist.agree(self.world, {**persist.identity(self), "resume": resume})
@@ -287,6 +289,7 @@ class Trainer(Stepper):
         check(self._tasks_told in (None, len(stream)), "Trainer", f"a stream of {len(stream)} tasks after num_tasks="
               f"{self._tasks_told}", "have as many", "leave num_tasks out, or give the stream's")
         check_targets(self.problem, stream)
+        check_manner(self, stream)
         for task in stream.tasks:
             fit.schedule_of(self, fit.loader_of(self, stream, task))
 

@@ -90,6 +90,11 @@ class ConAdv(TrainerMixin):
         elsewhere = config.placement in ("process", "ranks")
         return f"placement={config.placement!r} keeps a replica that would not grow; use inline or stream" if elsewhere else ""
 
+    @classmethod
+    def needs_boundaries(cls, config: ConAdv.Config) -> str:
+        """What is crafted ahead ends with a task."""
+        return f"tau={config.tau} crafts ahead, and begins anew with each task; tau=0 does not" if config.tau else ""
+
     # ------------------------------------------------------------------------------------------------------- the verbs
     def configure_model(self, model: nn.Module) -> nn.Module:
         """Split the batch norms, and check what can be known before the engine is built."""

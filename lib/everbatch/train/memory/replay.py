@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
-from everbatch.data.streams import rows_of_stream
+from everbatch.data.tasks import rows_of_stream
 from everbatch.errors import check, check_real, check_whole
 from everbatch.objective.table import dark_er, dark_er_pp, er
 from everbatch.objective.terms import OutputTerm, ProblemTerm, dark_term, evaluate, label_term
@@ -109,6 +109,12 @@ class Replay(TrainerMixin):
         if config.memory == "ring":
             found["key"] = "replay.memory=ring keeps the last samples of each task"
         return found
+
+    @classmethod
+    def needs_boundaries(cls, config: Replay.Config) -> str:
+        """A ring has a place for each task; the others go by samples alone."""
+        ring = config.capacity > 0 and config.memory == "ring"
+        return "memory='ring' keeps the last samples of each task; reservoir and class_balanced need not know it" if ring else ""
 
     @dataclass
     class State:
