@@ -10,6 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 show_help "$@"
 use_environment
 need all
+# Tests start a hundred interpreters: sources are compiled once, not in each, whatever the caller prefers.
+unset PYTHONDONTWRITEBYTECODE
 export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 slow=false
 arguments=()

@@ -48,14 +48,14 @@ def main() -> None:
     gc.freeze()  # DeepSpeed collects garbage several times per engine; what is here already need not be walked each time
     rank, record = init(os.environ.get("EVERBATCH_DEVICE", "cpu"), timeout_s=60).rank, Record()
     for name, job in module.jobs(record, *arguments):
-        begin = time.monotonic()
+        begin, used = time.monotonic(), time.process_time()
         job()
         gc.freeze()
         if rank == 0:
             partial = out.with_suffix(".partial")
             partial.write_text(json.dumps(record.results, indent=1))
             os.replace(partial, out)
-            print(f"{name} {time.monotonic() - begin:.2f} s", flush=True)
+            print(f"{name} {time.monotonic() - begin:.2f} s, {time.process_time() - used:.2f} s of a processor", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """Which case runs on which host, and when: in every round, in turn, or with the wide matrix.
 
-Each run has eight cases on four hosts, and every other case on one host and every other host with one case, in turn; the
-checks about hosts as well. `--wide` adds, in turn, the rest of the matrix.
+Each run has every case: eight on two of four hosts each, all four in two runs, the others on one of them; and every other host
+with one case, in turn; the checks about hosts as well. `--wide` adds, in turn, the rest of the matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rotation import Round, When
 
 CORE = ("SAM", "ClipGradNorm", "EMA", "ShrinkPerturb", "ShrinkPerturb(fresh_init)", "ClipGradNorm+SAM", MIX,
         "EMA+ShrinkPerturb+SAM")
-"""Cases that run on FEW in every round."""
+"""Cases that run on half of FEW in every round, on all of it in two."""
 MOVED = tuple(name for name in CORE if "+" in name)
 """Of them, those that move to other hosts; the last also over AdamW."""
 FEW = ("ddp", "fsdp2", "zero2", "zero3")
@@ -29,8 +29,9 @@ RING = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]
 """Moves between hosts four apart: another engine and, mostly, another stage."""
 ACROSS = (("zero3", "fsdp2"), ("ddp", "zero2"))
 """Moves of the cases outside the core."""
-TURNS, WIDE_TURNS = 4, 8
-"""Rounds after which everything has run: of the default plan (a core case on a host outside FEW: 8), and of the wide one."""
+HALVES, TURNS, LONG_TURNS, WIDE_TURNS = 2, 4, 8, 8
+"""Rounds after which everything has run: cases of the core on FEW; other cases there; what else the default plan has, and the
+wide one."""
 
 LIFE = ("absent", "parity", "resume", "skipped")
 HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers",
@@ -93,7 +94,7 @@ def _two() -> Plan:
     for place, (source, host, case, base, wide) in enumerate(wanted):
         made.moves.setdefault((source, host, case, base), _follow(made.lives[source, case, base], place, wide))
     for place, host in enumerate((*FP32, *HALF)):
-        made.hosts[host] = When() if host in FEW else When(place, TURNS)
+        made.hosts[host] = When(FEW.index(host), HALVES) if host in FEW else When(place, LONG_TURNS)
     for place, host in enumerate(h for h in BF16 if h not in HALF):
         made.hosts[host] = When(place, WIDE_TURNS, slow=True)
     return made
@@ -101,15 +102,16 @@ def _two() -> Plan:
 
 def _default_lives(lives: dict[Life, When]) -> None:
     for case, host in itertools.product(CORE, FP32):
-        lives[host, case, BY_CASE[case].bases[0]] = When() if host in FEW else _shifted(CORE, case, FP32, host, len(CORE))
+        columns, turns = (FEW, HALVES) if host in FEW else (FP32, LONG_TURNS)
+        lives[host, case, BY_CASE[case].bases[0]] = _shifted(CORE, case, columns, host, turns)
     others = [c.name for c in CASES if c.name not in CORE]
     for case, host in itertools.product(others, FEW):
         lives[host, case, BY_CASE[case].bases[0]] = _shifted(others, case, FEW, host, TURNS)
     more = [(MIX, "adamw"), (MOVED[-1], "adamw"), *UNREACHED]
     for (case, base), host in itertools.product(more, FP32):
-        lives[host, case, base] = _shifted(more, (case, base), FP32, host, TURNS)
-    for host in HALF:
-        lives[host, MIX, "sgd"] = When()
+        lives[host, case, base] = _shifted(more, (case, base), FP32, host, LONG_TURNS)
+    for place, host in enumerate(HALF):
+        lives[host, MIX, "sgd"] = When(place, HALVES)
 
 
 def _wide_lives(lives: dict[Life, When]) -> None:

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import BY_CASE, CASES, FP32
-from plans import CORE, FEW, WIDE_TURNS, Plan, plan
+from plans import CORE, FEW, HALVES, WIDE_TURNS, Plan, plan
 
 WORLDS = (1, 2, 3)
 
@@ -50,8 +50,18 @@ def test_what_a_move_loads_was_saved_before(round: int | None) -> None:
 def test_every_round_has_every_case_and_every_host(round: int) -> None:
     due = plan(2).now(round, wide=False)
     assert {case for _, case, _ in due.lives} >= {c.name for c in CASES}
-    assert {host for host, _, _ in due.lives} >= set(FP32) and set(due.hosts) >= set(FEW)
-    assert {(host, case) for host, case, _ in due.lives} >= set(itertools.product(FEW, CORE))
+    assert {host for host, _, _ in due.lives} >= set(FP32) and len(set(due.hosts) & set(FEW)) == len(FEW) / HALVES
+    core = [(host, case) for host, case, _ in due.lives if host in FEW and case in CORE]
+    assert all(len({host for host, case in core if case == name}) >= len(FEW) / HALVES for name in CORE)
+    assert all(len({case for host, case in core if host == name}) >= len(CORE) / HALVES for name in FEW)
+
+
+@pytest.mark.parametrize("cycle", range(WIDE_TURNS))
+def test_two_rounds_have_every_case_of_the_core_on_few(cycle: int) -> None:
+    rounds = [plan(2).now(HALVES * cycle + turn, wide=False) for turn in range(HALVES)]
+    lives = {(host, case) for due in rounds for host, case, _ in due.lives}
+    assert lives >= set(itertools.product(FEW, CORE))
+    assert {host for due in rounds for host in due.hosts} >= set(FEW)
 
 
 def test_rounds_are_of_one_size() -> None:
