@@ -24,6 +24,7 @@ from benchmarks.ledger.plan import Plan, Settings
 from benchmarks.ledger.report import judge, markdown
 from benchmarks.ledger.rule import Verdict, found
 from benchmarks.ledger.runner import run_cells
+from ledger_toy import until
 
 from processes import ENVIRONMENT, ROOT
 
@@ -31,9 +32,9 @@ PAPER = Paper(authors="Nobody", year=2026, ref="arXiv 0000.00000", where="table 
 PATHS = os.pathsep.join(map(str, (ROOT / "lib", ROOT, ROOT / "tests" / "benchmarks")))
 
 
-def driver(home: Path, count: int, jobs: int, seconds: float) -> subprocess.Popen[str]:
+def driver(home: Path, count: int, jobs: int, *options: str) -> subprocess.Popen[str]:
     script = ROOT / "tests" / "benchmarks" / "ledger_toy.py"
-    command = [sys.executable, str(script), str(home), str(count), str(jobs), str(seconds)]
+    command = [sys.executable, str(script), str(home), str(count), str(jobs), *options]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PATHS})
 
@@ -42,23 +43,18 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def until(good: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not good():  # type: ignore[operator]
-        assert time.monotonic() < end, "did not come true"
-        time.sleep(0.02)
-
-
 # --------------------------------------------------------------------------------------------------------------------- cells
 def test_a_killed_run_goes_on_and_runs_no_finished_cell_twice(tmp_path: Path) -> None:
-    store, wanted = Store(tmp_path), ledger_toy.cells(6, 0.4)
-    process = driver(tmp_path, 6, 2, 0.4)
-    until(lambda: sum(store.read(cell) is not None for cell in wanted) >= 2)
+    """The last three of six wait for what comes after the kill, so that it always meets some at work."""
+    store, wanted = Store(tmp_path), ledger_toy.cells(6, held=3)
+    process = driver(tmp_path, 6, 2, "held=3")
+    until(lambda: sum(store.read(cell) is not None for cell in wanted) == 3)
     process.kill()
     process.communicate(timeout=20)
-    until(lambda: not any(store.at_work(cell) for cell in wanted), 10)  # its cells end with it
+    until(lambda: not any(store.at_work(cell) for cell in wanted), 30)  # its cells end with it
     done = {cell.key for cell in wanted if store.read(cell) is not None}
-    assert 2 <= len(done) < 6
+    assert len(done) == 3
+    (tmp_path / "go").touch()
     before = {key: (store.folder / f"{key}.json").read_bytes() for key in done}
     tally = run_cells(wanted, store, jobs=2, say=lambda text: None)
     assert (tally.ran, tally.failed, tally.left) == (6 - len(done), {}, 0)
@@ -69,8 +65,9 @@ def test_a_killed_run_goes_on_and_runs_no_finished_cell_twice(tmp_path: Path) ->
 
 
 def test_two_runs_at_once_share_the_cells(tmp_path: Path) -> None:
-    wanted = ledger_toy.cells(8, 0.3)
-    process = driver(tmp_path, 8, 2, 0.3)
+    """None ends before both have begun one."""
+    wanted = ledger_toy.cells(8, runs=2)
+    process = driver(tmp_path, 8, 2, "runs=2")
     until(lambda: lines(tmp_path / "began.txt"))
     mine = run_cells(wanted, Store(tmp_path), jobs=2, say=lambda text: None)
     told = process.communicate(timeout=90)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -62,10 +63,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
+@functools.cache
+def made(name: str) -> nn.Module:
+    """The model that copies are taken of; drawing the weights anew takes ten times as long."""
+    return MODELS[name][0]()
+
+
 def build(name: str = "small") -> tuple[nn.Module, Tensor, Tensor]:
-    make, size = MODELS[name]
+    size = MODELS[name][1]
     g = torch.Generator().manual_seed(2)
-    return make(), torch.randn(4, 3, size, size, generator=g), 2 * torch.randn(4, 3, size, size, generator=g) + 1
+    return copy.deepcopy(made(name)), torch.randn(4, 3, size, size, generator=g), 2 * torch.randn(4, 3, size, size, generator=g) + 1
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

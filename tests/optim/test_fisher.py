@@ -100,8 +100,8 @@ def test_drawn_labels_are_a_function_of_the_sample() -> None:
     opt, _ = optimizer()
     other = [(X[5:], Y[5:], IDS[5:]), (X[:5], Y[:5], IDS[:5])]
     close(diagonal_fisher(opt, BATCHES, "sampled"), diagonal_fisher(opt, other, "sampled"))
-    exact = diagonal_fisher(opt, BATCHES, "exact")
-    draws = [diagonal_fisher(opt, BATCHES, "sampled", draw=i) for i in range(400)]
+    exact, whole = diagonal_fisher(opt, BATCHES, "exact"), [(X, Y, IDS)]
+    draws = [diagonal_fisher(opt, whole, "sampled", draw=i) for i in range(400)]
     for name, value in exact.items():
         stack = torch.stack([d[name] for d in draws])
         assert stack.std(0).max() > 0
