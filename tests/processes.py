@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,15 @@ class Zygote:
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def start(self, script: Path, *arguments: str, ranks: int = 2, limit: float = 60.0,
-              rank_arguments: dict[int, Sequence[str]] | None = None) -> Path:
-        """Begin a job; returns the folder in which its pids and outputs appear. One job at a time."""
+              rank_arguments: dict[int, Sequence[str]] | None = None, restarts: int | None = None) -> Path:
+        """Begin a job; returns the folder in which its pids and outputs appear. One job at a time. With `restarts`: see
+        `torchrun`; the job is one process then, the agent."""
         self.count += 1
         folder = self.folder / f"job-{self.count}"
         folder.mkdir(parents=True)
+        extra = {str(rank): list(words) for rank, words in (rank_arguments or {}).items()}
         order = {"script": str(script), "arguments": arguments, "ranks": ranks, "limit": limit, "folder": str(folder),
-                 "rank_arguments": {str(rank): list(extra) for rank, extra in (rank_arguments or {}).items()}}
+                 "restarts": restarts, "rank_arguments": extra}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
@@ -109,6 +111,11 @@ class Zygote:
         job = Job(answer["codes"], out, err, answer["seconds"], answer["killed"])
         assert not answer["hung"], f"hung: {job}"
         return job
+
+    def torchrun(self, ranks: int, script: Path, *arguments: str, limit: float, restarts: int = 0) -> Job:
+        """What `torchrun` does, by the agent that it is made of; but ranks, those that it starts again among them, are forks of
+        this process instead of new interpreters, which saves each its imports."""
+        return self.run(script, *arguments, ranks=ranks, limit=limit, restarts=restarts)
 
     def run(self, script: Path, *arguments: str, **options: Any) -> Job:
         return self.finish(self.start(script, *arguments, **options))
@@ -126,16 +133,27 @@ class Zygote:
         self.process.stdout.close()  # type: ignore[union-attr]
 
 
+def _rank(script: str, arguments: Sequence[str]) -> None:
+    """A rank's main program."""
+    import runpy
+
+    import torch
+
+    sys.argv = [script, *arguments]
+    torch.set_num_threads(1)
+    runpy.run_path(script, run_name="__main__")
+
+
 def _serve() -> None:
     """The zygote's own loop: one order per line of stdin, one answer per line of stdout."""
     import gc
     import importlib
-    import runpy
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print on the way is not an answer
     import torch
     import torch.distributed as dist
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in IMPORTED:
         importlib.import_module(name)
@@ -155,21 +173,33 @@ def _serve() -> None:
     gc.freeze()  # what a rank's collector would walk each time, and so copy from this process page by page
     answers.write("ready\n")
 
-    def begin(order: dict[str, Any], rank: int, port: int) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        for kind, handle in (("out", 1), ("err", 2)):
-            os.dup2(os.open(f"{order['folder']}/{rank}.{kind}", os.O_WRONLY | os.O_CREAT), handle)
+    def rank_of(order: dict[str, Any], rank: int, port: int) -> None:
+        """What a launcher tells a rank, and its program."""
         size = str(order["ranks"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True",
                           TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_RUN_ID="none")
-        sys.argv = [order["script"], *order["arguments"], *order["rank_arguments"].get(str(rank), [])]
+        _rank(order["script"], [*order["arguments"], *order["rank_arguments"].get(str(rank), [])])
+
+    def agent(order: dict[str, Any]) -> None:
+        """The agent of torchrun, as its own main program sets it up."""
+        os.setsid()  # it ends with its ranks
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=order["ranks"], run_id="none", rdzv_backend="static",
+            rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_configs={"rank": 0, "timeout": 900}, max_restarts=order["restarts"],
+            start_method="fork")
+        elastic_launch(config, _rank)(order["script"], order["arguments"])
+
+    def begin(order: dict[str, Any], number: int, action: Callable[..., None], *arguments: Any) -> int:
+        """A process whose output goes to files of this number."""
+        pid = os.fork()
+        if pid:
+            return pid
+        for kind, handle in (("out", 1), ("err", 2)):
+            os.dup2(os.open(f"{order['folder']}/{number}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), handle)
         code = 0
         try:
-            torch.set_num_threads(1)
-            runpy.run_path(order["script"], run_name="__main__")
+            action(order, *arguments)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
@@ -199,9 +229,13 @@ def _serve() -> None:
         order = json.loads(line)
         store, port = serve_store()
         start = time.monotonic()
-        pids = {begin(order, rank, port): rank for rank in range(order["ranks"])}
+        alone = order["restarts"] is not None
+        if alone:
+            pids = {begin(order, 0, agent): 0}
+        else:
+            pids = {begin(order, rank, rank_of, rank, port): rank for rank in range(order["ranks"])}
         (Path(order["folder"]) / "pids").write_text(" ".join(map(str, pids)))
-        codes, ended, hung, failed = [0] * order["ranks"], [], False, 0.0
+        codes, ended, hung, failed = [0] * len(pids), [], False, 0.0
         while pids:
             for pid in list(pids):
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -217,7 +251,7 @@ def _serve() -> None:
             if now - start > order["limit"] or (ended and now - failed > 13.0):
                 hung = hung or bool(pids)
                 for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
+                    (os.killpg if alone else os.kill)(pid, signal.SIGKILL)
             time.sleep(0.02)
         seconds = time.monotonic() - start
         os.kill(store, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Protocols for the ledger's tests, and a run of them that can be killed: python ledger_toy.py HOME CELLS JOBS [OPTION=NUMBER]."""
+"""Protocols for the ledger's tests, and a run of them that can be killed: ledger_toy.py HOME CELLS JOBS [OPTION=NUMBER]."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def until(good: Callable[[], object], seconds: float = 120.0) -> None:
 
 
 def cells(count: int, **options: int) -> list[Cell]:
-    """One arm under so many seeds. Options: `held`, the first seed that waits until there is a file "go"; `runs`, of which each must
-    have begun a cell before one ends."""
+    """One arm under so many seeds. Options: `held`, the first seed that waits until there is a file "go"; `runs`, of which each
+    must have begun a cell before one ends."""
     return [Cell(run="ledger_toy:toy", scale={}, options=options, seed=seed, label=f"toy {seed}") for seed in range(count)]
 
 

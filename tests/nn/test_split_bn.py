@@ -72,7 +72,8 @@ def made(name: str) -> nn.Module:
 def build(name: str = "small") -> tuple[nn.Module, Tensor, Tensor]:
     size = MODELS[name][1]
     g = torch.Generator().manual_seed(2)
-    return copy.deepcopy(made(name)), torch.randn(4, 3, size, size, generator=g), 2 * torch.randn(4, 3, size, size, generator=g) + 1
+    clean, moved = (torch.randn(4, 3, size, size, generator=g) for _ in range(2))
+    return copy.deepcopy(made(name)), clean, 2 * moved + 1
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
