@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,46 @@ class World:
         dist.all_to_all_single(flat_out, flat_in, list(receive), list(send))
         return result
 
+    def exchange_meanwhile(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int],
+    ) -> Callable[[], Tensor]:
+        """`exchange` of CPU rows that goes on while the caller works; what is returned waits for it.
+
+        It has a process group of its own, made at the first call, so that it neither waits for the
+        collectives of the step nor holds them up. Not for `rows` that change meanwhile.
+        """
+        if self.size == 1:
+            return lambda: rows
+        result = rows.new_empty((sum(receive), *rows.shape[1:]))
+        leaving = rows.contiguous().flatten(1)
+        work = dist.all_to_all_single(
+            result.flatten(1), leaving, list(receive), list(send), group=_aside(), async_op=True)
+        assert work is not None
+
+        def arrived() -> Tensor:
+            work.wait()
+            return result
+
+        return arrived
+
+
+_beside: list[dist.ProcessGroup] = []
+
+
+def _aside() -> dist.ProcessGroup:
+    """A group of all ranks beside the default one. A collective, once for each default group."""
+    try:
+        dist.get_process_group_ranks(_beside[0])
+    except (IndexError, KeyError):  # none yet, or of a default group that was left
+        made = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=_patience_s[0]))
+        assert isinstance(made, dist.ProcessGroup)  # of all ranks, this one too
+        _beside[:] = [made]
+    return _beside[0]
+
+
+_patience_s = [600.0]
+"""Of the last `init`."""
+
 
 def attempt_store(timeout_s: float = 600.0) -> tuple[Store, int, int]:
     """A connection to the store of this launch, and this process's rank and number of ranks in torchrun's world."""
@@ -152,6 +192,7 @@ def init(device: str | None = None, timeout_s: float = 600.0, *, spare: int = 0,
         spare: ranks of torchrun's world, the last ones, that stay outside of the group.
         lone: without torchrun, make a group of this process alone: DeepSpeed wants one, and would look for MPI.
     """
+    _patience_s[0] = timeout_s
     if lone and "WORLD_SIZE" not in os.environ and not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")

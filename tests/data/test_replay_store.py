@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import datetime
 import multiprocessing
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,8 @@ def payload(ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
 
 
 def memory(kind: str, capacity: int = 17) -> Buffer:
+    if kind == "ring":
+        return Ring(capacity, tasks=3, seed=5)
     return ClassBalanced(capacity, seed=5) if kind == "class" else Reservoir(capacity, seed=5, key=kind)
 
 
@@ -47,15 +53,31 @@ def add(store: ReplayStore, step: int) -> None:
     store.add(ids, targets, positions, task, payload(ids[mine], positions[mine]))
 
 
-def run(kind: str, world: World, resume: list[dict[str, Any]] | None = None, start: int = 0) -> dict[str, Any]:
-    """Feed the memory and draw from it; what the rank saw."""
+DRAWS = ((5, "a"), (2, "b"), (100, "c"))
+SKIPPED = (0, 4, 7)
+"""Steps that leave no trace; the first of a task is among them."""
+
+
+def run(
+    kind: str, world: World, resume: list[dict[str, Any]] | None = None, start: int = 0, *, ahead: bool | None = None,
+) -> dict[str, Any]:
+    """Feed the memory and draw from it; what the rank saw. `ahead`: with skipped steps and a draw in between, and whether what
+    the next step draws is drawn before the batch's rows are there."""
     store = ReplayStore(memory(kind), world, seed=1)
     if resume is not None:
         store.load_state_dict(resume)
     draws = []
     for step in range(start, STEPS):
-        draws.append([store.draw(count, step, purpose) for count, purpose in ((5, "a"), (2, "b"), (100, "c"))])
-        add(store, step)
+        draws.append([store.draw(count, step, purpose) for count, purpose in DRAWS])
+        if ahead:
+            store.ahead(*batch(step), step=step + 1, wanted=DRAWS)
+        if ahead is not None and step == 5:  # it sees what was there before the batch
+            draws.append([store.draw(9, step, "in between")])
+        if ahead is not None and step in SKIPPED:
+            store.take_back()
+        else:
+            add(store, step)
+            assert len(store._ready) == (len(DRAWS) if ahead and step != 5 else 0)
         if step == STEPS // 2 - 1:
             half = store.state_dict()
     return {"draws": draws, "half": half if start == 0 else None, "end": store.state_dict()}
@@ -70,6 +92,8 @@ def worker(rank: int, size: int, folder: str) -> None:
         single = torch.load(f"{folder}/single.pt", weights_only=False)
         results = {kind: run(kind, World.current()) for kind in kinds}
         resumed = {kind: run(kind, World.current(), [single[kind]["half"]], STEPS // 2) for kind in kinds}
+        for kind in (*kinds, "ring"):
+            check_ahead(kind, World.current())
         torch.save((results, resumed), f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -81,6 +105,17 @@ def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[k]), np.asarray(b[k])) for k in a)
+
+
+def check_ahead(kind: str, world: World) -> None:
+    """Drawn ahead or not, a rank sees the same bits and holds the same rows."""
+    one, other = (run(kind, world, ahead=ahead) for ahead in (False, True))
+    assert len(one["draws"]) == len(other["draws"])
+    for theirs, mine in zip(one["draws"], other["draws"], strict=True):
+        for a, b in zip(theirs, mine, strict=True):
+            assert (a is None and b is None) or same(a, b)
+    for moment in ("half", "end"):
+        assert same(one[moment]["index"], other[moment]["index"]) and same(one[moment]["rows"], other[moment]["rows"])
 
 
 def check_draws(single: list[list[Any]], ranks: list[list[list[Any]]]) -> None:
@@ -110,6 +145,58 @@ def test_one_rank_gives_back_what_was_stored() -> None:
                 assert torch.equal(drawn["targets"], drawn["ids"] % 2 + 2 * drawn["task"])
                 assert len(drawn["ids"]) <= most and drawn["weight"].sum() == pytest.approx(1.0)
                 assert drawn["raw"].dtype == torch.uint8 and drawn["flag"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("kind", ["stream", "sample", "class", "ring"])
+def test_draws_made_ahead_are_the_same(kind: str) -> None:
+    """Also after skipped steps, and where something else is drawn in between; on several ranks see `worker`."""
+    check_ahead(kind, World())
+
+
+@dataclasses.dataclass(frozen=True)
+class Seat(World):
+    """A rank that is a thread of this process: what a store asks of a world, without a process group."""
+
+    desk: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    barrier: threading.Barrier = dataclasses.field(default_factory=lambda: threading.Barrier(1, timeout=30))
+
+    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        for to, piece in enumerate(rows.split(list(send))):
+            self.desk[self.rank, to] = piece
+        self.barrier.wait()
+        found = [self.desk[source, self.rank] for source in range(self.size)]
+        self.barrier.wait()
+        assert [len(piece) for piece in found] == list(receive) and sum(send) == len(rows)
+        return torch.cat(found)
+
+    def exchange_meanwhile(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Callable[[], Tensor]:
+        found = self.exchange(rows, send, receive)
+        return lambda: found
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_draws_made_ahead_are_the_same_on_several_ranks(size: int) -> None:
+    """Whose rows are routed: of five ranks some get none. Over real process groups see `worker`."""
+    desk: dict[Any, Any] = {}
+    barrier = threading.Barrier(size, timeout=30)
+    with concurrent.futures.ThreadPoolExecutor(size) as ranks:
+        waiting = [ranks.submit(check_ahead, kind, Seat(rank, size, desk, barrier))
+                   for kind in ("stream", "sample", "class", "ring") for rank in range(size)]
+        for found in waiting:
+            found.result()
+
+
+def test_another_batch_than_was_begun_is_added_as_it_is() -> None:
+    plain, store = (ReplayStore(memory("class"), World(), seed=1) for _ in range(2))
+    store.ahead(*batch(3), step=1, wanted=DRAWS)
+    for memory_ in (plain, store):
+        add(memory_, 0)
+    assert same(plain.state_dict()["index"], store.state_dict()["index"])
+    store.ahead(*batch(1), step=2, wanted=DRAWS)
+    assert same(plain.state_dict()["index"], store.state_dict()["index"])  # a checkpoint in between
+    store.ahead(*batch(1), step=2, wanted=DRAWS)
+    store.load_state_dict(plain.state_dict())
+    assert same(plain.draw(5, 2, "a") or {}, store.draw(5, 2, "a") or {})
 
 
 @pytest.mark.distributed

@@ -217,6 +217,44 @@ def evaluation(record: Record, store: Path, host: str) -> None:
         found.require(all(abs(c - round(c)) < 1e-9 for c in counts), f"{counts}")
 
 
+class Early(TrainerMixin):
+    """Counts draws that were there before they were asked for."""
+
+    def draw_batch(self, parts: list[Batch]) -> list[Batch]:
+        self.early = getattr(self, "early", 0) + len(self.states[Replay].store._ready)
+        return super().draw_batch(parts)  # type: ignore[misc, no-any-return]
+
+
+class Ahead(Early, Learner):
+    """Draws for the next step during this one."""
+
+
+class InTime(Early, Learner):
+    """Draws when it needs to."""
+
+    draws_ahead = False
+
+
+def ahead(record: Record, store: Path, host: str) -> None:
+    """Drawn during the step before or when needed: the same run, with skipped steps in it. `resume` leaves such runs."""
+    world, spoilt = World.current(), (5, 16)
+
+    def run(cls: type) -> Any:
+        def prepare(inputs: Tensor) -> Tensor:
+            spoil = t.step in spoilt and t.module.training and world.rank == 0
+            return learning.scale(inputs) * (math.nan if spoil else 1.0)
+
+        t = learning.trainer(host, cls=cls, prepare=prepare)
+        t.fit(stream())
+        return t
+
+    with record.check(f"ahead/{host}") as found:
+        one, other = run(InTime), run(Ahead)
+        # Two in each step but the first of a task and those after a skipped one.
+        found.require((one.early, other.early) == (0, 2 * (learning.STEPS - 3 - len(spoilt))), f"{one.early}, {other.early}")
+        found.same_bits(everything(other), everything(one), "drawn ahead")
+
+
 class Photographing(TrainerMixin):
     """Keeps what the run is after every step."""
 

@@ -38,6 +38,7 @@ RESUMED = resumed("one", ("plain",), SHARDED) | resumed("two", ("ddp", "zero3"),
 DIVIDED = in_turn("two", ROUNDED)
 EVALUATED = in_turn("two", ("ddp", "fsdp2", "zero3"))
 HALF = in_turn("two", ("ddp", "fsdp2", "zero2-bf16"))
+AHEAD = in_turn("two", ("ddp", "zero3"))
 SPOILT = {("one", "plain"): When(), ("two", "ddp"): When(), **in_turn("two", SHARDED[1:])}
 MOVED = {("one again", "2-zero2", "plain-1"): When(0, 3), ("two", "1-plain", "zero2-2"): When(0, 3),
          ("one again", "2-ddp", "ddp-1"): When(1, 3), ("two", "1-ddp", "ddp-2"): When(1, 3),
@@ -70,6 +71,7 @@ def jobs(name: str, round: Round) -> list[str]:
     found += [f"bad_numbers:{host}" for host, in due(SPOILT)]
     found += [f"accumulation:{host}" for host, in due(DIVIDED)]
     found += [f"half:{host}" for host, in due(HALF)]
+    found += [f"ahead:{host}" for host, in due(AHEAD)]
     return found + (["disagreement", "refused"] if name == "two" else [])
 
 
@@ -127,6 +129,12 @@ def test_evaluation(launch: Callable[[str], Results], name: str, host: str, chec
 @pytest.mark.parametrize("check", ["skipped", "stop"])
 def test_numbers_that_are_not_finite(launch: Callable[[str], Results], name: str, host: str, check: str) -> None:
     passes(launch(name), f"bad_numbers/{host}/{check}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in AHEAD.items()])
+def test_draws_made_during_the_step_before(launch: Callable[[str], Results], name: str, host: str) -> None:
+    passes(launch(name), f"ahead/{host}")
 
 
 @pytest.mark.distributed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +66,7 @@ class Buffer(ABC):
         check_memory(type(self).__name__, f"capacity={capacity}", capacity * INDEX_BYTES, "lower the capacity")
         self.capacity, self.seed = capacity, seed
         self._places = Places(np.zeros(capacity, dtype=bool))
+        self._before: list[tuple[Ints, NDArray[np.bool_], list[Ints]]] | None = None
         self.ids, self.targets, self.positions, self.tasks = (np.full(capacity, -1, dtype=np.int64) for _ in _COLUMNS)
 
     def __len__(self) -> int:
@@ -90,6 +91,40 @@ class Buffer(ABC):
         if self.capacity == 0 or len(keys) == 0:
             return Slots(NO_SLOTS, NO_SLOTS, NO_SLOTS)
         return self._add(keys, labels, places, task)
+
+    def try_add(self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int) -> Slots:
+        """`add` that `take_back` can undo, until `stand_by` is called. Costs what `add` does."""
+        self._before, self._extra = [], self._noted()
+        return self.add(ids, targets, positions, task)
+
+    def stand_by(self) -> None:
+        """The batch of `try_add` stays."""
+        self._before = None
+
+    def take_back(self) -> None:
+        """The memory is as it was before `try_add`. O(n log n) of n samples."""
+        for slots, used, columns in reversed(self._before or []):
+            self.used[slots] = used
+            for name, values in zip(_COLUMNS, columns, strict=True):
+                getattr(self, name)[slots] = values
+        if self._before is not None:
+            self._recall(self._extra)
+            self._renew()
+        self._before = None
+
+    def _noted(self) -> Any:
+        """What is kept beside the columns and does not follow from them."""
+        return None
+
+    def _recall(self, noted: Any) -> None:
+        """Have it be so again."""
+        return
+
+    def _note(self, slots: Ints) -> None:
+        """Keep what is about to change."""
+        if self._before is not None:
+            columns = [getattr(self, name)[slots] for name in _COLUMNS]
+            self._before.append((slots, self.used[slots], columns))
 
     @abstractmethod
     def _add(self, ids: Ints, targets: Ints, positions: Ints, task: int) -> Slots: ...
@@ -118,6 +153,7 @@ class Buffer(ABC):
         return np.asarray(slots[order[:count]], dtype=np.int64)
 
     def _write(self, slots: Ints, ids: Ints, targets: Ints, positions: Ints, tasks: Ints | int) -> None:
+        self._note(slots)
         self._places.take(slots)
         self._set(slots, ids, targets, positions, tasks)
 

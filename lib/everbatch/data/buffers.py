@@ -131,6 +131,7 @@ class Reservoir(Buffer):
         return chosen, np.sort(whole(gone))
 
     def _evict(self, slots: Ints) -> None:
+        self._note(slots)
         if self.key == "sample":
             self._known.leave(self.ids[slots], self.tasks[slots])
         self._places.free(slots)
@@ -214,6 +215,12 @@ class ClassBalanced(Reservoir):
         keep[order] = rank_within(label) < quota[label] if len(keys) else False
         return keep
 
+    def _noted(self) -> int:
+        return len(self.seen)
+
+    def _recall(self, noted: int) -> None:
+        del self.seen[noted:]
+
     def state(self) -> State:
         """See `Buffer.state`."""
         return {**super().state(), "seen": whole(self.seen)}
@@ -246,7 +253,7 @@ class Ring(Buffer):
         self.portion = capacity // tasks
         check(capacity == 0 or self.portion >= 1, "Ring", f"capacity={capacity} for {tasks} tasks",
               "be 0 or at least one slot per task")
-        self.counts = np.zeros(tasks, dtype=np.int64)
+        self.counts: Ints = np.zeros(tasks, dtype=np.int64)
 
     @property
     def _tag(self) -> int:
@@ -260,6 +267,13 @@ class Ring(Buffer):
         evicted = np.sort(slots[self.used[slots]])
         self._write(slots, ids[rows], targets[rows], positions[rows], task)
         return Slots(rows, slots, evicted)
+
+    def _noted(self) -> Ints:
+        before: Ints = self.counts.copy()
+        return before
+
+    def _recall(self, noted: Ints) -> None:
+        self.counts = noted
 
     def state(self) -> State:
         """See `Buffer.state`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from everbatch.data.buffers import Buffer, Slots
+from everbatch.data.buffer import NO_SLOTS, Buffer, Slots, whole
 from everbatch.data.memory import check_memory
+from everbatch.data.routes import Begun, Drawn, Key, length, pack, places_of, put_back, unpack
 from everbatch.data.slots import Ints, share
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, check
@@ -42,6 +43,8 @@ class ReplayStore:
         self._local = np.full(buffer.capacity, -1, dtype=np.int64)  # slot to row of this rank's tensors
         self._free: list[int] = []  # rows whose sample is gone
         self._fresh = 0  # the first row that never held one
+        self._begun: Begun | None = None  # a batch that the index holds and whose rows are to come
+        self._ready: dict[Key, dict[str, Tensor]] = {}  # draws that were made ahead
 
     def __len__(self) -> int:
         """Samples over all ranks."""
@@ -78,33 +81,54 @@ class ReplayStore:
         Raises:
             ValueError: names, shapes or types that differ from the first batch's.
         """
-        keys = np.asarray(ids, dtype=np.int64)
-        if self.world.size == 1:
+        batch = (whole(ids), whole(targets), whole(positions), task)
+        keys = batch[0]
+        if self.world.size == 1 and self._begun is None:
             return self._add_alone(keys, targets, positions, task, rows)
         bounds = share(len(keys), self.world.size)
         low, high = int(bounds[self.world.rank]), int(bounds[self.world.rank + 1])
         self._check(rows, high - low)
-        kept = self.buffer.add(keys, targets, positions, task)
+        begun = self._go_on(batch)
+        kept = self.buffer.add(*batch) if begun is None else begun.kept
+        draws = [] if begun is None else begun.draws
         self._drop(kept.evicted)
-        if len(kept.rows) == 0:
-            return kept
-        if not self._rows:
+        if not self._rows and len(kept.rows):
             self._allocate({name: value[:0].detach().cpu() for name, value in rows.items()})
+
+        # Each kept row goes to its owner, and to whoever draws it for the next step.
         owner = self.owner(keys[kept.rows])
-        holder = np.searchsorted(bounds, kept.rows, side="right") - 1
-        mine, here = holder == self.world.rank, owner == self.world.rank
-        # Rows leave ordered by owner and then by row; they arrive ordered by holder, which is by row as well.
-        leaving = torch.from_numpy(kept.rows[mine][np.argsort(owner[mine], kind="stable")] - low)
-        packed = _pack({name: rows[name].detach()[leaving.to(rows[name].device)].cpu() for name in self._rows})
-        arrived = self.world.exchange(packed, self._counts(owner[mine]), self._counts(holder[here]))
-        self._write(kept.slots[here], self._unpack(arrived))
+        who = np.concatenate([owner, *(draw.ranks[draw.coming] for draw in draws)])
+        what = np.concatenate([kept.rows, *(draw.rows[draw.coming] for draw in draws)])
+        here, arrived = self._sent(who, what, bounds, {n: rows[n].detach() for n in self._rows})
+        own = owner == self.world.rank
+        self._write(kept.slots[own], unpack(arrived[places_of(here, kept.rows[own])], self._rows))
+        if begun is not None:
+            self._make_ready(begun, lambda wanted: arrived[places_of(here, wanted)])
         return kept
+
+    def _sent(
+        self, who: Ints, what: Ints, bounds: Ints, rows: Mapping[str, Tensor],
+    ) -> tuple[Ints, Tensor]:
+        """Rows of a batch, by where they are in it, to ranks; returns which came here, ascending, and
+        them. One all-to-all, none where nothing is to be sent."""
+        # Ordered by rank and then by row: they arrive by holder, which is by row as well.
+        total = int(bounds[-1])
+        ranks, places = np.divmod(np.unique(who * total + what), total)
+        if len(places) == 0:
+            return places, torch.empty((0, 0), dtype=torch.uint8)
+        holder = np.searchsorted(bounds, places, side="right") - 1
+        mine, here = holder == self.world.rank, ranks == self.world.rank
+        leaving = torch.from_numpy(places[mine] - int(bounds[self.world.rank]))
+        packed = pack({name: value[leaving.to(value.device)].cpu() for name, value in rows.items()})
+        arrived = self.world.exchange(packed, self._counts(ranks[mine]), self._counts(holder[here]))
+        return places[here], arrived
 
     def _add_alone(
         self, ids: Ints, targets: ArrayLike, positions: ArrayLike, task: int, rows: Mapping[str, Tensor],
     ) -> Slots:
         """`add` on one rank, to which every row belongs and which has it already."""
         self._check(rows, len(ids))
+        self._ready = {}
         kept = self.buffer.add(ids, targets, positions, task)
         self._drop(kept.evicted)
         if len(kept.rows) == 0:
@@ -131,20 +155,88 @@ class ReplayStore:
             of sum(weight * loss) is the mean loss over the m samples. A rank without rows gets one sample of weight 0,
             so that every rank builds the same graph.
         """
+        ready = None if balanced else self._ready.pop((count, step, purpose), None)
+        if ready is not None:
+            return ready
+        self.take_back()
+        drawn = self._drawn(count, step, purpose, balanced=balanced)
+        if drawn is None:
+            return None
+        return self._fetch(drawn.slots, drawn.ranks) | drawn.columns
+
+    def ahead(
+        self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int, *, step: int,
+        wanted: Sequence[tuple[int, str]],
+    ) -> None:
+        """Before the rows of a batch are known: have the index hold it, draw for the next step, and let
+        what is stored already come while the caller works. A collective.
+
+        `add` of the same batch then brings the rest, and `draw` finds what was drawn: the same as
+        without, bit for bit. Whatever else comes first takes the batch back: `take_back`, where a step
+        was skipped, another `add`, a `draw` of something else, `state_dict`. Until then `buffer` holds
+        the batch.
+
+        Args:
+            ids, targets, positions, task: as in `add`.
+            step: of the draws to come.
+            wanted: their counts and purposes.
+        """
+        self.take_back()
+        self._ready = {}
+        batch = (whole(ids), whole(targets), whole(positions), task)
+        kept = self.buffer.try_add(*batch)
+        found = [self._drawn(count, step, purpose) for count, purpose in wanted]
+        draws = [drawn for drawn in found if drawn is not None]
+        for drawn in draws:
+            drawn.mark(kept)
+        ranks = np.concatenate([NO_SLOTS, *(drawn.ranks[drawn.stored] for drawn in draws)])
+        slots = np.concatenate([NO_SLOTS, *(drawn.slots[drawn.stored] for drawn in draws)])
+        order = np.argsort(ranks, kind="stable")
+        arrived = self._fetch_meanwhile(slots[order], ranks[order])
+        self._begun = Begun(batch, kept, draws, arrived)
+
+    def take_back(self) -> None:
+        """Undo `ahead`; nothing after `add`. Every rank does, or none."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self.buffer.take_back()
+            begun.arrived()
+
+    def _go_on(self, batch: tuple[Ints, Ints, Ints, int]) -> Begun | None:
+        """What `ahead` began of this batch."""
+        self._ready = {}
+        if self._begun is None or not self._begun.is_of(*batch):
+            self.take_back()
+            return None
+        begun, self._begun = self._begun, None
+        self.buffer.stand_by()
+        return begun
+
+    def _make_ready(self, begun: Begun, coming: Callable[[Ints], Tensor]) -> None:
+        """Keep this rank's draws until they are asked for."""
+        stored, start = begun.arrived(), 0
+        for drawn in begun.draws:
+            count = int((drawn.ranks[drawn.stored] == self.world.rank).sum())
+            joined = drawn.joined(self.world.rank, stored[start : start + count], coming)
+            self._ready[drawn.key] = unpack(joined, self._rows) | drawn.columns
+            start += count
+
+    def _drawn(self, count: int, step: int, purpose: str, *, balanced: bool = False) -> Drawn | None:
+        """A draw as the index alone says it; None while nothing is stored."""
         slots, size = self.buffer.draw(count, purpose, step, balanced=balanced), self.world.size
         if len(slots) == 0:
             return None
         parts = self._parts(slots)
-        wanted = [part if len(part) else slots[:1] for part in parts]
-        mine = wanted[self.world.rank]
-        result = self._fetch(wanted)
-        memory = self.buffer
-        for name, column in (("ids", memory.ids), ("targets", memory.targets), ("position", memory.positions),
-                             ("task", memory.tasks)):
-            result[name] = torch.from_numpy(column[mine])
+        given = [part if len(part) else slots[:1] for part in parts]
+        mine, memory = given[self.world.rank], self.buffer
+        columns = {"ids": memory.ids, "targets": memory.targets, "position": memory.positions,
+                   "task": memory.tasks}
+        told = {name: torch.from_numpy(column[mine]) for name, column in columns.items()}
         real = len(parts[self.world.rank]) > 0
-        result["weight"] = torch.full((len(mine),), size / len(slots) if real else 0.0)
-        return result
+        told["weight"] = torch.full((len(mine),), size / len(slots) if real else 0.0)
+        everything = np.concatenate(given)
+        ranks = np.repeat(np.arange(size), [len(part) for part in given])
+        return Drawn((count, step, purpose), everything, ranks, told, np.full(len(ranks), -1))
 
     def state_dict(self) -> dict[str, Any]:
         """What to save. A collective.
@@ -153,8 +245,10 @@ class ReplayStore:
             "index": the memory's state, replicated. "rows": this rank's contiguous part, by name, of the payload in
             ascending order of slots, which any number of ranks can split again. "start": its first row.
         """
+        self.take_back()
         parts = self._parts(self.buffer.filled)
-        rows = self._fetch(parts) if self._rows else {}
+        ranks = np.repeat(np.arange(self.world.size), [len(part) for part in parts])
+        rows = self._fetch(np.concatenate(parts), ranks) if self._rows else {}
         start = sum(len(part) for part in parts[: self.world.rank])
         return {"index": self.buffer.state(), "start": start, "rows": rows}
 
@@ -165,17 +259,19 @@ class ReplayStore:
             CheckpointMismatch: parts that miss or repeat rows, payload names that differ, or a memory of another kind.
         """
         parts = [parts] if isinstance(parts, Mapping) else parts
-        parts = sorted(parts, key=lambda part: (int(part["start"]), _length(part)))
+        parts = sorted(parts, key=lambda part: (int(part["start"]), length(part)))
         index = parts[0]["index"]
         total, have = len(index["slots"]), 0
         for part in parts:
             if int(part["start"]) != have or part["rows"].keys() != parts[0]["rows"].keys():
                 raise CheckpointMismatch(f"ReplayStore: the part from row {part['start']} does not continue the {have} "
                                          "rows before it, must hold the same names and follow on them")
-            have += _length(part)
+            have += length(part)
         if have != total:
             raise CheckpointMismatch(f"ReplayStore: {have} rows for {total} saved samples, must be as many; "
                                      "pass the parts of all ranks")
+        self.take_back()
+        self._ready = {}
         moved = self.buffer.load(index)
         self._rows, self._free = {}, []
         self._local[:] = -1
@@ -184,7 +280,7 @@ class ReplayStore:
         here = (moved >= 0) & (self.owner(np.asarray(index["ids"], dtype=np.int64)) == self.world.rank)
         for part in parts:
             start = int(part["start"])
-            take = np.flatnonzero(here[start : start + _length(part)])
+            take = np.flatnonzero(here[start : start + length(part)])
             chosen = torch.from_numpy(take)
             self._write(moved[start + take], {name: rows[chosen] for name, rows in part["rows"].items()})
 
@@ -205,6 +301,9 @@ class ReplayStore:
         wider = held.new_full((len(held), width), math.nan)
         wider[:, : held.shape[1]] = held
         self._rows[name] = wider
+        self._ready = {}
+        if self._begun is not None:  # what is on its way is of the old width
+            self._begun.draws.clear()
 
     def _check(self, rows: Mapping[str, Tensor], count: int) -> None:
         if not rows:
@@ -266,46 +365,29 @@ class ReplayStore:
         for name, value in rows.items():
             self._rows[name][place] = value
 
-    def _fetch(self, wanted: Sequence[Ints]) -> dict[str, Tensor]:
-        """The payload of the slots that this rank wants, in that order, given what every rank wants. A collective."""
+    def _fetch(self, slots: Ints, ranks: Ints) -> dict[str, Tensor]:
+        """The payload of those slots that are this rank's, in their order, given what every rank gets,
+        ordered by rank. A collective."""
         if self.world.size == 1:
-            own = torch.from_numpy(self._local[wanted[0]])
+            own = torch.from_numpy(self._local[slots])
             return {name: rows[own] for name, rows in self._rows.items()}
-        owners = [self.owner(self.buffer.ids[slots]) for slots in wanted]
-        leaving = np.concatenate([s[o == self.world.rank] for s, o in zip(wanted, owners, strict=True)])
-        place = torch.from_numpy(self._local[leaving])
-        mine = owners[self.world.rank]
-        arrived = self.world.exchange(
-            _pack({name: rows[place] for name, rows in self._rows.items()}),
-            [int((owner == self.world.rank).sum()) for owner in owners], self._counts(mine),
-        )
-        ordered = torch.empty_like(arrived)
-        ordered[torch.from_numpy(np.argsort(mine, kind="stable"))] = arrived
-        return self._unpack(ordered)
+        packed, send, receive, order = self._route(slots, ranks)
+        arrived = self.world.exchange(packed, send, receive)
+        return unpack(put_back(arrived, order), self._rows)
 
-    def _unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        result, start = {}, 0
-        for name, like in self._rows.items():
-            result[name] = like.new_empty((len(packed), *like.shape[1:]))
-            flat = _bytes(result[name])
-            flat.copy_(packed[:, start : start + flat.shape[1]])
-            start += flat.shape[1]
-        return result
+    def _fetch_meanwhile(self, slots: Ints, ranks: Ints) -> Callable[[], Tensor]:
+        """`_fetch`, packed, which goes on while the caller works; nothing where no rank gets any."""
+        if len(slots) == 0:
+            return lambda: torch.empty((0, 0), dtype=torch.uint8)
+        packed, send, receive, order = self._route(slots, ranks)
+        arrived = self.world.exchange_meanwhile(packed, send, receive)
+        return lambda: put_back(arrived(), order)
 
-
-def _length(part: Mapping[str, Any]) -> int:
-    """Rows in a saved part; raises unless all its tensors have as many."""
-    lengths = {len(rows) for rows in part["rows"].values()} or {0}
-    if len(lengths) > 1:
-        raise CheckpointMismatch(f"ReplayStore: a saved part has tensors of {sorted(lengths)} rows, must be equal")
-    return lengths.pop()
-
-
-def _bytes(value: Tensor) -> Tensor:
-    """A contiguous (n, ...) tensor as (n, bytes per row), the same memory."""
-    return (value[:, None] if value.ndim == 1 else value.flatten(1)).view(torch.uint8)
-
-
-def _pack(rows: Mapping[str, Tensor]) -> Tensor:
-    """Rows of several tensors side by side as bytes, (n, bytes per row), so that one exchange moves them all."""
-    return torch.cat([_bytes(value.contiguous()) for value in rows.values()], dim=1)
+    def _route(self, slots: Ints, ranks: Ints) -> tuple[Tensor, list[int], list[int], Ints]:
+        """What leaves this rank, how much goes to and comes from each, and the order in which it comes."""
+        owners = self.owner(self.buffer.ids[slots])
+        leaves = owners == self.world.rank
+        place = torch.from_numpy(self._local[slots[leaves]])
+        packed = pack({name: rows[place] for name, rows in self._rows.items()})
+        mine = owners[ranks == self.world.rank]
+        return packed, self._counts(ranks[leaves]), self._counts(mine), np.argsort(mine, kind="stable")

@@ -14,7 +14,7 @@ from everbatch.data import Batch
 from everbatch.distributed import World
 from everbatch.errors import CompositionError
 
-__all__ = ["TrainerMixin", "gather_rows"]
+__all__ = ["TrainerMixin", "gather_rows", "gathers_rows"]
 
 
 class TrainerMixin(Contract):
@@ -82,6 +82,11 @@ class TrainerMixin(Contract):
 def _gathered(trainer: TrainerMixin, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """`global_rows` of a trainer that has none."""
     return gather_rows(batch, trainer.world)
+
+
+def gathers_rows(trainer: Any) -> bool:
+    """Whether a trainer has to ask the other ranks for the rows of a global batch."""
+    return type(trainer).global_rows is _gathered
 
 
 def gather_rows(batch: Batch, world: World) -> tuple[Tensor, Tensor, Tensor]:

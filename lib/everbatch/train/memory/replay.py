@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from everbatch.objective.table import dark_er, dark_er_pp, er
 from everbatch.objective.terms import OutputTerm, ProblemTerm, dark_term, evaluate, label_term
 from everbatch.problems import Problem
 from everbatch.rows import named, unnamed
-from everbatch.train.mixin import TrainerMixin
+from everbatch.train.mixin import TrainerMixin, gathers_rows
 from everbatch.train.record import StepRecord
 
 __all__ = ["Replay", "dark_term", "label_term"]
@@ -47,7 +47,9 @@ class Replay(TrainerMixin):
     training.
 
     Cost: one forward and backward of replay_batch samples per draw; payload capacity / world rows
-    on each rank's CPU; one all-to-all per draw and per step that stores.
+    on each rank's CPU. On several ranks two all-to-alls in a step: of the next step's draws, which
+    arrive during the step, and of what is stored. What the next step draws of the present batch
+    comes with the latter, so the draws are those of a memory that is asked when they are needed.
     Order: right of mixins that craft from the stream (ConAdv), so that crafted parts are not
     stored.
 
@@ -116,6 +118,10 @@ class Replay(TrainerMixin):
         ring = config.capacity > 0 and config.memory == "ring"
         return "memory='ring' keeps the last samples of each task; reservoir and class_balanced need not know it" if ring else ""
 
+    draws_ahead: ClassVar[bool] = True
+    """On several ranks, let the next step's draw arrive during a step: the same draws. A class of
+    yours may switch it off."""
+
     @dataclass
     class State:
         store: ReplayStore | None = None
@@ -155,7 +161,7 @@ class Replay(TrainerMixin):
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
         """Add the part "dark" (to be compared with stored logits), the part "replay" (with labels),
-        or both."""
+        or both; then have what the next step draws on its way."""
         added = Replay.terms(self)
         parts = super().draw_batch(parts)  # type: ignore[misc]
         config: Replay.Config = self.configs[Replay]
@@ -174,6 +180,11 @@ class Replay(TrainerMixin):
                 raw, targets, rows["ids"], rows["position"], task=parts[0].task,
                 part=term.rows, weight=rows["weight"], extras=extras)
             parts = [*parts, drawn]
+        if self.draws_ahead and _can_draw_ahead(self):
+            ids, labels, position = self.global_rows(parts[0])
+            wanted = [(config.replay_batch, term.rows) for term in added]
+            store.ahead(ids.numpy(), labels.numpy(), position.numpy(), parts[0].task,
+                        step=self.step + 1, wanted=wanted)
         return parts
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -187,7 +198,10 @@ class Replay(TrainerMixin):
         batch = next(part for part in record.parts if part.part == "stream")
         super().after_step(record)  # type: ignore[misc]
         store: ReplayStore | None = self.states[Replay].store
-        if store is None or not record.applied:
+        if store is None:
+            return
+        if not record.applied:
+            store.take_back()
             return
         raw = batch.extras.get("raw", batch.inputs)
         rows = {"raw": raw} if isinstance(raw, Tensor) else named("raw", raw)
@@ -222,6 +236,13 @@ def _check_size(logits: Tensor, config: Replay.Config, ranks: int) -> None:
     check(size <= MOST_BYTES, "Replay", f"method={config.method!r} and outputs of {tuple(logits.shape[1:])} for each of "
           f"{config.capacity} samples, {size / 2**30:.3g} GiB on a rank", f"store at most {MOST_BYTES / 2**30:.3g} GiB",
           "use method='er', a smaller capacity or more ranks")
+
+
+def _can_draw_ahead(trainer: Any) -> bool:
+    """Whether there are ranks to wait for, a next step of this task, and global batches that are
+    known without asking other ranks."""
+    further = trainer.world.size > 1 and getattr(trainer, "steps_left", 0) > 1
+    return bool(further) and not gathers_rows(trainer)
 
 
 def _has_grown(trainer: Any) -> bool:
