@@ -10,4 +10,4 @@ CLAIM = Claim(
     paper=Paper(authors="Cha and Cho", year=2024, ref="arXiv 2403.09066", where="abstract"),
     says="Options chosen on the stream that is reported score better there than on new class orders of it.",
     protocol="30 random configurations, 5 seeds, tuned on one half of a data set's classes and evaluated on the other.",
-    needs="everbatch.tune")
+    needs="everbatch.tune.TwoPhase")

@@ -11,4 +11,4 @@ CLAIM = Claim(
     says="Normalisation by a mixture of components is as accurate on label-correlated test streams, where batch statistics "
     "fail, as on i.i.d. ones.",
     protocol="CIFAR-10-C, CIFAR-100-C, ImageNet-C; Dirichlet-ordered and mixed-domain streams, down to batch size 1.",
-    needs="everbatch.nn.UnMixTNS")
+    needs="everbatch.data.corrupt")
