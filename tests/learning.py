@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import signal
@@ -165,8 +166,15 @@ def buffers(t: Any) -> dict[str, Tensor]:
     return {f"buffer/{n}": b.clone() for n, b in t.module.named_buffers()}
 
 
+def kept(t: Any) -> dict[str, Tensor]:
+    """Tensors that trainer mixins keep beside a memory of samples."""
+    fields = [(f"state/{part.__name__}.{f.name}", getattr(state, f.name)) for part, state in getattr(t, "states", {}).items()
+              for f in dataclasses.fields(state)]
+    return {name: value.clone() for name, value in fields if isinstance(value, Tensor)}
+
+
 def everything(t: Any) -> dict[str, Tensor]:
     """All that a run is, on this rank."""
     counters = [t.step, t.task_index, t.task_step, t.bad_steps, t.optimizer.step_count, t.optimizer.skipped_count]
-    return {**whole(t), **memory(t), **buffers(t), "matrix": torch.tensor(t.matrix, dtype=torch.float64),
+    return {**whole(t), **memory(t), **kept(t), **buffers(t), "matrix": torch.tensor(t.matrix, dtype=torch.float64),
             "counters": torch.tensor(counters), "lr": torch.tensor([g["lr"] for g in t.optimizer.param_groups])}

@@ -19,7 +19,8 @@ __all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", 
            "parts_of"]
 
 DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code", "between_tasks",
-            "from_data", "makes", "asked", "wants", "idle", "fixed", "needs_boundaries", "at_task_end")
+            "from_data", "makes", "asked", "wants", "idle", "fixed", "needs_boundaries", "at_task_end",
+            "observes")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
 AT_BOUNDARIES = ("at_task_end", "consolidate", "on_task_start", "on_task_end")
@@ -61,6 +62,8 @@ class Contract:
     between_tasks: ClassVar[bool] = False
     """Whether it acts only when a task has ended or a later one begins, so that beside a single task
     it does nothing."""
+    observes: ClassVar[bool] = False
+    """Whether it only looks: at any options every bit of the training is as without it."""
     from_data: ClassVar[Mapping[str, str]] = {}
     """Trainer mixins: fields that are no options of a recipe, and the property of its `Data` that
     each follows; "": the trainer knows."""

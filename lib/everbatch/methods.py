@@ -43,6 +43,7 @@ TABLE: dict[str, str] = {
     "stale_sam": "everbatch.optim.sharpness.stale:StaleSAM",
     "lars": "everbatch.optim.layerwise.lars:LARS",
     "lamb": "everbatch.optim.layerwise.lamb:LAMB",
+    "evaluation": "everbatch.train.evaluation:ContinualEvaluation",
     "conadv": "everbatch.train.adversarial.conadv:ConAdv",
     "lwf": "everbatch.train.memory.lwf:LwF",
     "cpr": "everbatch.train.memory.cpr:CPR",

@@ -2,7 +2,7 @@
 
     absent    at `off`, the bits of a trainer without it
     parity    the same run as in one process on the whole batch
-    acts      at `example` it changes what is learned
+    acts      at `example` it changes what is learned; one that only looks keeps what it saw, and leaves every bit
     resume    left in the middle and resumed by other objects: the bits of the run that was not
 
 A mixin that only calls what the optimizer has gets the parts that are called by it, at `off` where it is.
@@ -94,12 +94,18 @@ def live(record: Record, store: Path, key: str, host: str) -> None:
     expected = run(key, host, folder=folder / "whole")
     with record.check(f"acts/{host}/{key}") as found:
         pairs = zip(learning.whole(expected).values(), learning.whole(without).values(), strict=True)
-        found.require(any(not torch.equal(*pair) for pair in pairs), "its example does nothing")
+        if methods.load(key).observes:
+            found.same_bits(learning.whole(expected), learning.whole(without), "it only looks")
+            found.require(any(bool(v.isfinite().any()) for v in learning.kept(expected).values()), "it saw nothing")
+        else:
+            found.require(any(not torch.equal(*pair) for pair in pairs), "its example does nothing")
     if host == "plain":
-        torch.save(learning.whole(expected), store / f"{key}.pt")
+        torch.save((learning.whole(expected), learning.kept(expected)), store / f"{key}.pt")
     else:
         with record.check(f"parity/{host}/{key}", TOLERANCE) as found:
-            one, many = torch.load(store / f"{key}.pt", weights_only=True), learning.whole(expected)
+            (one, saw), many = torch.load(store / f"{key}.pt", weights_only=True), learning.whole(expected)
+            if methods.load(key).observes:  # counts
+                found.same_bits(learning.kept(expected), saw, "what it saw")
             found.require(one.keys() == many.keys(), f"{sorted(one)} and {sorted(many)}")
             found.measure(max((one[n].double() - many[n].double()).abs().max().item() for n in one))
     with record.check(f"resume/{host}/{key}") as found:

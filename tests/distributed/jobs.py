@@ -22,7 +22,7 @@ from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost
 from everbatch.evaluate.evaluator import accuracies
 from everbatch.report.recorder import read_scalars
-from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
+from everbatch.train import ContinualEvaluation, Replay, StepRecord, Trainer, TrainerMixin
 from learning import Abandoned, Learner, buffers, everything, memory, stream, union, whole
 
 
@@ -178,6 +178,10 @@ class Watched(Watching, Replay, Trainer):
     """Evaluates after every step."""
 
 
+class Curved(ContinualEvaluation, Replay, Trainer):
+    """Evaluates after every step, as the library does."""
+
+
 class Counting(Trainer):
     """Keeps the ids of all samples that were predicted and count."""
 
@@ -191,7 +195,8 @@ def evaluation(record: Record, store: Path, host: str) -> None:
     world, folder = World.current(), store / f"evaluation-{World.current().size}-{host}"
     with record.check(f"evaluation/{host}/traces") as found:
         expected = full(host, folder / "rarely", eval_future=False)
-        for name, options in (("often", {"cls": Watched}), ("future", {"eval_future": True})):
+        for name, options in (("often", {"cls": Watched}), ("curves", {"cls": Curved}),
+                              ("future", {"eval_future": True})):
             got = full(host, folder / name, **options)
             for what in (whole, memory, buffers):
                 found.same_bits(what(got), what(expected), f"{name}: {what.__name__}")

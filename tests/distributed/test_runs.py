@@ -36,7 +36,7 @@ def in_turn(name: str, hosts: Sequence[str]) -> dict[tuple[str, str], When]:
 
 RESUMED = resumed("one", ("plain",), SHARDED) | resumed("two", ("ddp", "zero3"), ("fsdp2", "zero0", "zero1", "zero2"))
 DIVIDED = in_turn("two", ROUNDED)
-EVALUATED = in_turn("two", ("ddp", "fsdp2", "zero3"))
+EVALUATED = in_turn("two", ("ddp", "fsdp2", "zero3", "zero0", "zero1", "zero2"))
 HALF = in_turn("two", ("ddp", "fsdp2", "zero2-bf16"))
 AHEAD = in_turn("two", ("ddp", "zero3"))
 SPOILT = {("one", "plain"): When(), ("two", "ddp"): When(), **in_turn("two", SHARDED[1:])}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, overload
@@ -18,7 +19,7 @@ from everbatch.nn.own_buffers import own_buffers
 from everbatch.problems import Classification, Problem
 from everbatch.rows import Rows
 
-__all__ = ["Evaluator", "accuracies", "evaluating", "firsts", "mean_buffers", "scores"]
+__all__ = ["Evaluator", "accuracies", "evaluating", "evaluator_of", "firsts", "mean_buffers", "scores"]
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,45 @@ class Evaluator:
         """See the function `accuracies`."""
         return firsts(self.scores(stream, seen, tasks, stop=stop))
 
-    @torch.no_grad()
     def scores(
         self, stream: Stream, seen: int, tasks: list[Task], *, stop: Callable[[bool], bool] | None = None,
     ) -> list[dict[str, float]] | None:
         """See the function `scores`."""
+        found = self.sums(stream, seen, tasks, functools.partial(self.ready, stream), stop=stop)
+        return None if found is None else [self.problem.scores(row) for row in found]
+
+    def ready(self, stream: Stream, task: Task, ids: Tensor | None = None) -> Iterator[Batch]:
+        """This rank's share of the task's test samples, or of these, in batches that `predict` takes."""
+        for batch in evaluation_batches(stream, task, self.rows, self.world, ids=ids):
+            moved = batch.to(self.device)
+            yield replace(moved, inputs=self.inputs_of(moved.inputs))
+
+    @torch.no_grad()
+    def sums(
+        self, stream: Stream, seen: int, tasks: list[Task], batches: Callable[[Task], Iterable[Batch]], *,
+        stop: Callable[[bool], bool] | None = None,
+    ) -> Tensor | None:
+        """What scores are made of, over all ranks: (tasks, k) float64 on the CPU, for `problem.scores`.
+
+        `batches(task)`: this rank's, ready, in equally many batches on every rank. Else as `scores`. One
+        all-reduce for all tasks; for the classes' accuracy of integers, so that any number of ranks gives
+        the same.
+        """
         found: list[Tensor] = []
         begun = 0
         with evaluating(self.module, self.world):
             for task in tasks:
                 allowed = allowed_classes(stream, seen, task).to(self.device) if self.problem.labels else None
                 parts = []
-                for batch in evaluation_batches(stream, task, self.rows, self.world):
+                for batch in batches(task):
                     if stop is not None and begun % 10 == 0 and stop(True):
                         return None
                     begun += 1
-                    parts.append(self._sums(batch, allowed))
+                    assert batch.weight is not None
+                    outputs = self.predict(batch)
+                    parts.append(self.problem.sums(outputs, batch.targets, batch.weight, allowed))
                 found.append(torch.stack(parts).sum(0))
-        return [self.problem.scores(row) for row in self.world.sum(torch.stack(found)).cpu()]
-
-    def _sums(self, batch: Batch, allowed: Tensor | None) -> Tensor:
-        """What scores are made of."""
-        ready = batch.to(self.device)
-        outputs = self.predict(replace(ready, inputs=self.inputs_of(ready.inputs)))
-        assert ready.weight is not None
-        return self.problem.sums(outputs, ready.targets, ready.weight, allowed)
+        return self.world.sum(torch.stack(found)).cpu()
 
 
 class Predicts(Protocol):
@@ -117,10 +132,14 @@ def scores(
 ) -> list[dict[str, float]] | None:
     """The scores of the trainer's problem on the test samples of each task, by name: ratios of sums over all of them, so that
     any number of ranks gives the same. Else as `accuracies`."""
+    return evaluator_of(trainer).scores(stream, seen, tasks, stop=stop)
+
+
+def evaluator_of(trainer: Predicts) -> Evaluator:
+    """What predicts and counts for this trainer, with its weights and its problem as they are now."""
     problem = getattr(trainer, "problem", None) or Classification()
-    evaluator = Evaluator(trainer.module, trainer.predict, trainer.inputs_of, trainer.world, trainer.device,
-                          trainer.config.eval_batch, problem)
-    return evaluator.scores(stream, seen, tasks, stop=stop)
+    return Evaluator(trainer.module, trainer.predict, trainer.inputs_of, trainer.world, trainer.device,
+                     trainer.config.eval_batch, problem)
 
 
 def firsts(found: list[dict[str, float]] | None) -> list[float] | None:
@@ -153,16 +172,18 @@ def evaluating(module: nn.Module, world: World) -> Iterator[None]:
 @contextmanager
 def mean_buffers(module: nn.Module, world: World) -> Iterator[None]:
     """Floating buffers replaced by their mean over ranks inside the block; those whose shapes differ by rank, tables that grew
-    with what a rank has seen, stay, and so do those of `own_buffers`. One small gather, one all-reduce each; none on one rank."""
+    with what a rank has seen, stay, and so do those of `own_buffers`. One small gather and one all-reduce; none on one rank."""
     own = []
     if world.size > 1:
         kept_apart = own_buffers(module)
         floating = {name: b for name, b in module.named_buffers() if b.is_floating_point() and name not in kept_apart}
         everywhere: list[Any] = world.gather({name: tuple(b.shape) for name, b in floating.items()})
         own = [(b, b.clone()) for name, b in floating.items() if all(theirs.get(name) == tuple(b.shape) for theirs in everywhere)]
-    for buffer, _ in own:
-        mean = world.sum(buffer.float().clone()).div_(world.size)
-        buffer.copy_(mean)
+    if own:
+        flat = world.sum(torch.cat([kept.float().flatten() for _, kept in own])).div_(world.size)
+        parts = torch.split(flat, [kept.numel() for _, kept in own])
+        for (buffer, kept), mean in zip(own, parts, strict=True):
+            buffer.copy_(mean.view(kept.shape))
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 from everbatch import config
 from everbatch.checkpoint.folder import together
 from everbatch.config.strict_yaml import dump_text
+from everbatch.contract import parts_of
 from everbatch.data import Stream
 from everbatch.distributed import World, init
 from everbatch.experiment.base import Experiment, Finished, Result
@@ -124,6 +125,10 @@ def _trained(options: Experiment, job: Job, trainer: Trainer, stream: Stream, sa
     seconds = trainer.seconds
     done = Finished(trainer, stream, matrix, before, sample, job.folder, recorder, world)
     own, lines = options.finish(done)
+    for report in filter(None, (part.report(trainer) for part in parts_of(type(trainer)))):  # type: ignore[attr-defined]
+        own, lines = {**own, report.name: dict(report.values)}, [*lines, *report.lines]
+        for name, draw in report.figures.items() if world.rank == 0 else ():
+            recorder.figure(name, draw(), trainer.step)
     trainer.export(job.folder / "model.safetensors", options.data.described(sample, options.model))
     values = {
         "test_samples": [len(task.test_ids) for task in stream.tasks], "seconds": seconds, "steps": trainer.step,

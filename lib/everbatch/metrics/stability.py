@@ -149,7 +149,8 @@ class Stability:
         self._step = -1
 
     def add(self, step: int, task: int, values: Sequence[float]) -> None:
-        """Accuracies on tasks 0 to `task` after `step` steps, while or just after `task` is trained.
+        """Accuracies on tasks 0 to `task` after `step` steps, while or just after `task` is trained; NaN
+        where there is none.
 
         Raises:
             ValueError: steps that do not ascend, a task that is neither the last one nor the next,
@@ -171,6 +172,8 @@ class Stability:
         if len(self._early[task]) < self.first:
             self._early[task].append(row[task])
         for i, (curve, value) in enumerate(zip(self._curves, row, strict=True)):
+            if math.isnan(value):
+                continue
             place = curve.points if self.window_unit == "points" else step
             curve.points += 1
             if i < task:
@@ -181,7 +184,7 @@ class Stability:
     # ---------------------------------------------------------------------------------- by task
     def lowest(self) -> list[float]:
         """The lowest accuracy of each task but the present one since its end."""
-        return [curve.least for curve in self._curves[:-1]]
+        return [curve.least if curve.least < math.inf else math.nan for curve in self._curves[:-1]]
 
     def drops(self, width: int) -> list[float]:
         """Of each task, the largest drop in a window of this width."""
@@ -234,8 +237,9 @@ class Stability:
         if not self.ends:
             return {}
         a, seen = self.matrix(), len(self.ends)
+        complete = not np.isnan(a[np.tril_indices(seen)]).any()
         transfer = None
-        if random_init is not None and ahead is not None and seen > 1:
+        if complete and random_init is not None and ahead is not None and seen > 1:
             full = a.copy()
             for j in range(1, seen):
                 full[j - 1, j] = ahead[j]
@@ -247,8 +251,8 @@ class Stability:
             found[f"windowed_forgetting_{width}"] = float(np.mean(self.drops(width)))
             found[f"windowed_plasticity_{width}"] = float(np.mean(self.rises(width)))
         return found | {
-            "forgetting": forgetting(a, unit=self.unit),
-            "forgetting_with_last": forgetting(a, include_last=True, unit=self.unit),
-            "backward_transfer": backward_transfer(a, unit=self.unit),
+            "forgetting": forgetting(a, unit=self.unit) if complete else None,
+            "forgetting_with_last": forgetting(a, include_last=True, unit=self.unit) if complete else None,
+            "backward_transfer": backward_transfer(a, unit=self.unit) if complete else None,
             "forward_transfer": transfer, "learning_accuracy": float(np.mean(np.diagonal(a))),
             f"learning_curve_area_{self.first}": float(np.mean([np.mean(e) for e in self._early]))}

@@ -16,7 +16,7 @@ from everbatch.errors import check
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_heatmap", "compare_curves"]
+__all__ = ["accuracy_heatmap", "compare_curves", "saved"]
 
 
 def accuracy_heatmap(
@@ -71,7 +71,7 @@ def accuracy_heatmap(
                 axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
     label = (lambda value, _: f"{100 * value:.0f}%") if unit == "fraction" else None
     figure.colorbar(image, ax=axes, shrink=0.85, format=label)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def compare_curves(
@@ -103,10 +103,11 @@ def compare_curves(
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, written to a PNG where there is a path."""
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from everbatch.contract import Contract, base_of, option_names, parts_of, reject
 from everbatch.data import Batch
 from everbatch.distributed import World
 from everbatch.errors import CompositionError
+from everbatch.train.record import Report
 
 __all__ = ["TrainerMixin", "gather_rows", "gathers_rows"]
 
@@ -73,6 +74,11 @@ class TrainerMixin(Contract):
 
     def before_fit(self) -> None:
         """Called of each part by `Trainer.fit`, before anything of a run that begins anew. No verb: parts do not call super()."""
+
+    def report(self) -> Report | None:
+        """Called of each part by recipes when training has ended: what it adds to the results. No
+        collective."""
+        return None
 
     def notes(self) -> str:
         """Called of each part by `Trainer.describe`: a line about what it does, with these options; "" for none."""

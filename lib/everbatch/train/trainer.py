@@ -31,7 +31,6 @@ from everbatch.train.consolidate import Consolidate
 from everbatch.train.ddp import check_ddp
 from everbatch.train.growth import Build, Growth, check_growable, following
 from everbatch.train.launch import check_optimizer, launch
-from everbatch.train.mixin import TrainerMixin
 from everbatch.train.outputs import Pick, check_output
 from everbatch.train.passes import OutputFn
 from everbatch.train.run import Run
@@ -195,7 +194,7 @@ class Trainer(Stepper):
     @property
     def title(self) -> str:
         """Method, optimizer and engine, for figures."""
-        parts = [p.__name__ for p in parts_of(type(self))] if isinstance(self, TrainerMixin) else []
+        parts = [p.__name__ for p in parts_of(type(self)) if not p.observes]  # type: ignore[attr-defined]
         return f"{' + '.join(parts) or 'fine-tuning'}, {self.optimizer.host.title}"
 
     def describe(self) -> str:
