@@ -11,9 +11,9 @@ from benchmarks.ledger.cells import Cell
 from benchmarks.ledger.samples import Samples, recipe_data
 from everbatch import config
 from everbatch.data import Source, Stream, SubsetSource, class_incremental, stratified_split, task_incremental
-from everbatch.experiment import ClassIncremental, run
+from everbatch.experiment import ClassIncremental, Result, run
 
-__all__ = ["Scale", "train"]
+__all__ = ["Scale", "conducted", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,14 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
     Returns:
         accuracy (over all classes after the last task), average_incremental_accuracy, forgetting, backward_transfer.
     """
+    with tempfile.TemporaryDirectory(prefix="everbatch-cell-") as folder:
+        values = conducted(cell, home, folder).values
+    names = ("average_incremental_accuracy", "forgetting", "backward_transfer")
+    return {"accuracy": values["final_average_accuracy"], **{name: values[name] for name in names}}
+
+
+def conducted(cell: Cell, home: Path, folder: str, **more: Any) -> Result:
+    """The run of a cell, in a folder; `more`: options of the recipe beside those of the arm."""
     scale, options = Scale(**cell.scale), dict(cell.options)
     lr = float(options.pop("lr", scale.lr))
     shared: dict[str, Any] = {
@@ -69,7 +77,4 @@ def train(cell: Cell, home: Path) -> dict[str, float | None]:
         "model": {"name": scale.model}, "engine": {"kind": "plain"}, "scenario": scale.scenario, "tasks": scale.tasks,
         "samples": scale.samples, "held_out": cell.held_out, "optimizer": {"lr": lr},
         "trainer": {"batch_size": scale.batch, "epochs": scale.epochs, "seed": cell.seed}}
-    with tempfile.TemporaryDirectory(prefix="everbatch-cell-") as folder:
-        values = run(config.build(Share, shared, options, {"output": folder})).values
-    names = ("average_incremental_accuracy", "forgetting", "backward_transfer")
-    return {"accuracy": values["final_average_accuracy"], **{name: values[name] for name in names}}
+    return run(config.build(Share, shared, options, {"output": folder}, more))
