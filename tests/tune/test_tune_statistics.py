@@ -17,6 +17,7 @@ from everbatch.tune import rankings, tables
 from everbatch.tune.choices import choices
 from everbatch.tune.figure import both_protocols
 from everbatch.tune.rankings import above, tau
+from everbatch.tune.report import report
 from everbatch.tune.statistics import bootstrap, bootstrap_optimism, compare, expected_maximum, optimism
 
 NEW = tuple(range(2, 8))
@@ -201,3 +202,13 @@ def test_the_figure_shows_both_protocols(tmp_path: Path) -> None:
     both_protocols(compare(TWO, None, ROWS))
     with pytest.raises(ValueError, match="both_protocols: no row of an evaluation"):
         both_protocols(compare(TWO, CONVENTIONAL, []))
+
+
+def test_what_the_commands_leave(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = report(TWO, CONVENTIONAL, ROWS, tmp_path)
+    kept = json.loads((tmp_path / "comparison.json").read_text())
+    assert kept["avg_acc"] == json.loads(json.dumps(compare(TWO, CONVENTIONAL, ROWS))) and "torch" in kept["versions"]
+    assert (tmp_path / "figures" / "both_protocols.png").exists() and list((tmp_path / "tensorboard").iterdir())
+    assert "final average accuracy" in text and (tmp_path / "comparison.txt").read_text().strip() in text
+    assert "see" not in report(TWO, CONVENTIONAL, [], tmp_path / "none") and not (tmp_path / "none" / "figures").exists()
