@@ -230,9 +230,9 @@ class ContinualEvaluation(TrainerMixin):
             return None
         before = None if bool(state.before.isnan().any()) else state.before.tolist()
         weights = "averaged" if self.configs[ContinualEvaluation].averaged else "raw"
-        rows = state.table[: state.points, :2].long()
-        ends = [int(rows[rows[:, 1] == task, 0].max()) for task in rows[:, 1].unique().tolist()]
-        cost = {"task_ends": ends, "weights": weights, "points": state.points, "evaluation_seconds": state.seconds,
+        rows = state.table[: state.points, :2].long().tolist()
+        ends = {task: step for step, task in rows}  # the last of each
+        cost = {"task_ends": [*ends.values()], "weights": weights, "points": state.points, "evaluation_seconds": state.seconds,
                 "evaluated_samples": state.samples,
                 "subset_samples": [self.__size(task) for task in self.stream.tasks]}
         return told(self.stability, before, cost, self.figures())
