@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +18,21 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="everbatch", description="Information about the installation. To train, run a script of recipes/.",
+        prog="everbatch",
+        description="Information about the installation, and two-phase tuning. To train, run a script of recipes/.",
     )
     parser.add_argument("--version", action="version", version=f"everbatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("versions", help="versions of everbatch and of what it builds on, as every run records them")
     listed = commands.add_parser("methods", help="every method: its key and name in recipes, class, family, cost and source")
     listed.add_argument("--json", action="store_true", help="with descriptions and search spaces, as JSON")
-    chosen = parser.parse_args(argv)
+    commands.add_parser("tune", add_help=False, help="two-phase tuning: tune prepare, search, evaluate, conventional")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["tune"]:  # its options are key=value, as those of a recipe
+        from everbatch.tune.commands import main as tune
+
+        return tune(words[1:])
+    chosen = parser.parse_args(words)
     if chosen.command == "methods":
         return _methods(as_json=chosen.json)
     from everbatch.report.recorder import versions

@@ -24,6 +24,7 @@ or, of one that failed, `{"key", "options", "order", "failed": "diverged", "caus
     "methods": {"er": {
         "options": {"replay.method": "er"},         what makes it this method
         "space": {"optimizer.lr": [0.01, ...]},     empty: not searched, a bound to compare with
+        "paths": ["optimizer.lr", ...],             of the space, in the order in which values are drawn
         "configurations": [                         every one that was drawn, by id
             {"id": 0, "values": {"optimizer.lr": 0.05, ...}, "status": "complete",
              "orders": [{"order": 0, "avg_acc": 0.93, "acc": 0.9, "seconds": 1.9, "cpu_seconds": 1.6}, ...]}],

@@ -8,6 +8,7 @@ from golden.comparison import Comparison, Vectors
 from golden.families import (
     buffers,
     conadv,
+    gtep,
     ignite,
     large_batch,
     metrics,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     "continual_evaluation": stability.check,
     "dst_isolation": sparsity.check_isolation,
     "erk_densities": sparsity.check_densities,
+    "gtep": gtep.check,
     "itop_mask_updates": sparsity.check_updates,
     "grip_analytic": subspace.check_grip,
     "lb_asam": large_batch.check,

@@ -1,0 +1,71 @@
+"""The four commands, each its own process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from everbatch import config
+from everbatch.ends import guard
+from everbatch.tune.evaluate import Conventional, Evaluate, conventional, evaluate
+from everbatch.tune.pair import ScenarioPair, prepare
+from everbatch.tune.search import Search, search
+
+__all__ = ["COMMANDS", "Prepare", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(ScenarioPair):
+    """Options of `prepare`."""
+
+    output: str = "runs/two_phase"
+    """Folder of the whole protocol: tuning and evaluation are written in it."""
+    nonce: str | None = None
+    """Where the nonce that opens the evaluation data is written; by default in the evaluation folder."""
+
+    @property
+    def pair(self) -> ScenarioPair:
+        """The options of the pair alone."""
+        return ScenarioPair(**{name: getattr(self, name) for name in ScenarioPair.__dataclass_fields__})
+
+
+def _prepare(options: Prepare) -> None:
+    done = prepare(options.pair, options.output, options.nonce)
+    said = "wrote" if done["written"] else "found, as it was asked for:"
+    train, test = done["samples"]
+    print(f"prepare: {said} {options.output}/tuning ({train} samples to train on, {test} to validate) and "
+          f"{options.output}/evaluation, sealed; committed to the latter by\n{done['commitment']}")
+
+
+def _show(done: dict[str, Any]) -> None:
+    from everbatch.tune.told import summary
+
+    print(summary(done["rows"]))
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "prepare": (Prepare, _prepare),
+    "search": (Search, search),
+    "evaluate": (Evaluate, lambda options: _show(evaluate(options))),
+    "conventional": (Conventional, lambda options: _show(conventional(options))),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m everbatch.tune COMMAND key=value ...`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    usage = f"usage: tune {{{','.join(COMMANDS)}}} [key=value ...]; tune COMMAND --help lists the options"
+    if words[:1] in ([], ["-h"], ["--help"]):
+        print(usage)
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        from everbatch.errors import nearest
+
+        print(f"tune: command {words[0]!r}, must be one of {', '.join(COMMANDS)}; {nearest(words[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    recipe, act = COMMANDS[words[0]]
+    with guard(words[0]):
+        act(config.parse(recipe, words[1:], prog=words[0]))
+    return 0

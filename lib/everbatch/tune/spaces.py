@@ -1,0 +1,163 @@
+"""Which values are searched, and which of them a configuration gets."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from everbatch import methods
+from everbatch.config.strict_yaml import load_text
+from everbatch.declared import Range
+from everbatch.errors import check, nearest
+from everbatch.experiment import MIXINS, TRAINER_MIXINS
+from everbatch.train import Replay
+
+__all__ = ["BASE", "Method", "Values", "draw", "draw_all", "gtep", "is_rule", "plain_space", "space_from"]
+
+Values = tuple[Any, ...] | Range | Mapping[str, Any]
+"""Of one option: a list, an interval, or a rule: {"coin": true}, {"milestones": counts, "of": path of the epochs},
+{"count_of": path of other milestones, "of": path of the epochs}."""
+RULES = ({"coin"}, {"milestones", "of"}, {"count_of", "of"})
+BASE: dict[str, tuple[Any, ...]] = {"optimizer.lr": (0.01, 0.02, 0.05, 0.1)}
+"""What is searched of every method."""
+UNUSED = "-"
+"""The path of what a published search draws and does not use."""
+REPLAY = {**{name: name for name in ("er", "dark_er", "dark_er_pp")},
+          **Replay.Config.__dataclass_fields__["method"].metadata["spellings"]}
+
+
+class Method:
+    """A method by its name: "er", "dark_er_pp", "finetune", "ewc", or several with + between them, "er+refresh".
+
+    Attributes:
+        name: as given.
+        options: what makes it this method, by the path of an option.
+        space: what its parts declare to be worth searching, and `BASE`.
+
+    Raises:
+        ValueError: a part that nobody knows, with the nearest that is known; or two memories.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.options: dict[str, Any] = {}
+        self.space: dict[str, Values] = dict(BASE)
+        words = re.split(r"(?<!\+)\+(?!\+)", name)  # "der++" is one word
+        memories = [word for word in words if word in REPLAY]
+        check(len(memories) <= 1, "tune", f"method {name!r}", "have one memory", f"it names {', '.join(memories)}")
+        if not memories:
+            self.options["replay"] = None
+        for word in words:
+            self._add(word, alone=len(words) == 1)
+
+    def _add(self, word: str, *, alone: bool) -> None:
+        known = [*REPLAY, *MIXINS, *(key for key in TRAINER_MIXINS if key != "replay")]
+        if word == "finetune":
+            check(alone, "tune", f"method {self.name!r}", "stand alone", "finetune is training without any of them")
+            return
+        check(word in known, "tune", f"method {word!r}", "be one that is known", nearest(word, ["finetune", *known]))
+        if word in REPLAY:
+            self.options["replay.method"] = REPLAY[word]
+            idle = Replay.idle(Replay.Config(method=REPLAY[word]))
+            declared = methods.search_space(["replay"])
+            self.space |= {path: values for path, values in declared.items() if path.split(".")[-1] not in idle}
+            return
+        front = "optimizer." if word in MIXINS else ""
+        self.options[f"{front}{word}"] = {}
+        self.space |= methods.search_space([word])
+
+
+def draw(space: Mapping[str, Values], seed: int, i: int) -> dict[str, Any]:
+    """Values of configuration `i`: each option on its own, in the order of `space`, by a generator that is seeded with both.
+
+    With seed 0 it is the generator of the published search, so a published list draws the published configurations.
+    """
+    generator, values = random.Random(seed * 2**32 + i), {}
+    for path, choices in space.items():
+        if isinstance(choices, Range):
+            values[path] = _between(choices, generator)
+        elif isinstance(choices, Mapping):
+            values[path] = _by_rule(choices, values, generator)
+        else:
+            values[path] = generator.choice(list(choices))
+    return {path: value for path, value in values.items() if path != UNUSED}
+
+
+def draw_all(space: Mapping[str, Values], seed: int, count: int) -> list[dict[str, Any]]:
+    """The configurations of a search, by id; known before the first of them runs."""
+    return [draw(space, seed, i) for i in range(count)]
+
+
+def _between(choices: Range, generator: random.Random) -> float:
+    share = generator.random()
+    value = (choices.low * (choices.high / choices.low) ** share if choices.log
+             else choices.low + (choices.high - choices.low) * share)
+    return min(max(float(f"{value:.6g}"), choices.low), choices.high)
+
+
+def _by_rule(rule: Mapping[str, Any], values: Mapping[str, Any], generator: random.Random) -> Any:
+    """True or false; or milestones int(epochs * (2 i / (2 m + 1))), i = 1 .. m."""
+    if "coin" in rule:
+        return generator.random() > 0.5
+    count = generator.choice(list(rule["milestones"])) if "milestones" in rule else len(values[rule["count_of"]])
+    return [int(values[rule["of"]] * (2 * i / (2 * count + 1))) for i in range(1, count + 1)]
+
+
+def is_rule(value: Mapping[str, Any]) -> bool:
+    """Whether a mapping says what values an option takes, rather than holding options."""
+    return not value or bool({"low", "high", "coin", "milestones", "count_of"} & value.keys())
+
+
+def space_from(given: Mapping[str, Any], who: str) -> dict[str, Values]:
+    """A space as a file says it, by the path of an option: lists of values, or {low, high, log}, or a rule of `Values`.
+
+    Raises:
+        ValueError: an empty list, something else, or a rule about what is not drawn before.
+    """
+    space: dict[str, Values] = {}
+    for path, values in given.items():
+        if isinstance(values, Mapping) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
+            space[path] = Range(**values)
+        elif isinstance(values, Mapping):
+            check(set(values) in RULES, who, f"{path}={dict(values)}", "be a list of values, or low and high")
+            for other in (values[key] for key in ("of", "count_of") if key in values):
+                check(other in space, who, f"{path}, which follows {other!r}", "come after it")
+            space[path] = dict(values)
+        else:
+            check(isinstance(values, list | tuple) and len(values) > 0, who, f"{path}={values!r}",
+                  "be a list of values, or low and high")
+            space[path] = tuple(values)
+    return space
+
+
+def plain_space(space: Mapping[str, Values]) -> dict[str, Any]:
+    """A space as JSON has it; `space_from` reads it."""
+    return {path: {"low": v.low, "high": v.high, "log": v.log} if isinstance(v, Range)
+            else dict(v) if isinstance(v, Mapping) else list(v) for path, v in space.items()}
+
+
+@functools.cache
+def _published() -> dict[str, Any]:
+    text = resources.files("everbatch.tune").joinpath("gtep.yaml").read_text()
+    found: dict[str, Any] = load_text(text)
+    return found
+
+
+def gtep(algorithm: str) -> dict[str, Values]:
+    """The published lists of GTEP's search of an algorithm ("replay", "icarl", "der" ...), in the order in which it draws.
+
+    Options that exist here stand under their paths; those of methods that do not, under their published names.
+
+    Raises:
+        ValueError: no such algorithm, with the nearest.
+    """
+    known = _published()["algorithms"]
+    check(algorithm in known, "tune", f"gtep={algorithm!r}", f"be one of {', '.join(known)}", nearest(algorithm, known))
+    family = known[algorithm] or {}
+    common = _published()["families"][family.get("family", "scratch")]
+    before = {UNUSED: [0]} if family.get("draws_its_seed") else {}
+    return space_from({**before, **common, **family.get("lists", {})}, f"gtep {algorithm}")
