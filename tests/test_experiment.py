@@ -27,8 +27,7 @@ def test_twice_in_this_process(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "kind"), [
-    *(When(i, 6).param(1, kind) for i, kind in enumerate(KINDS[1:])),
-    *(When((i + 3) % 6, 6).param(2, kind) for i, kind in enumerate(KINDS[1:]))])
+    When(2 * i + ranks - 1, 12).param(ranks, kind) for i, kind in enumerate(KINDS[1:]) for ranks in (1, 2)])
 def test_twice_on_other_engines(zygote: Zygote, tmp_path: Path, ranks: int, kind: str) -> None:
     """On one rank without a launch, where a group is made and left; on two in a group that is the caller's."""
     job = zygote.run(WORKER, str(tmp_path), kind, ranks=ranks, limit=120)

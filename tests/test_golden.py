@@ -254,7 +254,8 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.distributed if "ranks" in o else ()) for n, o in OTHERS.items()])
+    "name", [pytest.param(n, marks=[pytest.mark.distributed, pytest.mark.rotated(0, 3)] if "ranks" in o else ())
+             for n, o in OTHERS.items()])
 def test_other_vectors_of_the_same_format_pass(name: str, tmp_path: Path) -> None:
     make(tmp_path / name, **OTHERS[name])
     result = check_file(tmp_path / name)

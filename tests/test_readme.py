@@ -21,8 +21,11 @@ import everbatch.optim
 import everbatch.train
 from everbatch import config
 from processes import ENVIRONMENT, ROOT, Zygote, torchrun
+from rotation import When
 
 TEXT = (ROOT / "README.md").read_text()
+SAID = {"opt.describe()": "SharpSGD = ClipGradNorm > SAM > SGD on plain, 1 rank", "samples kept after": "samples kept after"}
+"""What a block that has this in it prints."""
 ONE_AFTER_THE_OTHER = "import runpy, sys; [runpy.run_path(path, run_name='__main__') for path in sys.argv[1:]]"
 
 
@@ -51,16 +54,23 @@ def write(folder: Path, sources: list[str]) -> list[Path]:
     return paths
 
 
-def test_blocks_of_one_process_run(tmp_path: Path) -> None:
-    paths = write(tmp_path, PYTHON[False])
-    assert len(paths) >= 4
+@pytest.mark.parametrize("half", [When(i, 2).param(i) for i in range(2)])
+def test_blocks_of_one_process_run(half: int, tmp_path: Path) -> None:
+    sources = PYTHON[False][half::2]
+    paths = write(tmp_path, sources)
+    assert len(PYTHON[False]) >= 4
     ended = subprocess.run([sys.executable, "-W", "error", "-c", ONE_AFTER_THE_OTHER, *map(str, paths)], cwd=tmp_path,
                            env={**os.environ, **ENVIRONMENT}, text=True, capture_output=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    out = ended.stdout
-    assert "SharpSGD = ClipGradNorm > SAM > SGD on plain, 1 rank" in out
-    assert "samples kept after" in out
-    assert (tmp_path / "runs" / "own" / "model.safetensors").is_file()
+    for source in sources:
+        for mark, said in SAID.items():
+            assert mark not in source or said in ended.stdout
+        assert "runs/own/model.safetensors" not in source or (tmp_path / "runs" / "own" / "model.safetensors").is_file()
+
+
+def test_there_are_blocks_that_say_something() -> None:
+    for mark in (*SAID, "runs/own/model.safetensors"):
+        assert any(mark in source for source in PYTHON[False]), mark
 
 
 @pytest.mark.distributed

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exit codes: 0; 1 where a cell failed; 2 for what cannot be asked; 130 and 143 after a signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Cells are ended with the run; SIGTERM takes the way that Ctrl-C has.
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         code = _main(words)
     except KeyboardInterrupt:
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, ImportError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         code = 2
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # a caller in this process keeps its own
     raise SystemExit(code)
 
 

@@ -91,7 +91,7 @@ def test_overlap(speed: SimpleNamespace) -> None:
     assert speed.stream.overlap([(7, 0.0, 10.0)]) is None and speed.stream.overlap([]) is None
 
 
-@pytest.mark.rotated(0, 3)
+@pytest.mark.rotated(0, 6)
 def test_stream_on_a_cpu_is_inline(tmp_path: Path) -> None:
     result, out = run("--device", "cpu", path=tmp_path / "result.json")
     assert set(result["stream"]) == {"2", "4"}
@@ -101,7 +101,7 @@ def test_stream_on_a_cpu_is_inline(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-@pytest.mark.rotated(1, 3)
+@pytest.mark.rotated(1, 6)
 def test_without_cuda_it_says_so() -> None:
     ended = subprocess.run([sys.executable, str(SCRIPT), "--device", "cuda"], text=True, timeout=100, capture_output=True,
                            env={**os.environ, **ENVIRONMENT})
@@ -109,7 +109,7 @@ def test_without_cuda_it_says_so() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launch", [When(2, 3).param("beside"), When(slow=True).param("ranks")])
+@pytest.mark.parametrize("launch", [When(3, 6).param("beside"), When(slow=True).param("ranks")])
 def test_a_launch(launch: str, tmp_path: Path) -> None:
     result, out = run("--launch", launch, path=tmp_path / "result.json")
     rows = {row["arm"]: row for row in result[f"tiny, {launch}"]["rows"]}

@@ -26,7 +26,7 @@ def run(folder: Path, device: str, *options: str) -> subprocess.CompletedProcess
                           env={**os.environ, **ENVIRONMENT, **python, **more})
 
 
-@pytest.mark.rotated(2, 3)
+@pytest.mark.rotated(2, 6)
 def test_small_nets_on_a_cpu(tmp_path: Path) -> None:
     ended = run(tmp_path, "cpu", "--blocks", "2")
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -41,7 +41,7 @@ def test_small_nets_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
-@pytest.mark.rotated(0, 3)
+@pytest.mark.rotated(0, 6)
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     ended = run(tmp_path, "cuda")
     assert ended.returncode == 1 and "no GPU that torch can use; EVERBATCH_DEVICE=cpu tries" in ended.stderr

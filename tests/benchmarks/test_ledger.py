@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -217,6 +218,14 @@ def test_list_tells_every_claim_of_the_mission(tmp_path: Path, capsys: pytest.Ca
     for name, row in rows.items():
         assert " not run" in row and claims()[name].paper.ref in row
         assert (f"needs {claims()[name].needs}" in row) == bool(claims()[name].needs)
+
+
+def test_the_command_leaves_the_signals_of_its_caller(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for words in (["--help"], ["no such command"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_a_claim_needs_is_not_there_yet() -> None:

@@ -19,7 +19,7 @@ JOBS = Path(__file__).parent / "jobs.py"
 SHARDED = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 ROUNDED = ("ddp", "fsdp2", "zero1", "zero3")
 """Engines for what is to rounding, or about the trainer more than the engine."""
-ENDS = {9: When(), 5: When(0, 2), 23: When(1, 2)}
+ENDS = {9: When(0, 3), 5: When(1, 3), 23: When(2, 3)}
 """Steps after which a run is left, and the rounds in which that is done on an engine that does it in every round."""
 
 
@@ -39,7 +39,7 @@ DIVIDED = in_turn("two", ROUNDED)
 EVALUATED = in_turn("two", ("ddp", "fsdp2", "zero3", "zero0", "zero1", "zero2"))
 HALF = in_turn("two", ("ddp", "fsdp2", "zero2-bf16"))
 AHEAD = in_turn("two", ("ddp", "zero3"))
-SPOILT = {("one", "plain"): When(), ("two", "ddp"): When(), **in_turn("two", SHARDED[1:])}
+SPOILT = {("one", "plain"): When(), **in_turn("two", SHARDED)}
 MOVED = {("one again", "2-zero2", "plain-1"): When(0, 3), ("two", "1-plain", "zero2-2"): When(0, 3),
          ("one again", "2-ddp", "ddp-1"): When(1, 3), ("two", "1-ddp", "ddp-2"): When(1, 3),
          ("two", "2-zero3", "zero1-2"): When(2, 3),

@@ -84,6 +84,7 @@ def only_child() -> Any:
     return child
 
 
+@pytest.mark.rotated(0, 2)
 def test_a_process_costs_few_files_and_ends_with_the_trainer() -> None:
     """Also a model of many tensors, more than a process may hold files open; closed in the middle it starts anew."""
     before, deep = len(os.listdir("/proc/self/fd")), nn.Sequential(*[nn.Linear(6, 6) for _ in range(60)], nn.Linear(6, 3))
@@ -161,6 +162,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.rotated(1, 2)
 def test_a_killed_trainer_leaves_neither_process_nor_memory(tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text(SCRIPT.format(tests=str(ROOT / "tests")))
     job = subprocess.Popen([sys.executable, str(tmp_path / "trainer.py")], stdout=subprocess.PIPE, text=True,

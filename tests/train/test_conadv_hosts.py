@@ -21,19 +21,19 @@ FEW = ("tau 1", "clean", "one forward", "SAM")
 """What is compared by default."""
 HOSTS = ("ddp", "zero3", "fsdp2", "zero0", "zero1", "zero2")
 """The first two by default, in turn; all in the wide launch, two of them each time."""
-DEFAULT = HOSTS[:2]
+DEFAULT, TURNS = HOSTS[:2], 4
 Key = tuple[str, str, bool]
 """Host, check, whether it is the wide launch's."""
 
 
 def planned() -> dict[Key, When]:
-    """What runs when. A run has each check on one of the two hosts."""
+    """What runs when. A run has half of the checks, each on one of the two hosts."""
     found: dict[Key, When] = {}
     for place, check in enumerate(("placements", "resume", "one forward", "off")):
-        found["plain", check, False] = When(place, 2)
+        found["plain", check, False] = When(place, TURNS)
     for (i, host), (place, check) in itertools.product(enumerate(DEFAULT), enumerate(
             ("placements", "resume", "one forward", "off", *(f"parity {name}" for name in FEW)))):
-        found[host, check, False] = When(i + place, 2)
+        found[host, check, False] = When(TURNS // 2 * i + place, TURNS)
     for i, host in enumerate(HOSTS):
         wide = When(i, 3, slow=True)
         found |= {(host, f"parity {name}", True): wide for name in COMPARED}
@@ -51,7 +51,8 @@ LAUNCHES = {"plain": ("plain",), "plain wide": (), "default": DEFAULT, "wide": H
 
 def jobs(name: str, round: Round) -> list[str]:
     """What a launch does. Those of one process leave what the others are compared with."""
-    compared = {"plain": FEW, "plain wide": [case for case in COMPARED if case not in FEW]}.get(name, ())
+    few = [case for case in FEW if any(PLAN[host, f"parity {case}", False].due(round) for host in DEFAULT)]
+    compared = {"plain": few, "plain wide": [case for case in COMPARED if case not in FEW]}.get(name, ())
     return [f"plain/parity {case}" for case in compared] + [
         f"{host}/{check}" for (host, check, wide), when in PLAN.items()
         if host in LAUNCHES[name] and wide == (name == "wide") and when.due(round)]
