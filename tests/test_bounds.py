@@ -65,10 +65,10 @@ def fields(kind: type) -> Iterator[Any]:
 
 
 def refused(cls: type, name: str, value: Any) -> str:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError) as caught:
         cls(**{name: value})
-    assert time.perf_counter() - began < 0.2 and name in str(caught.value), caught.value
+    assert time.process_time() - began < 0.2 and name in str(caught.value), caught.value
     return str(caught.value)
 
 

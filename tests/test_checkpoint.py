@@ -259,10 +259,10 @@ def test_manifest_keys_are_checked_even_when_signed(tmp_path: Path, kind: str) -
     folder = save_value(tmp_path, 1, 1)
     change, text = WRONG[kind]
     rewrite(folder, change)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(CheckpointMismatch, match=text):
         checkpoint.open(folder)
-    assert time.perf_counter() - started < 1, "sizes that a manifest claims cost time"
+    assert time.process_time() - started < 1, "sizes that a manifest claims cost time"
 
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:

@@ -76,10 +76,10 @@ def bomb(levels: int) -> str:
 def test_aliases_are_counted_not_walked() -> None:
     assert load_text(bomb(3))["c"][8][8][8] == "x"
     assert load_text("a: &x {b: 1}\nc: *x") == {"a": {"b": 1}, "c": {"b": 1}}
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError, match=r"f.yaml, line 5: aliases stand for more than 10000 values"):
         load_text(bomb(9), "f.yaml")
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert len(load_text("a: [" + "1, " * 20_000 + "]")["a"]) == 20_000  # as many that are written out are read
 
 

@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_and_runs_no_finished_cell_twice(tmp_path: Path) ->
     process = driver(tmp_path, 6, 2, "held=3")
     until(lambda: sum(store.read(cell) is not None for cell in wanted) == 3)
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     until(lambda: not any(store.at_work(cell) for cell in wanted), 30)  # its cells end with it
     done = {cell.key for cell in wanted if store.read(cell) is not None}
     assert len(done) == 3

@@ -84,5 +84,5 @@ def test_a_trainer_ends_at_once_while_its_adversary_listens_to_another() -> None
     remote._staged = [torch.zeros(64, dtype=torch.uint8)]
     begin = time.monotonic()
     remote.close()
-    assert time.monotonic() - begin < 2.5
+    assert time.monotonic() - begin < 10  # of the 30 that a connection waits
     assert store.check([end_key(0)])
