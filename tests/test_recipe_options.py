@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from everbatch.config.strict_yaml import load_text
 from everbatch.contract import parts_of
 from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
-from everbatch.experiment import MIXINS, Data, Engine, Factory, Model, Optimizer, Parts, learner, unused_together
+from everbatch.experiment import MIXINS, TRAINER_MIXINS, Data, Engine, Factory, Model, Optimizer, Parts, learner, unused_together
 from everbatch.experiment.job import recorded, restarted
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
 from everbatch.train import Replay, Trainer, TrainerMixin
@@ -42,9 +42,16 @@ def options(*words: str) -> Optimizer:
     return config.parse(Recipe, list(words)).optimizer
 
 
-def trainer(chosen: Optimizer, **given: Any) -> Any:
+def memories(key: str) -> dict[type, Any]:
+    """The trainer's part from which a method draws what it asks for, and would be refused without."""
+    part: Any = MIXINS[key]
+    caller: Any = TRAINER_MIXINS[part.called_by] if "reference" in part.wants(part.Config()) else None
+    return {} if caller is None else {caller: caller.Config()}
+
+
+def trainer(chosen: Optimizer, mixins: Mapping[type, Any] | None = None, **given: Any) -> Any:
     model = FACTORY.model.build(torch.empty(FACTORY.shape), FACTORY.num_classes, 0)
-    return Trainer(model, chosen.build(FACTORY), device="cpu", config=Trainer.Config(batch_size=16), **given)
+    return learner(mixins or {})(model, chosen.build(FACTORY), device="cpu", config=Trainer.Config(batch_size=16), **given)
 
 
 def stream() -> Any:
@@ -64,7 +71,8 @@ def test_no_mixin_is_left_out() -> None:
 def test_each_takes_two_steps(key: str) -> None:
     base = ["optimizer.base=adamw"] if key == "lamb" else ["optimizer.momentum=0.9"]
     chosen = options(f"optimizer.{key}={{}}", "optimizer.weight_decay=0.01", *base)
-    made = trainer(chosen, output_fn=(lambda logits, batch: logits.logsumexp(1).mean()) if key == "ignite" else None)
+    made = trainer(chosen, output_fn=(lambda logits, batch: logits.logsumexp(1).mean()) if key == "ignite" else None,
+                   mixins=memories(key))
     made.fit(stream())
     assert parts_of(type(made.optimizer)) == (MIXINS[key],) and made.step == 2 and made.optimizer.step_count == 2
 

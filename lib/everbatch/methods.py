@@ -30,6 +30,7 @@ TABLE: dict[str, str] = {
     "ewc": "everbatch.optim.memory.ewc:EWC",
     "si": "everbatch.optim.memory.si:SI",
     "mas": "everbatch.optim.memory.mas:MAS",
+    "agem": "everbatch.optim.memory.agem:AGEM",
     "shrink_perturb": "everbatch.optim.restart.shrink_perturb:ShrinkPerturb",
     "subspace_projection": "everbatch.optim.subspace.projection:SubspaceProjection",
     "sam": "everbatch.optim.sharpness.sam:SAM",
@@ -49,6 +50,9 @@ TABLE: dict[str, str] = {
     "cpr": "everbatch.train.memory.cpr:CPR",
     "replay": "everbatch.train.memory.replay:Replay",
     "er_ace": "everbatch.train.memory.er_ace:ErAce",
+    "gdumb": "everbatch.train.memory.gdumb:GDumb",
+    "joint": "everbatch.train.memory.joint:Joint",
+    "episodic": "everbatch.train.memory.episodic:EpisodicMemory",
     "consolidate": "everbatch.train.consolidate:Consolidate",
     "warm_start": "everbatch.train.warm_start:WarmStart",
 }

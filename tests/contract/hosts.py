@@ -185,8 +185,15 @@ class Run:
             losses = nn.functional.cross_entropy(self.forward(inputs).float(), y[chosen], reduction="none")
             return losses * math.nan if spoil else losses
 
-        known = {"output": output, "per_sample": per_sample}
+        def reference() -> Tensor:
+            """Of the same inputs with other labels, so that most steps conflict with it."""
+            loss = nn.functional.cross_entropy(self.forward(x.bfloat16() if self.spec.bf16 else x).float(), (y + 2) % CLASSES)
+            self.opt.backward(loss)
+            return loss.detach()
+
+        known = {"output": output, "per_sample": per_sample, "reference": reference}
         wanted = {name for part in parts_of(type(self.opt)) for name in part.needs}
+        wanted |= {name for part, config in self.opt.configs.items() for name in part.wants(config) if name == "reference"}
         loss = self.opt.step(closure, **{name: known[name] for name in wanted if name in known})
         self.losses.append(loss)
         return loss

@@ -92,13 +92,11 @@ def layer(text: str) -> dict[str, Any]:
 
 
 def _remembering() -> list[str]:
-    """Paths of the parts that make a continual method, and may be off."""
-    found = []
-    for key, place in methods.TABLE.items():
-        part = methods.load(key)
-        if not part.in_code and (ROOM in place or part.makes is not None) and _alone(key):
-            found.append(methods.path_of(key))
-    return found
+    """Paths of the parts that continual methods are made of, and that may be off."""
+    parts = {methods.path_of(key): key for key in methods.TABLE if _alone(key)}
+    names = [name for key in methods.TABLE if ROOM in methods.TABLE[key] or methods.load(key).makes for name in made_by(key)]
+    used = {path for name in names for path in _names()[name]}
+    return [part for part in parts if any(f"{path}.".startswith(f"{part}.") for path in used)]
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.optim.ema import EMA as EMA
     from everbatch.optim.layerwise.lamb import LAMB as LAMB
     from everbatch.optim.layerwise.lars import LARS as LARS
+    from everbatch.optim.memory.agem import AGEM as AGEM
     from everbatch.optim.memory.ewc import EWC as EWC
     from everbatch.optim.memory.mas import MAS as MAS
     from everbatch.optim.memory.refresh import Refresh as Refresh

@@ -51,7 +51,8 @@ def take_step(opt: Stepped, closure: Callable[[], Any] | None = None, **auxiliar
             sum of what `opt.backward` returns). It must not zero gradients. Without it the gradients that are there are
             used, and a mixin that needs a pass raises `RuntimeError`.
         auxiliary: further objectives that a mixin needs, by name. `output=` and `data=` are closures like `closure`, of
-            another scalar; `per_sample=` maps row indices (None: all) to the losses (n,) of those rows, with a graph.
+            another scalar, `reference=` one of other samples; `per_sample=` maps row indices (None: all) to the losses (n,)
+            of those rows, with a graph.
 
     Returns:
         What the closure returned in the recorded pass, detached.
@@ -147,9 +148,10 @@ def _require(opt: Stepped, given: Mapping[str, Any]) -> None:
         if name not in given:
             raise RuntimeError(f"{type(opt).__name__}: {part} needs opt.step(closure, {name}=...), and the step was given "
                                f"{sorted(given) or 'none'}")
-    odd = sorted(set(given) - {"output", "data", "per_sample"})
+    odd = sorted(set(given) - {"output", "data", "per_sample", "reference"})
     if odd:
-        raise TypeError(f"{type(opt).__name__}: step() got {odd[0]}=; auxiliary objectives are output=, data=, per_sample=")
+        raise TypeError(f"{type(opt).__name__}: step() got {odd[0]}=; auxiliary objectives are output=, data=, per_sample=, "
+                        "reference=")
 
 
 def _update(opt: Stepped) -> None:

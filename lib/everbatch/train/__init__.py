@@ -21,7 +21,10 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.train.consolidate import Consolidate as Consolidate
     from everbatch.train.evaluation import ContinualEvaluation as ContinualEvaluation
     from everbatch.train.memory.cpr import CPR as CPR
+    from everbatch.train.memory.episodic import EpisodicMemory as EpisodicMemory
     from everbatch.train.memory.er_ace import ErAce as ErAce
+    from everbatch.train.memory.gdumb import GDumb as GDumb
+    from everbatch.train.memory.joint import Joint as Joint
     from everbatch.train.memory.lwf import LwF as LwF
     from everbatch.train.memory.replay import Replay as Replay
     from everbatch.train.warm_start import WarmStart as WarmStart

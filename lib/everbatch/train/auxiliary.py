@@ -91,6 +91,10 @@ def check_objectives(
     if not (isinstance(cls, type) and issubclass(cls, OptimizerMixin)):
         return  # refused, with more words, where the engine is built
     needs = _declared(cls)
+    asking = [part.__name__ for part, config in _options(cls, optimizer).items() if "reference" in part.wants(config)]
+    giving = [part for part in parts_of(trainer) if "reference" in getattr(part, "gives", ())]
+    check(bool(giving) or not asking, "Trainer", f"{', '.join(asking)} in the optimizer and no memory in the trainer",
+          "have one to draw from", "list EpisodicMemory among the trainer's mixins")
     if "output" in needs:
         check(output_fn is not None, "Trainer", f"{needs['output']} in the optimizer and output_fn=None",
               "be given the scalar output whose gradient it bounds; there is no default to guess",
@@ -102,6 +106,12 @@ def check_objectives(
         adding = [p.__name__ for p in parts_of(trainer) if {"draw_batch", "augment_batch"} & vars(p).keys()]
         check(not adding, "Trainer", f"{part} in the optimizer and {', '.join(adding)} in the trainer",
               f"not both be used: {part} trains on rows of the stream alone", "use SAM")
+
+
+def _options(cls: type, optimizer: Any) -> dict[Any, Any]:
+    """The options that each part of an optimizer has which asks for objectives by its options."""
+    chosen, _ = route(cls, dict(optimizer.keywords))
+    return {part: part.Config(**chosen[part]) for part in parts_of(cls) if "wants" in vars(part)}  # type: ignore[attr-defined]
 
 
 def needed(optimizer: OptimizerMixin) -> dict[str, str]:

@@ -24,6 +24,7 @@ class TrainerMixin(Contract):
     Verbs, in the order the data travels; a trainer that wants to take a mixin offers those the mixin extends:
 
     - `configure_model(model) -> model`            once, before the engine is built
+    - `configure_stream(stream) -> stream`         once per run, before anything looks at it
     - `on_task_start(task)`, `on_task_end(task)`   around each task
     - `draw_batch(parts) -> parts`                 host side; may add parts (`Batch` with a name of its own)
     - `augment_batch(parts) -> parts`              device side, once per step
@@ -39,11 +40,14 @@ class TrainerMixin(Contract):
     are gathered, one small collective per step.
     """
 
-    verbs: ClassVar[tuple[str, ...]] = ("configure_model", "on_task_start", "draw_batch", "augment_batch", "forward",
-                                        "forward_parts", "loss_terms", "after_step", "consolidate", "on_task_end", "predict")
+    verbs: ClassVar[tuple[str, ...]] = (
+        "configure_model", "configure_stream", "on_task_start", "draw_batch", "augment_batch", "forward", "forward_parts",
+        "loss_terms", "after_step", "consolidate", "on_task_end", "predict")
     optional: ClassVar[tuple[str, ...]] = ("forward_parts",)
     """Verbs that a trainer may lack: a part that extends one says itself when it needs it."""
     final: ClassVar[tuple[str, ...]] = ("training_step", "fit")
+    gives: ClassVar[tuple[str, ...]] = ()
+    """Auxiliary objectives of the optimizer whose samples the part draws."""
     world: World
     seed: int
     step: int

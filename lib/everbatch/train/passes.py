@@ -13,10 +13,14 @@ from everbatch.data import Batch
 from everbatch.errors import check
 from everbatch.optim.mixin import OptimizerMixin
 
-__all__ = ["OutputFn", "Pass", "Passes"]
+__all__ = ["ASIDE", "OutputFn", "Pass", "Passes"]
 
 OutputFn = Callable[[Tensor, Batch], Tensor]
 """Maps logits (n, classes) and their batch to a 0-dim tensor, a mean over the rows."""
+
+
+ASIDE = "reference"
+"""A part of the batch that takes no part in the loss: the optimizer asks for its gradient alone."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Passes:
         data        loss terms of the stream part alone
         output      output_fn of the stream part's logits, averaged over micro-batches
         per_sample  loss terms of the stream part by row
+        reference   loss terms of the part "reference", which is in no other; not there while no such part is
 
     Args:
         trainer: its verbs run the parts.
@@ -64,18 +69,24 @@ class Passes:
 
     def __init__(self, trainer: Runs, parts: list[Batch], micros: list[tuple[Batch, ...]]) -> None:
         self.trainer, self.optimizer = trainer, trainer.optimizer
-        self.parts, self.micros = parts, micros
+        self.parts, self.micros, self.aside = parts, micros, micros[:0]
+        if any(part.part == ASIDE for part in parts):
+            self.micros = [tuple(p for p in micro if p.part != ASIDE) for micro in micros]
+            self.aside = [tuple(p for p in micro if p.part == ASIDE) for micro in micros]
         self.recorded: Pass | None = None
 
     def auxiliary(self) -> dict[str, Callable[..., Tensor]]:
         """The objectives beside the loss that the optimizer asks for, by name."""
-        return {name: getattr(self, name) for name in self.trainer.needs}
+        return {name: getattr(self, name) for name in self.trainer.needs if name != ASIDE or self.aside}
 
     def loss(self) -> Tensor:
         return self._over(self.micros)
 
     def data(self) -> Tensor:
         return self._over([(_stream(micro),) for micro in self.micros])
+
+    def reference(self) -> Tensor:
+        return self._over(self.aside)
 
     def output(self) -> Tensor:
         trainer, total = self.trainer, []

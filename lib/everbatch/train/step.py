@@ -26,7 +26,7 @@ from everbatch.train.begun import Begun
 from everbatch.train.growth import Growth
 from everbatch.train.launch import Engine
 from everbatch.train.outputs import Pick, described, told
-from everbatch.train.passes import OutputFn, Passes
+from everbatch.train.passes import ASIDE, OutputFn, Passes
 from everbatch.train.record import StepRecord
 from everbatch.train.run import Run
 from everbatch.train.settings import TrainerConfig
@@ -72,6 +72,10 @@ class Stepper:
     def configure_model(self, model: nn.Module) -> nn.Module:
         """Change the model before the engine is built."""
         return model
+
+    def configure_stream(self, stream: Any) -> Any:
+        """Change which samples each task trains on, before anything looks at them."""
+        return stream
 
     def on_task_start(self, task: Task) -> None:
         """Before the first step of a task; not called again when a run resumes inside it."""
@@ -160,6 +164,8 @@ class Stepper:
         assert found is not None
         outputs = {}
         for part in parts:  # a part of fewer rows than micro-batches was filled up
+            if part.part == ASIDE:
+                continue
             outputs[part.part] = torch.cat(found.outputs[part.part])[: len(part.targets)]
         applied = self.optimizer.last_applied
         record = StepRecord(self.step, applied, loss, found.terms, parts, outputs)

@@ -242,8 +242,8 @@ class Trainer(Stepper):
         """
         check(not resume or self.folder is not None, "Trainer", "fit(resume=True) without a folder", "have one",
               "pass Trainer(..., folder=...), where checkpoints go")
-        stream = as_stream(stream)
-        self.validate(stream)
+        stream = self.configure_stream(as_stream(stream))
+        self._check(stream)
         self.run.stream, self.run.hashed = stream, None  # the run itself begins once it is not refused
         self.num_tasks = len(stream)
         for note in notes_of(stream) if self.problem.labels else ():
@@ -285,6 +285,9 @@ class Trainer(Stepper):
 
     def validate(self, stream: Stream) -> None:
         """Raise what `fit` would, of any task, before the first step of the first."""
+        self._check(self.configure_stream(stream))
+
+    def _check(self, stream: Stream) -> None:
         check(self._tasks_told in (None, len(stream)), "Trainer", f"a stream of {len(stream)} tasks after num_tasks="
               f"{self._tasks_told}", "have as many", "leave num_tasks out, or give the stream's")
         check_targets(self.problem, stream)

@@ -99,7 +99,7 @@ def gap_direction(g: Vector, h: Vector, delta: float = 1e-12) -> Vector:
 
 
 @torch.no_grad()
-def combine_(host: Host, target: Vector, other: Vector, keep: float, add: float) -> None:
+def combine_(host: Host, target: Vector, other: Vector, keep: float | Tensor, add: float) -> None:
     """target <- keep * target + add * other, by parameter, where target is the host's gradient: edited in place, and parameters
     that only `other` has get their share of it as gradient (none if add is 0: they take no part then)."""
     if add:
