@@ -26,6 +26,7 @@ from everbatch.experiment.large_batch import micro_batches
 from everbatch.optim.layerwise.rules import conadv_peak
 from everbatch.report.recorder import read_scalars
 from everbatch.train import Trainer, load_model, model_info
+from needs import needs
 from processes import ROOT, Job, Zygote, torchrun
 from test_recipe import pictures
 
@@ -34,8 +35,7 @@ PUBLISHED = sorted((ROOT / "recipes" / "large_batch").glob("*.yaml"))
 SHORT = ("trainer.epochs=4", "trainer.schedule.warmup_epochs=1", "trainer.checkpoint_every=3", "trainer.keep_last=3",
          "eval_every=2")
 
-pytest.importorskip("timm")
-pytest.importorskip("sklearn")
+needs("timm", "sklearn")
 
 
 @pytest.fixture(scope="module")

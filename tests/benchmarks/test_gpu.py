@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("timm")
+from needs import needs
 from processes import ENVIRONMENT, ROOT
+
+needs("deepspeed", "timm")
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

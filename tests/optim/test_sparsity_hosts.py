@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("deepspeed")
+from needs import needs
 from processes import Zygote
 from rotation import ROUND, hosts_in_turn, in_turn
+
+needs("deepspeed")
 
 # Slow: the contract suite carries these mixins over the hosts by default; this adds every option on every host.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("deepspeed")
-pytest.importorskip("timm")
+from needs import needs
 from processes import Zygote
 from rotation import ROUND, When, hosts_in_turn, in_turn
+
+needs("deepspeed", "timm")
 
 # Slow: the contract suite carries these mixins over the hosts by default; this adds every option on every host.
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1200)]

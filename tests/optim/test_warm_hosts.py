@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("deepspeed")
+from needs import needs
 from processes import Zygote
 from rotation import ROUND, hosts_in_turn, in_turn
+
+needs("deepspeed")
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
 ZERO = ("zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload", "zero3-offload")

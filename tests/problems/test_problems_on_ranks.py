@@ -10,10 +10,11 @@ import pytest
 import torch
 from decoders import result, steps_of, trained
 
+from needs import needs
 from processes import Zygote
 from rotation import ROUND, When
 
-pytest.importorskip("transformers")
+needs("transformers")
 
 JOBS = Path(__file__).parent / "problems_worker.py"
 DUE = {"ddp/bare/1": When(), "ddp/trap/1": When(), "ddp/lonely/1": When(), "ddp/bare/2": When(0, 2), "ddp/bare/4": When(1, 2),

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from needs import needs
 from processes import Zygote
 from rotation import ROUND, Round, When
 
-pytest.importorskip("deepspeed")
+needs("deepspeed")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1500)]
 WORKER = Path(__file__).parent / "conadv_worker.py"
 COMPARED = ("tau 1", "tau 0", "two steps", "clean", "one forward", "accumulation", "Replay", "LARS", "SAM",
