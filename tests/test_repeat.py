@@ -54,7 +54,7 @@ class Short(Experiment):
 
 
 def short(folder: Path, seeds: int = 3, seed: int = 5, **options: Any) -> Short:
-    trainer = Trainer.Config(batch_size=256, epochs=2, checkpoint_every=2, seed=seed)
+    trainer = Trainer.Config(batch_size=256, epochs=2, seed=seed)
     return Short(engine=experiment("plain", folder).engine, trainer=trainer, output=str(folder), seeds=seeds, **options)
 
 
@@ -242,6 +242,7 @@ def test_seeds_under_torchrun_run_in_turn(zygote: Zygote, tmp_path: Path) -> Non
     assert all(refused.codes) and refused.err.count("seeds_at_once=2 on 2 ranks, must be 1") == 1, refused.err
 
 
+@pytest.mark.rotated(1, 2)
 def test_an_arm_of_growing_data_that_has_ended_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from everbatch.experiment import Engine, growing_data
 
