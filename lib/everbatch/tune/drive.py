@@ -13,6 +13,7 @@ from typing import Any
 
 from everbatch.errors import check, check_real, check_whole
 from everbatch.tune.ledger import Ledger
+from everbatch.tune.nodes import check_address, check_nodes_see
 from everbatch.tune.progress import Board, reporter
 from everbatch.tune.trial import Trial, plain, trainable
 
@@ -71,6 +72,8 @@ def cluster(resources: Resources) -> Iterator[Any]:
     except ImportError as error:
         raise ImportError("tune: ray is not installed; pip install everbatch[tune]") from error
     mine = not ray.is_initialized()
+    if mine and resources.address is not None:
+        check_address(resources.address)
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if resources.address is None else {}
     if mine:
         ray.init(address=resources.address, log_to_driver=False, logging_level="error", **local)
@@ -105,6 +108,9 @@ def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Bo
     board.begin(trials)
     if left:
         tune: Any = importlib.import_module("ray.tune")
+        if resources.address is not None:
+            files = {file for trial in left for file in (trial.data, trial.seal) if file is not None}
+            check_nodes_see(importlib.import_module("ray"), folder, [Path(file) for file in sorted(files)])
         bundles = [resources.bundle] if resources.ranks == 1 else [{}, *[resources.bundle] * resources.ranks]
         strategy = "STRICT_SPREAD" if resources.spread and resources.ranks > 1 else "PACK"
         tuner = tune.Tuner(
