@@ -48,3 +48,28 @@ data itself, on the same orders). A row of a stream that failed has "failed" and
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everbatch.tune.evaluate import Conventional, Evaluate, conventional, evaluate
+    from everbatch.tune.pair import EvaluationData, ScenarioPair, prepare
+    from everbatch.tune.plan import SearchOptions
+    from everbatch.tune.seal import LeakageError
+    from everbatch.tune.search import Search, search
+    from everbatch.tune.two_phase import TwoPhase, main
+
+__all__ = ["Conventional", "Evaluate", "EvaluationData", "LeakageError", "ScenarioPair", "Search", "SearchOptions", "TwoPhase",
+           "conventional", "evaluate", "main", "prepare", "search"]
+
+_HOMES = {"Conventional": "evaluate", "Evaluate": "evaluate", "EvaluationData": "pair", "LeakageError": "seal",
+          "ScenarioPair": "pair", "Search": "search", "SearchOptions": "plan", "TwoPhase": "two_phase",
+          "conventional": "evaluate", "evaluate": "evaluate", "main": "two_phase", "prepare": "pair", "search": "search"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when it is first used: a trial's process needs little of this."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"everbatch.tune.{_HOMES[name]}"), name)

@@ -39,17 +39,11 @@ def _prepare(options: Prepare) -> None:
           f"{options.output}/evaluation, sealed; committed to the latter by\n{done['commitment']}")
 
 
-def _show(done: dict[str, Any]) -> None:
-    from everbatch.tune.told import summary
-
-    print(summary(done["rows"]))
-
-
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prepare": (Prepare, _prepare),
     "search": (Search, search),
-    "evaluate": (Evaluate, lambda options: _show(evaluate(options))),
-    "conventional": (Conventional, lambda options: _show(conventional(options))),
+    "evaluate": (Evaluate, evaluate),
+    "conventional": (Conventional, conventional),
 }
 
 

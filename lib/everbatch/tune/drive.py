@@ -58,12 +58,17 @@ class Resources:
 
 
 @contextmanager
-def cluster(resources: Resources) -> Iterator[Any]:
+def cluster(resources: Resources, folder: Path, files: Sequence[Path]) -> Iterator[Any]:
     """Ray inside the block.
 
+    Args:
+        folder: of the ledger, and files: that trials read; every node must see both.
+
     Raises:
-        ImportError: ray is not installed. ValueError: resources that no node has, before anything waits for them.
+        ImportError: ray is not installed. ValueError: resources that no node has, storage that a node does not see.
     """
+    if resources.address is not None:
+        check_address(resources.address)
     try:
         os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
         if resources.address is None:
@@ -79,6 +84,8 @@ def cluster(resources: Resources) -> Iterator[Any]:
         ray.init(address=resources.address, log_to_driver=False, logging_level="error", **local)
     try:
         _check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+        if resources.address is not None:
+            check_nodes_see(ray, folder, files)
         yield ray
     finally:
         if mine:

@@ -18,6 +18,7 @@ from everbatch.tune.pair import OPENED, EvaluationData, commitment
 from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.progress import Board
 from everbatch.tune.record import freeze, read, verify, verify_against
+from everbatch.tune.report import report
 from everbatch.tune.search import body_of, run
 
 __all__ = ["Conventional", "Evaluate", "conventional", "evaluate", "results"]
@@ -80,6 +81,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     flags = [*body["flags"], *state["flags"]]
     for flag in flags:
         print(f"evaluate: {flag}")
+    print(report(record, None, found, data.folder))
     if not complete:
         print(f"evaluate: incomplete, of {len(plan['evaluation_orders'])} declared orders some have not run")
     return {"complete": complete, "rows": found, "flags": flags}
@@ -132,8 +134,8 @@ def _judge(
         Ledger(folder).forget_failures([key for trial in trials for _, key in trial.units])
     distinct = list({trial.units[0][1]: trial for trial in trials}.values())
     title = "evaluate" if protocol == "two-phase" else "conventional, on the new orders"
-    with cluster(resources):
-        drive(distinct, resources, folder, Board(title))
+    with cluster(resources, folder, [Path(plan.data)]):
+        drive(distinct, resources, folder, Board(title, choosing=False))
     amended = bool(json.loads((folder / OPENED).read_text())["records"][1:])
     known = {(row["protocol"], row["method"], row["order"], row["record"]) for row in results(folder) if "failed" not in row}
     for trial in trials:
@@ -148,8 +150,10 @@ def _judge(
 
 def _add(folder: Path, row: Mapping[str, Any]) -> None:
     """One line more; those before stay as they are."""
-    with (folder / RESULTS).open("ab") as file:
-        file.write(canonical(row) + b"\n")
+    with (folder / RESULTS).open("ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut_off = file.read() not in (b"", b"\n")
+        file.write((b"\n" if cut_off else b"") + canonical(row) + b"\n")
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -198,4 +202,5 @@ def conventional(options: Conventional) -> dict[str, Any]:
         mine = read(path)
         theirs = verify(mine, "conventional")
         _judge(search, theirs, plan["evaluation_orders"], options, "conventional", mine["sha256"], folder)
+    print(report(record, mine, results(folder), folder))
     return {"record": mine, "rows": results(folder), "two_phase": record}

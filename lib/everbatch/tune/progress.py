@@ -19,12 +19,13 @@ class Board:
     """A table on standard output, anew every few seconds.
 
     Args:
-        title: of the phase. every: seconds between tables.
+        title: of the phase. every: seconds between tables. choosing: tell the best trial; else the mean of all.
     """
 
-    def __init__(self, title: str, *, every: float = 15.0, out: TextIO | None = None) -> None:
+    def __init__(self, title: str, *, every: float = 15.0, choosing: bool = True, out: TextIO | None = None) -> None:
         self.title, self.every, self.out = title, every, out
-        self.running: set[tuple[str, int]] = set()
+        self.choosing = choosing
+        self.running: set[str] = set()
         self.trials: Sequence[Trial] = ()
         self.begun = self.last = time.monotonic()
         self.first = 0
@@ -50,17 +51,23 @@ class Board:
 
     def table(self) -> str:
         """By method: trials done, running, failed, and the best so far, over whole trials."""
-        lines = [f"{'method':<24} {'done':>7} {'running':>8} {'failed':>7}  best so far"]
+        lines = [f"{'method':<24} {'done':>7} {'running':>8} {'failed':>7}  "
+                 f"{'best' if self.choosing else 'mean'} so far"]
         for method in dict.fromkeys(trial.method for trial in self.trials):
             mine = [trial for trial in self.trials if trial.method == method]
             states = [_state(trial) for trial in mine]
             scores = [(score, trial.id) for trial, (state, score) in zip(mine, states, strict=True) if state == "done"]
             failed = sum(state == "failed" for state, _ in states)
-            running = sum((trial.method, trial.id) in self.running for trial in mine)
-            best = max(scores, key=lambda pair: (pair[0], -pair[1])) if scores else None
-            shown = "-" if best is None else f"{100 * best[0]:.2f} % (#{best[1]})"
+            running = sum(trial.units[0][1] in self.running for trial in mine)
+            shown = "-" if not scores else self._shown(scores)
             lines.append(f"{method:<24} {f'{len(scores)}/{len(mine)}':>7} {running:>8} {failed:>7}  {shown}")
         return "\n".join([*lines, self._times()])
+
+    def _shown(self, scores: list[tuple[float, int]]) -> str:
+        if not self.choosing:
+            return f"{100 * math.fsum(score for score, _ in scores) / len(scores):.2f} %"
+        best = max(scores, key=lambda pair: (pair[0], -pair[1]))
+        return f"{100 * best[0]:.2f} % (#{best[1]})"
 
     def _times(self) -> str:
         gone, (done, total) = time.monotonic() - self.begun, self._streams()
@@ -115,6 +122,7 @@ def reporter(board: Board) -> Any:
     return Reporter()
 
 
-def _name(trial: Any) -> tuple[str, int]:
-    config = trial.config["trial"]
-    return config["method"], config["id"]
+def _name(trial: Any) -> str:
+    """The key of its first unit."""
+    key: str = trial.config["trial"]["units"][0][1]
+    return key

@@ -78,7 +78,7 @@ def search(options: Search) -> dict[str, Any]:
 
 def run(plan: Plan, resources: Resources, folder: Path, title: str) -> None:
     """All rounds of a plan, on Ray."""
-    with cluster(resources):
+    with cluster(resources, folder, [Path(file) for file in (plan.data, plan.seal) if file is not None]):
         plan.run(lambda trials: drive(trials, resources, folder, Board(title)))
 
 

@@ -1,0 +1,189 @@
+"""What stands between the tuning phase and the evaluation data: refused, or useless, or seen by its content."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from everbatch import config
+from everbatch.data import load
+from everbatch.tune.check import check_npz
+from everbatch.tune.pair import EvaluationData, ScenarioPair, prepare
+from everbatch.tune.seal import LeakageError, Seal, ciphered, scrub
+from everbatch.tune.search import Search
+from processes import ROOT
+from tuning import ATTACKS, images, pair, prepared, write
+
+REFUSED = ("open", "os.open", "pathlib", "np.load", "np.memmap", "np.fromfile", "torch.load", "PIL", "listdir", "scandir",
+           "relative", "chdir", "symlink", "link now", "move", "nonce", "original")
+USELESS = ("torchvision", "child", "dir_fd", "hard link", "copy")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("leaks"))
+
+
+@pytest.fixture(scope="module")
+def attacked(run: Path) -> dict[str, str]:
+    """What each attempt of a tuning process gave."""
+    where = [str(run / "tuning"), str(run / "evaluation"), str(run.parent / "there.npz")]
+    ended = subprocess.run([sys.executable, "-c", ATTACKS, *where], text=True, capture_output=True, timeout=120,
+                           env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, str] = json.loads(ended.stdout.splitlines()[-1])
+    assert {*found} == {*REFUSED, *USELESS}
+    return found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_hook_refuses_what_python_opens(name: str, attacked: dict[str, str]) -> None:
+    assert attacked[name].startswith("refused: tune: "), attacked[name]
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_what_no_hook_sees_reads_sealed_bytes_alone(name: str, attacked: dict[str, str], run: Path) -> None:
+    got = bytes.fromhex(attacked[name].removeprefix("read "))
+    assert got == (run / "evaluation" / "data.sealed").read_bytes()
+    opened = ciphered(EvaluationData(run / "evaluation").nonce(), got)
+    rows = images(1)[0]
+    assert opened.count(rows[0].tobytes()) == 1  # the samples are in there, one after the other,
+    assert not any(row.tobytes()[:16] in got for row in rows)  # and no part of one can be read
+    assert b"x_train" in opened and b"x_train" not in got
+
+
+def test_the_nonce_can_lie_elsewhere(tmp_path: Path) -> None:
+    prepare(pair(tmp_path), str(tmp_path / "run"), str(tmp_path / "safe" / "nonce"))
+    assert {path.name for path in (tmp_path / "run" / "evaluation").iterdir()} == {"data.sealed", "plan.json"}
+    with pytest.raises(ValueError, match="no nonce at .*; say nonce=PATH"):
+        EvaluationData(tmp_path / "run" / "evaluation").open()
+    (tmp_path / "wrong").write_text("00" * 32)
+    with pytest.raises(ValueError, match="opens to something else, must be what `prepare` sealed"):
+        EvaluationData(tmp_path / "run" / "evaluation", str(tmp_path / "wrong")).open()
+    path = EvaluationData(tmp_path / "run" / "evaluation", str(tmp_path / "safe" / "nonce")).open()
+    assert np.array_equal(load(path, train=True).targets, images(1)[1])
+    assert (tmp_path / "safe" / "nonce").stat().st_mode & 0o077 == 0
+
+
+def test_samples_of_the_other_side_are_found_by_content(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tuning"
+    shutil.copytree(run / "tuning", folder, symlinks=True)
+    seal, body = str(folder / "seal.json"), Seal.read(folder / "seal.json").body
+    Seal.read(seal).check_samples(images(0)[0])
+    with np.load(folder / "data.npz") as arrays:
+        mine = dict(arrays)
+    mine["x_train"][7] = images(1)[0][3][None]  # one among all
+    np.savez(folder / "data.npz", **mine)  # type: ignore[arg-type]
+    script = ("import sys; from pathlib import Path; from everbatch.tune.check import check_npz; "
+              "check_npz(Path(sys.argv[1]), *sys.argv[2:])")
+    ended = subprocess.run([sys.executable, "-c", script, str(folder / "data.npz"), body["data_sha256"], seal], text=True,
+                           capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
+    assert "LeakageError: tune: 1 of 48 samples are evaluation data, must be none" in ended.stderr
+
+
+def test_other_tuning_data_than_was_prepared_is_refused(run: Path, tmp_path: Path) -> None:
+    write(tmp_path / "data.npz", 4)
+    with pytest.raises(ValueError, match="with SHA-256 .*, as prepared"):
+        check_npz(tmp_path / "data.npz", Seal.read(run / "tuning" / "seal.json").body["data_sha256"], None)
+
+
+def test_a_handle_of_the_evaluation_data_cannot_be_pickled(run: Path) -> None:
+    with pytest.raises(LeakageError, match="was pickled"):
+        pickle.dumps(EvaluationData(run / "evaluation"))
+
+
+def test_a_search_has_one_data_argument_and_no_name_for_the_other_side() -> None:
+    text = config.help_text(Search, prog="search")
+    options = [line.split()[0] for line in text.splitlines() if line.strip().startswith("--")]
+    assert not [name for name in options if "eval" in name or "nonce" in name]
+    assert [name for name in options if "data" in name] == ["--data"]
+
+
+def test_the_environment_of_a_search_names_nothing_of_the_other_side(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seal = Seal.read(run / "tuning" / "seal.json")
+    there = str(run / "evaluation")
+    mine = {"PATH": "/usr/bin", "MY_DATA": "/elsewhere", "PYTHONPATH": f"/usr/lib:{there}/x", "OMP_NUM_THREADS": "1"}
+    monkeypatch.setattr(os, "environ", mine)
+    assert scrub(seal) == ["MY_DATA", "PYTHONPATH"]  # one that is not known to be needed; one that is, and names it
+    assert mine == {"PATH": "/usr/bin", "OMP_NUM_THREADS": "1"}
+
+
+def test_the_tuning_folder_holds_nothing_but_hashes_of_the_other_side(run: Path) -> None:
+    names = {path.name for path in (run / "tuning").iterdir()} - {"link", "hard", "copy"}  # what the attacks left
+    assert names == {"data.npz", "seal.json"}
+    text = (run / "tuning" / "seal.json").read_text()
+    assert "evaluation/" not in text and "there" not in text and "b1" not in json.loads(text)["body"]["classes"]
+
+
+# ------------------------------------------------------------------------------------------------------------ preparation
+def test_one_shared_sample_is_found_at_prepare(tmp_path: Path) -> None:
+    one = pair(tmp_path, evaluation=str(write(tmp_path / "mixed.npz", 1, share=1, of=0)))
+    with pytest.raises(ValueError, match=r"1 of 48 samples in x_train to tune on, the first is sample \[0\]"):
+        prepare(one, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_both_sides_from_one_file_are_refused_unless_their_classes_differ(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "all.npz", 0))
+    done = prepare(ScenarioPair(tuning=path, evaluation=path, increments=(1, 1)), str(tmp_path / "halves"))
+    assert done["classes"] == ["a0", "a1"]
+    assert load(EvaluationData(tmp_path / "halves" / "evaluation").open(), train=False).classes == ("a2", "a3")
+    with pytest.raises(ValueError, match=r"classes \['a1'\] on both sides"):
+        chosen = {"tuning_classes": ("a0", "a1"), "evaluation_classes": ("a1", "a2")}
+        ScenarioPair(tuning=path, evaluation=path, increments=(1, 1), **chosen)
+    shutil.copy(path, tmp_path / "again.npz")
+    with pytest.raises(ValueError, match="classes .* on both sides"):
+        prepare(ScenarioPair(tuning=path, evaluation=str(tmp_path / "again.npz"), increments=(2, 2)), str(tmp_path / "same"))
+
+
+BAD = [
+    ({"increments": (2, 3)}, "sum to the number of classes"),
+    ({"increments": ()}, "name the classes of each task"),
+    ({"tuning_classes": ("a0", "a9"), "increments": (1, 1)}, "class 'a9' in tuning_classes"),
+    ({"orders": 0}, "must be an integer >= 1"),
+    ({"scenario": {"trainer.epoch": 2}}, "did you mean 'trainer.epochs'?"),
+    ({"scenario": {"trainer.seed": 2}}, "the protocol sets it"),
+    ({"scenario": {"trainer.epochs": len}}, "be a plain value"),
+    ({"evaluation": "missing.npz"}, "missing.npz"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), BAD)
+def test_a_pair_that_cannot_be_is_refused(options: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        prepare(pair(tmp_path, **options), str(tmp_path / "run"))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_pair_is_prepared_once_and_another_one_elsewhere(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert prepare(pair(tmp_path), str(run))["written"] is False
+    with pytest.raises(ValueError, match="orders=3 in .*, prepared with 2, must be the same; name another output"):
+        prepare(pair(tmp_path, orders=3), str(run))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_an_output_inside_the_data_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for name in ("cat", "dog", "owl", "yak"):
+        (folder / name).mkdir(parents=True)
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog", "owl", "yak"):
+        for number in range(5):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{number}.png")
+    halves = ScenarioPair(tuning=str(folder), evaluation=str(folder), increments=(1, 1), image_size=8)
+    with pytest.raises(ValueError, match="must lie outside of all data"):
+        prepare(halves, str(folder / "runs"))
+    assert prepare(halves, str(tmp_path / "run"))["classes"] == ["cat", "dog"]  # folders are a pair too
