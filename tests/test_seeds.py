@@ -91,3 +91,11 @@ def test_seed_step_is_torchs_own_seeding() -> None:
     fast = torch.get_rng_state()
     torch.manual_seed(seeds.derive(3, "step", 1, 0))
     assert torch.equal(fast, torch.get_rng_state())
+
+
+def test_seeds_of_several_ids_are_those_of_each() -> None:
+    ids = [0, -5, 2**40]
+    assert seeds.derive_each(ids, 3, "augment", "stream", 7) == [seeds.derive(3, "augment", "stream", 7, i) for i in ids]
+    assert seeds.derive_each(ids) == [seeds.derive(i) for i in ids]
+    with pytest.raises(ValueError, match="unit separator"):
+        seeds.derive_each(ids, "a\x1fb")

@@ -21,15 +21,26 @@ BLOCK = 65_536
 
 def derive(*parts: int | str) -> int:
     """A 63-bit seed from a tuple of integers and strings (BLAKE2b, the same on every platform)."""
-    if any(isinstance(part, str) and "\x1f" in part for part in parts):
-        raise ValueError(f"derive: {parts!r} holds the unit separator that keeps parts apart; use names without it")
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(_text(parts), digest_size=8).digest(), "little") >> 1
 
 
 def derive_each(ids: Iterable[int], *parts: int | str) -> list[int]:
-    """`derive(*parts, id)` for each of these."""
-    return [derive(*parts, key) for key in ids]
+    """`derive(*parts, id)` for each of these; what they have in common is hashed once."""
+    common = hashlib.blake2b(_text(parts), digest_size=8)
+    between = b"\x1f" if parts else b""
+    found = []
+    for key in ids:
+        hashed = common.copy()
+        hashed.update(b"%bint:%d" % (between, key))
+        found.append(int.from_bytes(hashed.digest(), "little") >> 1)
+    return found
+
+
+def _text(parts: tuple[int | str, ...]) -> bytes:
+    """What is hashed of them."""
+    if any(isinstance(part, str) and "\x1f" in part for part in parts):
+        raise ValueError(f"derive: {parts!r} holds the unit separator that keeps parts apart; use names without it")
+    return "\x1f".join(f"{type(part).__name__}:{part}" for part in parts).encode()
 
 
 def generator(*parts: int | str) -> torch.Generator:

@@ -58,6 +58,58 @@ def test_vectorised_is_one_by_one(kind: Any, chunk: int) -> None:
     close(diagonal_fisher(opt, BATCHES, kind, chunk=chunk), by_loop(model, X, Y, kind))
 
 
+class Cube(torch.autograd.Function):
+    """An operator of a user's, as torch's own pages write them: torch.func knows nothing of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return slope * 3 * x**2
+
+
+class Foreign(nn.Module):
+    """A layer that torch.func cannot take for several rows at once."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.weight
+        if self.kind == "function":
+            cubed: Tensor = Cube.apply(x)
+            return cubed
+        total = torch.zeros(6, dtype=x.dtype)
+        for row in x:
+            total += row  # in place, into what has no rows
+        return total + 0 * x
+
+
+@pytest.mark.parametrize("kind", ["function", "in place"])
+def test_what_torch_func_cannot_is_taken_row_by_row_and_said(kind: str) -> None:
+    model = nn.Sequential(Foreign(kind), nn.Linear(6, 3)).double()
+    opt, _ = optimizer(model)
+    with pytest.warns(UserWarning, match="importance: the model does what torch.func cannot .* taken row by row"):
+        got = diagonal_fisher(opt, BATCHES, "empirical", chunk=4)
+    close(got, by_loop(model, X, Y, "empirical"))
+    close(diagonal_fisher(opt, BATCHES, "empirical", chunk=1), got)  # and says nothing
+
+
+def test_an_error_of_the_model_is_no_matter_of_rows() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no such weight") if x.shape[0] else x
+
+    opt, _ = optimizer(nn.Sequential(nn.Linear(6, 3), Broken()))
+    with pytest.raises(RuntimeError, match="no such weight"):
+        diagonal_fisher(opt, BATCHES, chunk=4)
+
+
 def test_logistic_regression_in_closed_form() -> None:
     """Two classes with logits (0, w x): the exact Fisher information is mean p (1 - p) x^2."""
 

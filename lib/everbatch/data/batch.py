@@ -66,6 +66,11 @@ class Batch:
         if weight is None:
             weight = torch.full((len(self),), 1.0 / len(self), device=self.targets.device)
         missing = max(0, pieces - len(self))
+        if pieces == 1 and not missing:
+            # Nothing is copied but what a model may write into and a memory may keep.
+            kept = self.inputs is self.extras.get("raw")
+            inputs = each(Tensor.clone, self.inputs) if kept else self.inputs
+            return [replace(self, inputs=inputs, weight=weight)]
         weight = torch.cat([weight, weight.new_zeros(missing)]) if missing else weight
         places: dict[torch.device, Sequence[Tensor]] = {}
 

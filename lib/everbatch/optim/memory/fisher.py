@@ -55,7 +55,8 @@ def fisher_sums(
         inputs: (n, ...).
         targets: (n,) class indices.
         estimator: which of the above. `reference` <= `exact` in every entry.
-        chunk: rows differentiated at once; memory chunk times the weights. 1 needs no vectorisation rule of any layer.
+        chunk: rows differentiated at once; memory chunk times the weights. 1 needs no vectorisation rule of any layer; where one
+            is missing, it is taken for the rest, and a warning says so.
         uniform: (n,) in (0, 1), for `sampled`: the label is the quantile of the predicted distribution.
         problem: whose -losses(row) stand in the place of ln p(y_i|x_i), for `empirical` and `batch`; None: class indices. A row's
             loss is summed over its units, so that importance grows with the square of a sequence's length.
@@ -70,8 +71,8 @@ def fisher_sums(
     """
     if problem is not None:
         return _loss_sums(call, weights, inputs, targets, estimator, chunk, problem)
-    with torch.no_grad():
-        logits = call(weights, inputs)
+    with torch.no_grad():  # how many classes there are, one row tells
+        logits = call(weights, inputs if estimator == "sampled" else each(lambda v: v[:1], inputs))
     classes = logits.shape[-1]
     odd = targets[(targets < 0) | (targets >= classes)]
     check(not odd.numel(), "fisher_sums", f"label {odd[:1].tolist()}", f"be in [0, {classes})")
@@ -90,8 +91,8 @@ def fisher_sums(
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     for label in labels:
-        _accumulate(sums, grad(log_probability, has_aux=True), weights, (inputs, label), chunk,
-                    lambda g, p: g.square() if p is None else g.square() * p.view(-1, *(1,) * (g.dim() - 1)),
+        _accumulate(sums, log_probability, weights, (inputs, label), chunk,
+                    lambda g, p: g * g if p is None else g * g * p.view(-1, *(1,) * (g.dim() - 1)),
                     weighted=estimator in ("reference", "exact"))
     return sums
 
@@ -111,7 +112,7 @@ def _loss_sums(
         return value, value
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
-    _accumulate(sums, grad(loss, has_aux=True), weights, (inputs, targets), chunk, lambda g, _: g.square(), weighted=False)
+    _accumulate(sums, loss, weights, (inputs, targets), chunk, lambda g, _: g * g, weighted=False)
     return sums
 
 
@@ -133,27 +134,55 @@ def sensitivity_sums(call: Call, weights: Weights, inputs: Inputs, *, per_sample
         return value, value
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
-    _accumulate(sums, grad(output, has_aux=True), weights, (inputs,), chunk, lambda g, _: g.abs(), weighted=False)
+    _accumulate(sums, output, weights, (inputs,), chunk, lambda g, _: g.abs(), weighted=False)
     return sums
 
 
 def _accumulate(
-    sums: Weights, gradient: Callable[..., tuple[Weights, Tensor]], weights: Weights, rows: Rows, chunk: int,
+    sums: Weights, function: Callable[..., tuple[Tensor, Tensor]], weights: Weights, rows: Rows, chunk: int,
     size: Callable[[Tensor, Tensor | None], Tensor], *, weighted: bool,
 ) -> None:
-    """Add size(gradient of a row, its auxiliary value) of every row to `sums`, `chunk` rows at a time."""
-    many = vmap(gradient, in_dims=(None, *(0,) * len(rows)))
+    """Add size(gradient of `function` of a row, its auxiliary value) of every row to `sums`, `chunk` rows at a time.
+
+    Where torch.func has no rule for what the model does, row by row by autograd, and a warning says so.
+    """
+    many = vmap(grad(function, has_aux=True), in_dims=(None, *(0,) * len(rows)))
     first = rows[0]
     count = len(next(iter(first.values()))) if isinstance(first, dict) else len(first)
-    for start in range(0, count, chunk):
-        part = [each(lambda v, start=start: v[start : start + chunk], r) for r in rows]  # type: ignore[misc]
+    start = 0
+    while start < count:
+        piece = slice(start, start + chunk)
+        part = [each(lambda v, piece=piece: v[piece], r) for r in rows]  # type: ignore[misc]
         if chunk == 1:
-            found, aux = gradient(weights, *(each(lambda v: v[0], r) for r in part))
-            found, aux = {name: g[None] for name, g in found.items()}, aux[None]
+            found, aux = _of_one(function, weights, [each(lambda v: v[0], r) for r in part])
         else:
-            found, aux = _vectorised(many, weights, part)
+            try:
+                found, aux = _vectorised(many, weights, part)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                _say_row_by_row(error)
+                chunk = 1
+                continue
         for name, g in found.items():
             sums[name] += size(g.to(sums[name].dtype), aux if weighted else None).sum(0)
+        start += chunk
+
+
+def _of_one(function: Callable[..., tuple[Tensor, Tensor]], weights: Weights, row: list[Any]) -> tuple[Weights, Tensor]:
+    """Gradient and auxiliary value of one row, as of one in a batch; by autograd, which takes all that trains."""
+    with torch.enable_grad():
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        value, aux = function(leaves, *row)
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {name: g[None] for name, g in zip(leaves, found, strict=True)}, aux.detach()[None]
+
+
+def _say_row_by_row(error: Exception) -> None:
+    """Tell why several rows at once were not possible."""
+    said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    warnings.warn(f"importance: the model does what torch.func cannot for several rows at once ({said}), so it is taken row by "
+                  "row, which is slower; chunk=1 says so beforehand", stacklevel=7)
 
 
 def _vectorised(many: Callable[..., tuple[Weights, Tensor]], weights: Weights, part: list[Any]) -> tuple[Weights, Tensor]:
