@@ -150,3 +150,15 @@ class Broken(torch.utils.data.Dataset[Any]):
         if index == 2 and self.broken:
             raise OSError("no such cable")
         return torch.zeros(1), index % 2
+
+
+@pytest.mark.parametrize("prepare", [lambda raw: raw, lambda raw: raw.flatten(1), lambda raw: raw * 2.0])
+def test_one_piece_copies_what_a_model_may_write_into_and_a_memory_keeps(prepare: Any) -> None:
+    raw, numbers = torch.rand(4, 2, 3), torch.arange(4)
+    batch = Batch(prepare(raw), numbers, numbers, numbers, extras={"raw": raw})
+    [piece] = batch.split(1)
+    assert isinstance(piece.inputs, torch.Tensor) and torch.equal(piece.inputs, prepare(raw))
+    assert piece.extras["raw"] is raw and piece.targets is numbers and piece.weight.tolist() == [0.25] * 4  # type: ignore[union-attr]
+    before = raw.clone()
+    piece.inputs.zero_()
+    assert torch.equal(raw, before)

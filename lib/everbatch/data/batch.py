@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everbatch.rows import Rows, each
+from everbatch.rows import Rows, each, named
 
 __all__ = ["Batch", "split_parts"]
 
@@ -68,7 +68,7 @@ class Batch:
         missing = max(0, pieces - len(self))
         if pieces == 1 and not missing:
             # Nothing is copied but what a model may write into and a memory may keep.
-            kept = self.inputs is self.extras.get("raw")
+            kept = _memory(self.inputs) & _memory(self.extras.get("raw", {}))
             inputs = each(Tensor.clone, self.inputs) if kept else self.inputs
             return [replace(self, inputs=inputs, weight=weight)]
         weight = torch.cat([weight, weight.new_zeros(missing)]) if missing else weight
@@ -96,6 +96,11 @@ class Batch:
             self, inputs=take(self.inputs), targets=take(self.targets), ids=take(self.ids), position=take(self.position),
             weight=None if self.weight is None else take(self.weight),
             extras={name: take(rows) for name, rows in self.extras.items()})
+
+
+def _memory(rows: Rows) -> set[int]:
+    """Where these tensors lie."""
+    return {value.untyped_storage().data_ptr() for value in named("", rows).values()}
 
 
 def split_parts(parts: list[Batch], pieces: int) -> list[tuple[Batch, ...]]:
