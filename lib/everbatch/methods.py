@@ -50,6 +50,7 @@ TABLE: dict[str, str] = {
     "cpr": "everbatch.train.memory.cpr:CPR",
     "replay": "everbatch.train.memory.replay:Replay",
     "er_ace": "everbatch.train.memory.er_ace:ErAce",
+    "nearest_mean": "everbatch.train.memory.nearest_mean:NearestMean",
     "gdumb": "everbatch.train.memory.gdumb:GDumb",
     "joint": "everbatch.train.memory.joint:Joint",
     "episodic": "everbatch.train.memory.episodic:EpisodicMemory",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.train.memory.gdumb import GDumb as GDumb
     from everbatch.train.memory.joint import Joint as Joint
     from everbatch.train.memory.lwf import LwF as LwF
+    from everbatch.train.memory.nearest_mean import NearestMean as NearestMean
     from everbatch.train.memory.replay import Replay as Replay
     from everbatch.train.warm_start import WarmStart as WarmStart
     # </methods>
