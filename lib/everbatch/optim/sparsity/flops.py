@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from everbatch.errors import check
 from everbatch.optim.sparsity.layers import weight_modules
@@ -127,6 +126,8 @@ def _count(model: nn.Module, inputs: Any, forward: Callable[[Any], Any] | None) 
             layers[name] = layers.get(name, 0.0) + 2.0 * places * weight.numel()
 
         handles.append(module.register_forward_hook(meet))
+    from torch.utils.flop_counter import FlopCounterMode  # here: it imports triton, and every recipe imports this file
+
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
