@@ -52,8 +52,7 @@ LAUNCHES = {"plain": ("plain",), "plain wide": (), "default": DEFAULT, "wide": H
 
 def jobs(name: str, round: Round) -> list[str]:
     """What a launch does. Those of one process leave what the others are compared with."""
-    few = [case for case in FEW if any(PLAN[host, f"parity {case}", False].due(round) for host in DEFAULT)]
-    compared = {"plain": few, "plain wide": [case for case in COMPARED if case not in FEW]}.get(name, ())
+    compared = {"plain": FEW, "plain wide": [case for case in COMPARED if case not in FEW]}.get(name, ())
     return [f"plain/parity {case}" for case in compared] + [
         f"{host}/{check}" for (host, check, wide), when in PLAN.items()
         if host in LAUNCHES[name] and wide == (name == "wide") and when.due(round)]
