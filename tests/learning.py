@@ -32,6 +32,23 @@ class Learner(Replay, Trainer):
     """Rehearsal."""
 
 
+class Newest:
+    """A user's memory: the last samples of the stream, of which those of rare classes are drawn more often."""
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power, self.offers = power, 0
+        self.met = np.zeros(6, dtype=np.int64)
+
+    def add(self, held: Any, offered: Any, rng: np.random.Generator) -> Any:
+        self.offers += 1
+        self.met += np.bincount(offered.targets, minlength=6)
+        return offered.positions % held.capacity
+
+    def draw(self, held: Any, count: int, rng: np.random.Generator) -> Any:
+        chances = 1.0 / self.met[held.targets[held.filled]] ** self.power
+        return rng.choice(held.filled, count, replace=False, p=chances / chances.sum())
+
+
 class Abandoned(Exception):
     """The run was left as it was, as if its process had vanished."""
 

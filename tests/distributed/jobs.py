@@ -320,6 +320,33 @@ def accumulation(record: Record, store: Path, host: str) -> None:
         found.measure(apart(*(union(run) for run in runs)))
 
 
+def own_memory(record: Record, store: Path, host: str) -> None:
+    """A memory of the user's own: the last samples of the stream on every engine, the run of one process to rounding, and
+    resumed bit for bit with what its object keeps."""
+    folder = store / f"own-{World.current().size}-{host}"
+    options: dict[str, Any] = {"replay": {"memory": functools.partial(learning.Newest, power=0.5)}}
+    with record.check(f"own memory/{host}", 1e-5) as found:
+        t = full(host, folder / "whole", model=learning.net(smooth=True), **options)
+        kept = t.states[Replay].store.buffer
+        last = 8 * learning.STEPS
+        places = sorted(kept.positions[kept.filled].tolist())
+        found.require(places == list(range(last - 20, last)), f"positions {places}")
+        found.require(kept.own.offers == learning.STEPS and kept.own.met.sum() == last, "the object's own counts")
+        if host == "plain":
+            torch.save((whole(t), union(t)), store / "own.pt")
+            one = whole(t), union(t)
+        else:
+            one = torch.load(store / "own.pt", weights_only=True)
+        found.measure(apart(whole(t), one[0]))
+        found.measure(apart(union(t), one[1]))
+    with record.check(f"own memory resumed/{host}") as found:
+        cut(host, folder / "cut", 13, model=learning.net(smooth=True), **options)
+        again = full(host, folder / "cut", resume=True, model=learning.net(97, smooth=True), **options)
+        found.same_bits(everything(again), everything(t), "resumed")
+        own = again.states[Replay].store.buffer.own
+        found.require(own.offers == kept.own.offers and bool((own.met == kept.own.met).all()), "the object's own counts")
+
+
 def half(record: Record, store: Path, host: str) -> None:
     """bf16: it trains, masters stay float32, and it resumes bit for bit."""
     options: dict[str, Any] = {} if host.startswith("zero") else {"precision": "bf16"}

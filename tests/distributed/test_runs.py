@@ -39,6 +39,7 @@ DIVIDED = in_turn("two", ROUNDED)
 EVALUATED = in_turn("two", ("ddp", "fsdp2", "zero3", "zero0", "zero1", "zero2"))
 HALF = in_turn("two", ("ddp", "fsdp2", "zero2-bf16"))
 AHEAD = in_turn("two", ("ddp", "zero3"))
+OWN = {("one", "plain"): When(), **in_turn("two", ("ddp", "zero2"))}
 SPOILT = {("one", "plain"): When(), **in_turn("two", SHARDED)}
 MOVED = {("one again", "2-zero2", "plain-1"): When(0, 3), ("two", "1-plain", "zero2-2"): When(0, 3),
          ("one again", "2-ddp", "ddp-1"): When(1, 3), ("two", "1-ddp", "ddp-2"): When(1, 3),
@@ -72,6 +73,7 @@ def jobs(name: str, round: Round) -> list[str]:
     found += [f"accumulation:{host}" for host, in due(DIVIDED)]
     found += [f"half:{host}" for host, in due(HALF)]
     found += [f"ahead:{host}" for host, in due(AHEAD)]
+    found += [f"own_memory:{host}" for host, in due(OWN)]
     return found + (["disagreement", "refused"] if name == "two" else [])
 
 
@@ -141,6 +143,13 @@ def test_draws_made_during_the_step_before(launch: Callable[[str], Results], nam
 @pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in HALF.items()])
 def test_half_precision(launch: Callable[[str], Results], name: str, host: str) -> None:
     passes(launch(name), f"half/{host}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", ["own memory", "own memory resumed"])
+@pytest.mark.parametrize(("name", "host"), [when.param(*key) for key, when in OWN.items()])
+def test_a_memory_of_ones_own(launch: Callable[[str], Results], name: str, host: str, check: str) -> None:
+    passes(launch(name), f"{check}/{host}")
 
 
 @pytest.mark.distributed

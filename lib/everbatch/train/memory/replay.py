@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from everbatch.data import Batch, Buffer, ClassBalanced, ReplayStore, Reservoir, Ring
+from everbatch.data.own_memory import Memory, OwnMemory, check_own
 from everbatch.data.tasks import rows_of_stream
 from everbatch.errors import check, check_real, check_whole
 from everbatch.objective.table import dark_er, dark_er_pp, er
@@ -78,9 +80,9 @@ class Replay(TrainerMixin):
         """Weight of the stored-logits term; >= 0."""
         beta: float = 0.5
         """Weight of the label term; >= 0."""
-        memory: Literal["reservoir", "class_balanced", "ring"] = "reservoir"
+        memory: Literal["reservoir", "class_balanced", "ring"] | Callable[[], Memory] = "reservoir"
         """Which samples stay: uniformly over the stream, equally many of each class, or the last of
-        each task."""
+        each task; in Python also a class of one's own, `everbatch.data.own_memory.Memory`."""
         key: Literal["stream", "sample"] = "sample"
         """What a sample's key hashes: its place in the stream (every visit counts), or its id (a
         visit refreshes it)."""
@@ -91,6 +93,9 @@ class Replay(TrainerMixin):
             for name, allowed in (("method", METHODS), ("memory", ("reservoir", "class_balanced", "ring")),
                                   ("key", ("stream", "sample")), ("reduction", ("element_mean", "sample_sum"))):
                 value = getattr(self, name)
+                if name == "memory" and not isinstance(value, str):
+                    check_own("Replay", name, value)
+                    continue
                 check(value in allowed, "Replay", f"{name}={value!r}", f"be {', '.join(allowed[:-1])} or {allowed[-1]}")
             check_whole("Replay", "capacity", self.capacity)
             check_whole("Replay", "replay_batch", self.replay_batch, 1)
@@ -110,6 +115,8 @@ class Replay(TrainerMixin):
             found["beta"] = "replay.method=dark_er has no label term; dark_er_pp has both"
         if config.memory == "ring":
             found["key"] = "replay.memory=ring keeps the last samples of each task"
+        if not isinstance(config.memory, str):
+            found["key"] = "a memory of one's own decides itself"
         return found
 
     @classmethod
@@ -252,6 +259,8 @@ def _has_grown(trainer: Any) -> bool:
 
 
 def _memory(config: Replay.Config, trainer: Any) -> Buffer:
+    if not isinstance(config.memory, str):
+        return OwnMemory(config.memory, config.capacity, seed=trainer.seed)
     if config.memory == "ring":
         tasks = getattr(trainer, "num_tasks", None)
         check(isinstance(tasks, int), "Replay", "memory='ring'", "know the number of tasks",
