@@ -3,6 +3,7 @@ what describe() prints."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from everbatch.composition import compose
 from everbatch.data import Batch
 from everbatch.objective import bregman as b
 from everbatch.objective.table import TABLE
-from everbatch.objective.terms import OutputTerm, WeightTerm, evaluate
+from everbatch.objective.terms import OutputTerm, PosteriorTerm, WeightTerm, evaluate
 from everbatch.optim import EWC, MAS, SI, OptimizerMixin
 from everbatch.optim.memory.ewc import merge_quadratics
 from everbatch.train import Replay, Trainer, TrainerMixin
@@ -40,8 +41,12 @@ METHODS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "online_ewc": lambda: TABLE["online_ewc"](0.7, PRECISION, ANCHOR),
     "si": lambda: TABLE["si"](0.3, PRECISION, ANCHOR),
     "mas": lambda: TABLE["mas"](2.0, PRECISION, ANCHOR),
+    "vcl": lambda: TABLE["vcl"](0.7, 50, ANCHOR, {n: p.log() / 2 for n, p in PRECISION.items()},
+                               {n: -0.5 + 0.1 * a for n, a in ANCHOR.items()}),
+    "ncl": lambda: TABLE["ncl"](0.5, PRECISION, ANCHOR),
     "lwf": lambda: TABLE["lwf"](0.5, 2.0, ((0, 3),)),
     "lwf, by task": lambda: TABLE["lwf"](0.5, 1.5, ((0, 2), (2, 4))),
+    "cls_er": lambda: TABLE["cls_er"](0.15),
     "cpr": lambda: TABLE["cpr"](0.2),
 }
 
@@ -53,7 +58,8 @@ def test_every_entry_is_checked_here() -> None:
 def part(name: str) -> Batch:
     labels = torch.arange(N) % C
     rows = {"inputs": torch.zeros(N, 1), "ids": torch.arange(N), "position": torch.arange(N)}
-    return Batch(targets=labels, part=name, extras={"logits": draw(N, C, seed=8), "old": draw(N, 4, seed=9)}, **rows)
+    extras = {"logits": draw(N, C, seed=8), "old": draw(N, 4, seed=9), "semantic": draw(N, C, seed=10)}
+    return Batch(targets=labels, part=name, extras=extras, **rows)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -63,6 +69,8 @@ def test_terms_are_the_divergences_that_their_generators_make(name: str) -> None
     for term in METHODS[name]():
         if isinstance(term, WeightTerm):
             check_weights(term)
+        elif isinstance(term, PosteriorTerm):
+            check_posterior(term)
         else:
             check_outputs(term)
 
@@ -113,6 +121,40 @@ def check_weights(term: WeightTerm) -> None:
         torch.testing.assert_close(gradients[name], difference, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(term.gradient(name, WEIGHTS[name]), difference, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(got - 1.0, difference, rtol=1e-10, atol=1e-12)
+
+
+def check_posterior(term: PosteriorTerm) -> None:
+    """The sum over weights of the divergence that the negative entropy of densities makes, on a grid; gradients by autograd."""
+    names = list(ANCHOR)
+    theta = {name: WEIGHTS[name].clone().requires_grad_() for name in names}
+    spread = {name: term.own_spread[name].clone().requires_grad_() for name in names}
+    made = dataclasses.replace(term, own_spread=spread)
+    value = made.value(made.distance(theta.items()))
+
+    grid = torch.linspace(-30, 30, 60001, dtype=torch.float64)
+    width = grid[1] - grid[0]
+
+    def density(mean: Tensor, log_deviation: Tensor) -> Tensor:
+        spread = torch.distributions.Normal(mean, log_deviation.exp())
+        return spread.log_prob(grid).clamp_min(-500.0).exp()
+
+    def generator(q: Tensor) -> Tensor:
+        return b.negative_entropy(q) * width
+
+    expected = torch.zeros((), dtype=torch.float64)
+    for name in names:
+        rows = [t.detach().reshape(-1) for t in (theta[name], spread[name], term.mean[name], term.spread[name])]
+        for mean, s, old_mean, old_s in zip(*rows, strict=True):
+            expected += b.bregman(generator, density(mean, s), density(old_mean, old_s))
+    torch.testing.assert_close(value.detach(), 0.7 / 50 * expected, rtol=1e-8, atol=1e-10)
+    assert value > 0
+    same = dataclasses.replace(term, own_spread=term.spread)
+    torch.testing.assert_close(same.distance(ANCHOR.items()), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
+
+    gradients = torch.autograd.grad(value, [*theta.values(), *spread.values()])
+    for name, of_mean, of_spread in zip(names, gradients[:2], gradients[2:], strict=True):
+        torch.testing.assert_close(term.gradient(name, WEIGHTS[name]), of_mean, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(term.spread_gradient(name), of_spread, rtol=1e-10, atol=1e-14)
 
 
 def test_a_sum_of_tasks_is_one_term_and_its_constant() -> None:

@@ -9,12 +9,15 @@ the weights:
     er           memory      cross-entropy, labels      -
     dark_er      memory      squared distance, logits   -
     dark_er_pp   two draws   both                       -
+    cls_er       memory      squared distance, average  -
     lwf          stream      cross-entropy, old softmax -
     cpr          stream      KL divergence, uniform     -
     ewc          -           -                          Fisher F of the tasks, summed    merged
     online_ewc   -           -                          F, decayed sum or mean           last task
     si           -           -                          Omega of the path                last task
     mas          -           -                          Omega of the outputs             last task
+    ncl          -           -                          Lambda: prior and F, summed      last task
+    vcl          -           -                          KL of Gaussians over weights     last task's
 
 A further method is one entry: its divergence, if none here is its own, and its terms.
 """
@@ -40,14 +43,16 @@ from everbatch.objective.bregman import (
 from everbatch.objective.terms import (
     Divergence,
     OutputTerm,
+    PosteriorTerm,
     WeightTerm,
     dark_term,
     known_dark_term,
     label_term,
 )
 
-__all__ = ["CONFIDENCE", "CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "cpr", "dark_er",
-           "dark_er_pp", "er", "ewc", "lwf", "mas", "online_ewc", "si"]
+__all__ = ["CONFIDENCE", "CROSS_ENTROPY", "MEAN_SQUARE", "SQUARED_DISTANCE", "TABLE", "cls_er", "cpr", "dark_er",
+           "dark_er_pp", "er", "ewc", "lwf", "mas", "ncl", "online_ewc", "si",
+           "vcl"]
 
 ByName = Mapping[str, Tensor]
 Reduction = Literal["element_mean", "sample_sum"]
@@ -170,6 +175,12 @@ def cpr(beta: float) -> tuple[OutputTerm, ...]:
     return (OutputTerm("cpr", beta, "stream", CONFIDENCE),)
 
 
+@functools.cache
+def cls_er(weight: float, rows: str = "replay") -> tuple[OutputTerm, ...]:
+    """Complementary learning systems, beside `er`: logits of slow copies of the model."""
+    return (OutputTerm("cls_er", weight, rows, MEAN_SQUARE, target="semantic"),)
+
+
 # ----------------------------------------------------------------------------------- weight methods
 def ewc(
     strength: float, precision: ByName, anchor: ByName, constant: float,
@@ -194,8 +205,22 @@ def mas(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm,
     return (WeightTerm("MAS", strength, precision, anchor, symbol="Omega"),)
 
 
+def ncl(strength: float, precision: ByName, anchor: ByName) -> tuple[WeightTerm, ...]:
+    """As online EWC, with the precision of a prior beside it; the descent is in its metric."""
+    return (WeightTerm("NCL", strength, precision, anchor, symbol="Lambda"),)
+
+
+def vcl(
+    strength: float, samples: int, mean: ByName, spread: ByName, own_spread: ByName,
+) -> tuple[PosteriorTerm, ...]:
+    """The last task's posterior over the weights is the prior: its means, logarithms of its
+    deviations, and those of the present one."""
+    return (PosteriorTerm("VCL", strength, samples, mean, spread, own_spread),)
+
+
 TABLE: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp, "lwf": lwf, "cpr": cpr,
-    "ewc": ewc, "online_ewc": online_ewc, "si": si, "mas": mas,
+    "er": er, "dark_er": dark_er, "dark_er_pp": dark_er_pp, "cls_er": cls_er, "lwf": lwf,
+    "cpr": cpr,
+    "ewc": ewc, "online_ewc": online_ewc, "si": si, "mas": mas, "ncl": ncl, "vcl": vcl,
 }
 """Method by name: a function of its weights, and of what it remembers, to its terms."""

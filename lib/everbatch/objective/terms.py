@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from everbatch.contract import parts_of
-from everbatch.objective.bregman import bregman, quadratic_form
+from everbatch.objective.bregman import bregman, gaussian_divergence, quadratic_form
 from everbatch.problems import Problem
 
-__all__ = ["Divergence", "OutputTerm", "ProblemTerm", "Rows", "WeightTerm", "dark_term", "evaluate",
+__all__ = ["Divergence", "OutputTerm", "PosteriorTerm", "ProblemTerm", "Rows", "WeightTerm", "dark_term", "evaluate",
            "known_dark_term", "label_term", "texts"]
 
 Generator = Callable[[Tensor], Tensor]
@@ -259,6 +259,59 @@ class WeightTerm:
     @property
     def text(self) -> str:
         return f"{self.weight:g} sum {self.symbol} (theta - theta*)^2 [{self.name}]"
+
+
+@dataclass(frozen=True)
+class PosteriorTerm:
+    """The divergence of a factorised Gaussian over the weights from an older one:
+
+        strength / samples * KL( prod N(theta_i, s_i^2) || prod N(m_i, s0_i^2) )
+
+    which is D_Psi(q, q_old) of the negative entropy  Psi(q) = integral q ln q. Tensors are by
+    parameter name, of one shape each, whole or slices, or 0-dim for all of a parameter.
+    """
+
+    name: str
+    """The method, for its text."""
+    strength: float
+    samples: int
+    """Training samples of the task; 0: not known yet."""
+    mean: Mapping[str, Tensor]
+    spread: Mapping[str, Tensor]
+    """m and ln s0 of the older one."""
+    own_spread: Mapping[str, Tensor]
+    """ln s."""
+
+    @property
+    def weight(self) -> float:
+        return self.strength / max(self.samples, 1)
+
+    def distance(
+        self, weights: Iterable[tuple[str, Tensor]], device: torch.device | None = None,
+    ) -> Tensor:
+        """The divergence over these weights, the means of the present one: 0-dim float64."""
+        value = torch.zeros((), dtype=torch.float64, device=device)
+        for name, theta in weights:
+            own = self.own_spread[name].double().exp().expand(theta.shape)
+            old = self.spread[name].double().exp().expand(theta.shape)
+            value += gaussian_divergence(theta.double(), own, self.mean[name].double(), old).to(value)
+        return value
+
+    def value(self, distance: Tensor) -> Tensor:
+        """The term, of the `distance` summed over all weights: 0-dim float64."""
+        return distance * self.weight
+
+    def gradient(self, name: str, theta: Tensor) -> Tensor:
+        """weight * (theta - m) / s0^2 of one parameter."""
+        return (theta - self.mean[name]) * torch.exp(-2.0 * self.spread[name]) * self.weight
+
+    def spread_gradient(self, name: str) -> Tensor:
+        """weight * (s^2 / s0^2 - 1): with respect to ln s, of one parameter."""
+        return torch.expm1(2.0 * (self.own_spread[name] - self.spread[name])) * self.weight
+
+    @property
+    def text(self) -> str:
+        return f"{self.strength:g} / samples KL(q(theta), q_old) [{self.name}]"
 
 
 def _alike(g: Tensor, f: Tensor, a: Tensor) -> bool:

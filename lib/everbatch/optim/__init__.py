@@ -29,8 +29,11 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.optim.memory.agem import AGEM as AGEM
     from everbatch.optim.memory.ewc import EWC as EWC
     from everbatch.optim.memory.mas import MAS as MAS
+    from everbatch.optim.memory.ncl import NCL as NCL
     from everbatch.optim.memory.refresh import Refresh as Refresh
+    from everbatch.optim.memory.semantic import SemanticMemory as SemanticMemory
     from everbatch.optim.memory.si import SI as SI
+    from everbatch.optim.memory.vcl import VCL as VCL
     from everbatch.optim.restart.shrink_perturb import ShrinkPerturb as ShrinkPerturb
     from everbatch.optim.sharpness.esam import ESAM as ESAM
     from everbatch.optim.sharpness.gradient_norm import WSAM as WSAM

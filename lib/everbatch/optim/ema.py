@@ -12,6 +12,7 @@ from everbatch.contract import Cost
 from everbatch.engines.shards import ByName, wide
 from everbatch.errors import check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
+from everbatch.optim.standing import standing_in
 
 __all__ = ["EMA", "zero_averages"]
 
@@ -70,23 +71,8 @@ class EMA(OptimizerMixin):
     def averaged(self) -> Iterator[None]:
         """Compute with the averaged weights inside the block. Collective: two publications; one if the block raises, and the
         next pass then publishes the weights."""
-        with self.host.frozen_too():
-            saved = {s.name: s.data.clone() for s in self.host.shards}
-        try:
-            self._write(saved | self.states[EMA].average)
-            self.host.publish_if_dirty()
+        with standing_in(self.host, self.states[EMA].average):
             yield
-        finally:
-            self._write(saved)  # locally: what raised on one rank must not start a collective
-        self.host.publish_if_dirty()
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, torch.Tensor]) -> None:
-        with self.host.frozen_too():
-            shards = self.host.shards
-        for shard in shards:
-            shard.data.copy_(values[shard.name])
-        self.host.touch()
 
     def cost(self) -> Cost:
         """One kept copy."""

@@ -31,14 +31,15 @@ class OptimizerMixin(Contract):
     """Root of the optimizer mixins; stands between the parts and a `torch.optim` class.
 
     Verbs, in the order the gradient travels: `move_parameters`, `estimate_gradient`, `add_penalty` (after every pass),
-    `displacement`, `edit_gradient`, `update`, `edit_parameters`. Verbs that edit call `super()` first, so the leftmost
-    part acts last; in `update` and `estimate_gradient` the leftmost is outermost.
+    `displacement`, `edit_gradient`, `update`, `edit_parameters`; and `predicted`, around every prediction of a trainer. Verbs
+    that edit call `super()` first, so the leftmost part acts last; in `update`, `estimate_gradient` and `predicted` the leftmost
+    is outermost.
 
     Cost of the bare step: one host sync (is the gradient finite?), and one scalar all-reduce where weights are sharded.
     """
 
     verbs: ClassVar[tuple[str, ...]] = ("move_parameters", "estimate_gradient", "add_penalty", "displacement",
-                                        "edit_gradient", "update", "edit_parameters")
+                                        "edit_gradient", "update", "edit_parameters", "predicted")
     needs: ClassVar[tuple[str, ...]] = ()
     """Auxiliary objectives that `step` must be given: "output", "data", "per_sample"."""
     minimizes: ClassVar[bool] = True
@@ -248,6 +249,10 @@ class OptimizerMixin(Contract):
     def edit_parameters(self) -> None:
         """Edit weights and moments after an applied step."""
 
+    def predicted(self, run: Callable[[], Tensor]) -> Tensor:
+        """What to predict, where `run()` gives the outputs at the weights as they are. Outside of steps; collective."""
+        return run()
+
     # ------------------------------------------------------------------------------------------ what a mixin may ask
     @contextmanager
     def displaced(self, vector: Vector) -> Iterator[None]:
@@ -310,6 +315,8 @@ class OptimizerMixin(Contract):
     state is all there is."""
     problem: Problem | None = None
     """Whose losses importance is estimated of; None: the cross-entropy of class indices. `Trainer` sets it."""
+    task_samples = 0
+    """Training samples of the present task, for parts that weigh by them; 0: not known. `Trainer` sets it."""
 
     def state_dict(self, *, weights: bool | None = None) -> dict[str, Any]:
         """What a resumed run needs beside `model.state_dict()`, by parameter name, whole where it is per parameter. Collective

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.train.adversarial.conadv import ConAdv as ConAdv
     from everbatch.train.consolidate import Consolidate as Consolidate
     from everbatch.train.evaluation import ContinualEvaluation as ContinualEvaluation
+    from everbatch.train.memory.cls_er import CLSER as CLSER
     from everbatch.train.memory.cpr import CPR as CPR
     from everbatch.train.memory.episodic import EpisodicMemory as EpisodicMemory
     from everbatch.train.memory.er_ace import ErAce as ErAce

@@ -117,6 +117,7 @@ def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
         require_stable(trainer)
         trainer.on_task_start(task)
         trainer.optimizer.host.watch.look_again()
+    trainer.optimizer.task_samples = len(task.train_ids)
     run.in_task = True
     warn_if_nothing_trains(trainer.module)
     if run.schedule is None or begins(stream, run.task_index):

@@ -146,9 +146,10 @@ class Stepper:
         check(isinstance(batch, Tensor | Batch | dict), "Trainer", f"predict() of a {type(batch).__name__}",
               "get a tensor of inputs (n, ...), or a Batch", "torch.as_tensor(...) makes one of arrays")
         if isinstance(batch, Batch):
-            return self.forward(batch)
+            return self.optimizer.predicted(lambda: self.forward(batch))
         with torch.no_grad(), frozen_statistics(self.module), evaluating(self.module, self.world):
-            return self.logits(self.engine.call, each(lambda value: value.to(self.device), batch))
+            inputs = each(lambda value: value.to(self.device), batch)
+            return self.optimizer.predicted(lambda: self.logits(self.engine.call, inputs))
 
     # -------------------------------------------------------------------------------- the step
     def training_step(self, batch: Batch) -> StepRecord:

@@ -97,7 +97,9 @@ def require_stable(trainer: Any) -> None:
     """
     optimizer, base = trainer.optimizer, base_of(type(trainer.optimizer))
     assert base is not None
-    bound = [part for part in active_parts(optimizer) if hasattr(optimizer.configs.get(part), "strength")]
+    # A pull that is no part of the gradient, as NCL's, is in a metric of its own.
+    bound = [part for part in active_parts(optimizer)
+             if hasattr(optimizer.configs.get(part), "strength") and "add_penalty" in vars(part)]
     others = [part for part in parts_of(type(optimizer)) if part not in called_parts(optimizer)]
     if not bound or not issubclass(base, torch.optim.SGD) or any({"update", "edit_gradient"} & vars(p).keys() for p in others):
         return

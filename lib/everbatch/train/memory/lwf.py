@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everbatch.data import Batch, Stream, Task, share
 from everbatch.data.by_id import RowsById
-from everbatch.data.streams import rows_of_stream
+from everbatch.data.tasks import rows_of_stream
 from everbatch.distributed import World
 from everbatch.errors import check, check_real, check_whole
 from everbatch.evaluate.evaluator import evaluating

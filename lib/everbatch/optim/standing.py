@@ -1,0 +1,37 @@
+"""Other weights in the place of the model's own, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from everbatch.engines.host import Host
+
+__all__ = ["standing_in"]
+
+
+@contextmanager
+def standing_in(host: Host, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Compute with these slices, by name, inside the block; what has none stays. The weights are put back afterwards, bit for
+    bit. Collective: two publications; one if the block raises, and the next pass then publishes the weights."""
+    with host.frozen_too():
+        saved = {s.name: s.data.clone() for s in host.shards}
+    try:
+        _write(host, saved | dict(values))
+        host.publish_if_dirty()
+        yield
+    finally:
+        _write(host, saved)  # locally: what raised on one rank must not start a collective
+    host.publish_if_dirty()
+
+
+@torch.no_grad()
+def _write(host: Host, values: Mapping[str, Tensor]) -> None:
+    with host.frozen_too():
+        shards = host.shards
+    for shard in shards:
+        shard.data.copy_(values[shard.name])
+    host.touch()
