@@ -48,6 +48,7 @@ TABLE: dict[str, str] = {
     "lars": "everbatch.optim.layerwise.lars:LARS",
     "lamb": "everbatch.optim.layerwise.lamb:LAMB",
     "evaluation": "everbatch.train.evaluation:ContinualEvaluation",
+    "plasticity": "everbatch.train.plasticity:Plasticity",
     "conadv": "everbatch.train.adversarial.conadv:ConAdv",
     "cls_er": "everbatch.train.memory.cls_er:CLSER",
     "lwf": "everbatch.train.memory.lwf:LwF",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from everbatch.report.plots import saved
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MOST_CURVES", "accuracy_over_steps", "forgetting_by_task"]
+__all__ = ["MOST_CURVES", "accuracy_over_steps", "forgetting_by_task", "plasticity_by_task"]
 
 MOST_CURVES = 10
 """Tasks that are drawn as a curve each; more are a map, with a row each."""
@@ -182,3 +182,48 @@ def _map(figure: Any, axes: Any, x: Array, a: Array, labels: list[str], label: s
     axes.set_yticks(range(0, a.shape[1], every), labels[::every], fontsize=7)
     axes.set_ylabel("task")
     figure.colorbar(mesh, ax=axes, label=label, shrink=0.9)
+
+
+def plasticity_by_task(values: Mapping[str, Any], path: str | os.PathLike[str] | None = None, *, title: str = "") -> Figure:
+    """Draw what `everbatch.train.Plasticity` measured after each task: dormant units, ranks of the features, and the norm of
+    the gradient, on the task just trained and, as a band from the lowest to the highest, on those before.
+
+    Args:
+        values: "dormant_units", "effective_rank", "threshold_rank": a number or None for each task; "gradient_norm": a row for
+            each task, a number for each task so far.
+        path: PNG to write; None only returns the figure.
+        title: above the panels.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [np.asarray(row, dtype=np.float64) for row in values["gradient_norm"]]
+    check(bool(rows), "plasticity_by_task", "no task", "be at least one")
+    tasks = np.arange(1, len(rows) + 1)
+    dot = "o" if len(rows) <= 30 else None
+    figure = Figure(figsize=(10.5, 3.2), dpi=120, layout="constrained")
+    asleep, ranks, norms = figure.subplots(1, 3)
+    asleep.plot(tasks, 100 * _numbers(values["dormant_units"]), marker=dot, markersize=3.5)
+    asleep.set_ylabel("dormant units, %")
+    asleep.set_ylim(bottom=0.0)
+    for name in ("effective_rank", "threshold_rank"):
+        ranks.plot(tasks, _numbers(values[name]), marker=dot, markersize=3.5, label=name.replace("_", " "))
+    ranks.set_ylabel("rank of the features")
+    ranks.set_ylim(bottom=0.0)
+    ranks.legend(frameon=False)
+    norms.plot(tasks, [row[-1] for row in rows], marker=dot, markersize=3.5, label="task just trained")
+    if len(rows) > 1:
+        low, high = ([edge(row[:-1]) for row in rows[1:]] for edge in (np.min, np.max))
+        norms.fill_between(tasks[1:], low, high, alpha=0.25, color="tab:orange", label="earlier tasks")
+    norms.set_ylabel("gradient norm")
+    norms.set_yscale("log")
+    norms.legend(frameon=False)
+    for axes in (asleep, ranks, norms):
+        axes.set_xlabel("after task")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    return saved(figure, path)
+
+
+def _numbers(values: Sequence[float | None]) -> Array:
+    return np.asarray([np.nan if value is None else value for value in values], dtype=np.float64)
