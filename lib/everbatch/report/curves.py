@@ -64,7 +64,8 @@ def accuracy_over_steps(
         upper, axes = figure.subplots(2, 1, sharex=True, height_ratios=(2.0, 3.0 + 0.06 * a.shape[1]))
         _earlier(upper, x, now, a)
         _boundaries(upper, starts)
-        _map(figure, axes, x, a, labels, label, unit)
+        mesh = _map(axes, x, a, labels, unit)
+        figure.colorbar(mesh, ax=[upper, axes], label=label, shrink=0.8)
         panels = [upper]
     for panel in panels:
         panel.set_ylabel(label)
@@ -112,6 +113,7 @@ def forgetting_by_task(
     axes.bar(places, at_worst, width=0.8, color="tab:orange", alpha=0.35, label="at its worst after the task's end")
     axes.bar(places, at_end, width=0.5, color="tab:blue", label="at the end of the run")
     axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.set_xlim(-0.7, tasks - 1.3)
     every = 1 + (tasks - 2) // 25
     turned = max(len(text) for text in labels) > 3 and tasks > 8
     axes.set_xticks(places[::every], labels[: tasks - 1 : every], rotation=60 if turned else 0,
@@ -171,7 +173,7 @@ def _earlier(axes: Any, x: Array, now: Array, a: Array) -> None:
     axes.legend(loc="upper right", fontsize=8, ncols=2)
 
 
-def _map(figure: Any, axes: Any, x: Array, a: Array, labels: list[str], label: str, unit: Shown) -> None:
+def _map(axes: Any, x: Array, a: Array, labels: list[str], unit: Shown) -> Any:
     """A row for each task; each evaluation lasts until the next."""
     edges = np.append(x - 0.5, x[-1] + max(1.0, float(x[-1] - x[-2]) if len(x) > 1 else 1.0) - 0.5)
     limits = {} if unit == "score" else {"vmin": 0.0, "vmax": 100.0}
@@ -181,7 +183,7 @@ def _map(figure: Any, axes: Any, x: Array, a: Array, labels: list[str], label: s
     every = 1 + (a.shape[1] - 1) // 25
     axes.set_yticks(range(0, a.shape[1], every), labels[::every], fontsize=7)
     axes.set_ylabel("task")
-    figure.colorbar(mesh, ax=axes, label=label, shrink=0.9)
+    return mesh
 
 
 def plasticity_by_task(values: Mapping[str, Any], path: str | os.PathLike[str] | None = None, *, title: str = "") -> Figure:

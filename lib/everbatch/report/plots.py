@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["accuracy_heatmap", "compare_curves", "saved"]
 
+MOST_NUMBERS = 20
+"""Tasks up to which a cell of the matrix has room for its number."""
+
 
 def accuracy_heatmap(
     matrix: Sequence[Sequence[float]] | Any, path: str | os.PathLike[str] | None = None, *,
     names: Sequence[str] | None = None, title: str = "accuracy", unit: Literal["fraction", "score"] = "fraction",
 ) -> Figure:
-    """Draw the accuracy matrix: a row per training task, a column per evaluated task, the number in every cell.
+    """Draw the accuracy matrix: a row per training task, a column per evaluated task; with at most 20 tasks, the number in
+    every cell.
 
     Args:
         matrix: accuracy in [0, 1], or another score, on task j after training task i, shape (T, T'); nested lists, an array
@@ -52,17 +56,19 @@ def accuracy_heatmap(
     names = [str(task + 1) for task in range(columns)] if names is None else names
     check(len(names) == columns, who, f"{len(names)} names for {columns} tasks", "be as many")
 
-    cell = 0.62 if max(len(rows), columns) <= 12 else 0.42
+    longest = max(len(rows), columns)
+    cell = 0.62 if longest <= 12 else 0.42 if longest <= MOST_NUMBERS else 10.0 / longest
+    every = 1 + (longest - 1) // 25
     figure = Figure(figsize=(2.2 + cell * columns, 1.6 + cell * len(rows)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(rows, vmin=low, vmax=high, cmap="viridis")
-    axes.set_xticks(range(columns), names, rotation=0 if max(map(len, names)) <= 3 else 45)
-    axes.set_yticks(range(len(rows)), [str(task + 1) for task in range(len(rows))])
+    axes.set_xticks(range(0, columns, every), names[::every], rotation=0 if max(map(len, names)) <= 3 else 45)
+    axes.set_yticks(range(0, len(rows), every), [str(task + 1) for task in range(0, len(rows), every)])
     axes.set_xlabel("task evaluated")
     axes.set_ylabel("after training task")
     axes.set_title(title)
     size = 8 if cell > 0.5 else 5.5
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows if longest <= MOST_NUMBERS else ()):
         for j, value in enumerate(row):
             if not math.isnan(value):
                 light = value > low + 0.6 * (high - low)  # viridis is light at its upper end
