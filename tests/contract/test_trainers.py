@@ -30,8 +30,9 @@ def hosts_of(key: str) -> tuple[str, ...]:
     return EVERY if methods.load(key).observes else HOSTS
 
 
-WHEN = {(key, host): When(i + j, len(hosts_of(key))) for i, key in enumerate(KEYS) for j, host in enumerate(hosts_of(key))}
-"""Each round has every mixin on one host, most on another."""
+WHEN = {(key, host): When(i + 2 * j, 2 * len(hosts_of(key)))
+        for i, key in enumerate(KEYS) for j, host in enumerate(hosts_of(key))}
+"""Each mixin runs in half of the rounds, on one host after the other; mostly another than its neighbours'."""
 
 
 @pytest.fixture(scope="module")

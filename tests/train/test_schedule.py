@@ -16,6 +16,7 @@ from everbatch.optim.layerwise.rules import IMAGENET, Peak, conadv_peak
 from everbatch.report.recorder import read_scalars
 from everbatch.train import Schedule, StepRecord, Trainer
 from learning import PER_TASK, STEPS, Abandoned, stream
+from rotation import When
 
 PEAK, WARM = 0.1, 2
 """Half an epoch of four steps of warm-up."""
@@ -77,7 +78,7 @@ class Noting(Trainer):
         self.rates = [*getattr(self, "rates", []), torch.as_tensor(rate, dtype=torch.float32).item()]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [When(place, 3).param(name) for place, name in enumerate(CASES)])
 def test_a_rate_in_a_tensor_gives_what_a_number_gives(tmp_path: Path, name: str) -> None:
     number = torch.tensor(PEAK).item()
 
