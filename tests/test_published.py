@@ -1,0 +1,58 @@
+"""The published settings of the class-incremental recipe: every line says where it is from, and every file runs dry."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from everbatch import config
+from everbatch.config.strict_yaml import load_file
+from everbatch.experiment import ClassIncremental, named, run
+from needs import needs
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "class_incremental"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+needs("timm", "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 classes of random pictures: two for each of 20 tasks, whose samples fill a batch."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("pictures") / "all.npz"
+    labels = np.arange(40 * 20) % 40
+    pixels = {part: rng.integers(0, 256, (len(labels), 3, 16, 16), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(path, x_train=pixels["train"], y_train=labels, x_test=pixels["test"], y_test=labels)
+    return path
+
+
+def test_the_settings_asked_for_are_there() -> None:
+    found = {(options["data"]["source"].split(":")[1], options["tasks"], options["method"], options["replay"]["capacity"])
+             for options in map(load_file, FILES) if "replay" in options}
+    for data, tasks in (("CIFAR10", (5,)), ("CIFAR100", (10,)), ("PATH", (10,))):
+        assert {(data, t, "dark_er_pp", size) for t in tasks for size in (200, 500, 5120)} <= found
+    assert {("CIFAR100", t, "dark_er_pp", 500) for t in (5, 10, 20)} <= found
+    values = load_file(FOLDER / "cifar10_5tasks_buffer500.yaml")  # those of Mammoth's list
+    assert (values["optimizer"]["lr"], values["replay"]["alpha"], values["replay"]["beta"]) == (0.03, 0.2, 0.5)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_published_settings(path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in path.read_text().splitlines():
+        group = re.fullmatch(r" *\w+:", line)
+        assert line.startswith("#") or group or re.search(r"\S  +# (published|ours|yours)\b", line), line
+    said = load_file(path)
+    assert said["output"] == f"runs/{path.stem}" and said["model"]["name"] == "resnet18"
+    options = config.build(ClassIncremental, said)
+    for part, value in named.layer(said["method"]).items():  # nothing in the file takes its method back
+        assert value is None or getattr(options, part) is not None
+    # The model is a small one here, and the pictures are others; the rest is the file's.
+    run(config.build(ClassIncremental, said, {
+        "dry_run": True, "data": {"source": str(pictures), "image_size": 16}, "model": {"name": "small_conv"},
+        "engine": {"kind": "plain", "stage": None}}))
+    shown = capsys.readouterr().out
+    assert "the run itself would be refused" not in shown and f"tasks: {said['tasks']}" in shown
+    assert f"lr: {said['optimizer']['lr']}" in shown and "global batch 32" in shown
