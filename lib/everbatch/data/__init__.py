@@ -6,6 +6,7 @@ from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
 from everbatch.data.correlated import dirichlet_order
 from everbatch.data.datasets import DatasetSource, as_source
 from everbatch.data.domains import Permute, Rotate, permuted, rotated
+from everbatch.data.kinds import STREAMS, StreamKind, StreamName, make_stream
 from everbatch.data.load import load
 from everbatch.data.loader import Loader, evaluation_batches
 from everbatch.data.pairs import as_stream
@@ -34,10 +35,11 @@ from everbatch.data.streams import (
 )
 
 __all__ = [
-    "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
-    "ReplayStore", "Reservoir", "Ring", "Rotate", "RowDataset", "RowSource", "Slots", "Source", "Stream", "SubsetSource",
+    "STREAMS", "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
+    "ReplayStore", "Reservoir", "Ring", "Rotate", "RowDataset", "RowSource", "Slots", "Source", "Stream", "StreamKind",
+    "StreamName", "SubsetSource",
     "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index", "blurry",
     "class_incremental", "dirichlet_order", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
-    "iid", "largest", "load", "online", "permuted", "pilot_increments", "reservoir_index", "ring_index",
+    "iid", "largest", "load", "make_stream", "online", "permuted", "pilot_increments", "reservoir_index", "ring_index",
     "rotated", "share", "stratified_split", "task_free", "task_incremental", "validation",
 ]

@@ -1,12 +1,12 @@
-"""Class- and task-incremental learning: the classes of one data set, divided into tasks."""
+"""Continual learning: a data set that comes in tasks, class-incremental unless another scenario is named."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
-from everbatch.data import Stream, class_incremental, task_incremental
+from everbatch.data import Stream, StreamName
 from everbatch.data.memory import check_memory
 from everbatch.distributed import World
 from everbatch.errors import check, check_whole
@@ -14,9 +14,12 @@ from everbatch.evaluate.evaluator import accuracies
 from everbatch.experiment import named
 from everbatch.experiment.base import Experiment, Finished
 from everbatch.experiment.data import sample_of
+from everbatch.experiment.options import MIXINS
+from everbatch.experiment.split import Split
 from everbatch.metrics import summary
 from everbatch.report.plots import accuracy_heatmap
 from everbatch.train import GrowingHead, Replay, Trainer
+from everbatch.train.boundaries import refuse_bound
 
 __all__ = ["ClassIncremental"]
 
@@ -33,9 +36,12 @@ class ClassIncremental(Experiment):
     replay: Replay.Config | None = field(default_factory=Replay.Config)
     """Rehearsal; null for plain fine-tuning."""
     tasks: int = 5
-    """Tasks into which the classes are divided; >= 1."""
-    scenario: Literal["class", "task"] = "class"
-    """class: no task id at test; task: the task id is given at test."""
+    """Tasks into which the classes are divided, rounds, or domains; >= 1."""
+    scenario: StreamName = "class"
+    """class: no task id at test. task: the task id is given at test. domain: other inputs of the same classes. growing: each
+    round trains on all that has arrived. iid: one task. As class, and blurry: a share of each task comes in others; online:
+    in a single pass; task_free: no method sees where a task begins or ends."""
+    split: Split = field(default_factory=Split)
     output: str = "runs/class_incremental"
     """Folder of this run: model.safetensors, result.json, config.yaml, figures, TensorBoard, checkpoints."""
 
@@ -46,6 +52,30 @@ class ClassIncremental(Experiment):
               "model.head=growing", "be false", "the head has no logits of classes to come")
         check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
               "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
+        if self.split.hides(self.scenario):
+            refuse_bound("class_incremental", self._acting())
+
+    def _acting(self) -> dict[type, Any]:
+        """The methods that these options compose, but for those of strength 0, and their options."""
+        used = {MIXINS[key]: config for key, config in self.optimizer.used().items()}
+        active = {part: config for part, config in used.items() if getattr(config, "active", getattr(config, "strength", True))}
+        return {**active, **self.mixins(), **({GrowingHead: None} if self.model.head == "growing" else {})}
+
+    def unused(self) -> dict[str, str]:
+        """Options that have no effect beside the others, and why."""
+        found = super().unused() | self.split.unused(self.scenario, len(self.data.sources))
+        if self.split.passes_once(self.scenario) and self.trainer.epochs != 1:
+            found["trainer.epochs"] = "an online stream is passed once"
+        if self.split.hides(self.scenario):
+            found["trainer.reset_optimizer"] = "no task is seen to begin"
+        return found
+
+    def settled(self) -> ClassIncremental:
+        """With the one epoch of an online stream written out."""
+        if not self.split.passes_once(self.scenario):
+            return self
+        trainer: dict[str, Any] = {"trainer": replace(self.trainer, epochs=1)}
+        return replace(self, **trainer)
 
     @classmethod
     def meaning(cls, word: str, value: str) -> dict[str, Any]:
@@ -53,10 +83,8 @@ class ClassIncremental(Experiment):
         return named.layer(value)
 
     def stream(self) -> Stream:
-        """The classes of `data`, divided."""
-        split = {"class": class_incremental, "task": task_incremental}[self.scenario]
-        samples, test = self.data.open()
-        return split(samples, test, tasks=self.tasks, seed=self.trainer.seed)
+        """The samples of `data` as tasks."""
+        return self.split.make(self.scenario, self.data.open_all(), self.tasks, self.trainer.seed)
 
     def more_mixins(self, world: World) -> dict[type, Any]:
         """Who lets the head grow."""

@@ -27,6 +27,8 @@ class Data:
 
     source: str = "digits"
     """digits, the path of a folder of images or of an .npz file, or torchvision:NAME:ROOT; see `everbatch.data.load`."""
+    sources: tuple[str, ...] = ()
+    """A data set for each task, in place of source, each as that; all digits or none."""
     image_size: int | None = None
     """Side of the images in pixels; by default the size the data has."""
     download: bool = False
@@ -47,9 +49,14 @@ class Data:
             for value in values:
                 check(math.isfinite(value) and (name == "mean" or value > 0), "data", f"{name}={value}",
                       "be finite" if name == "mean" else "be > 0, and finite")
+        kinds = {source == "digits" for source in self.sources}
+        check(len(kinds) < 2, "data", f"sources={list(self.sources)}", "be all digits or none",
+              "they have another range of pixels")
+        check(not self.sources or self.source in ("digits", self.sources[0]), "data", f"source={self.source!r} beside sources",
+              "be left out", "each of sources is a task")
         if self.image_size is not None:
             check_whole("data", "image_size", self.image_size, 1, MOST_PIXELS)
-        check(not self.download or self.source.startswith("torchvision:"), "data", f"download=true with source={self.source!r}",
+        check(not self.download or self.first.startswith("torchvision:"), "data", f"download=true with source={self.first!r}",
               "be left out", "torchvision's data sets alone are downloaded: torchvision:NAME:ROOT")
         check(1 in (len(self.means), len(self.stds)) or len(self.means) == len(self.stds), "data",
               f"mean={self.mean} and std={self.std}", "have as many channels")
@@ -57,6 +64,11 @@ class Data:
         check(self.policy is None or self.policy.startswith(start or "\n"), "data",
               f"policy={self.policy!r} with augment={self.augment}", f"begin with {' or '.join(start)}" if start else "be null",
               "" if start else "augment=auto or augment=rand follow a policy")
+
+    @property
+    def first(self) -> str:
+        """The data set, or the first of several."""
+        return self.sources[0] if self.sources else self.source
 
     @property
     def means(self) -> tuple[float, ...]:
@@ -75,12 +87,21 @@ class Data:
 
     def open(self) -> tuple[Source, Source]:
         """Training and test source."""
+        check(len(self.sources) < 2, "data", f"{len(self.sources)} sources", "be one source",
+              "several are tasks: see recipes/class_incremental.py")
+        return self._opened(self.first)
+
+    def open_all(self) -> list[tuple[Source, Source]]:
+        """Training and test source of each data set."""
+        return [self._opened(source) for source in self.sources or (self.source,)]
+
+    def _opened(self, source: str) -> tuple[Source, Source]:
         options: dict[str, Any] = {"image_size": self.image_size, "download": self.download}
-        return load(self.source, train=True, **options), load(self.source, train=False, **options)
+        return load(source, train=True, **options), load(source, train=False, **options)
 
     def scale(self, inputs: Tensor) -> float:
         """What such pixels are divided by before `mean` and `std`."""
-        return 16.0 if self.source == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
+        return 16.0 if self.first == "digits" else 255.0 if inputs.dtype == torch.uint8 else 1.0
 
     def described(self, sample: Tensor, model: Model) -> dict[str, Any]:
         """What a weights file says of the input, and of the model, of a run on samples like `sample` (C, H, W)."""
@@ -112,7 +133,7 @@ class Data:
         from everbatch.data.policies import Policy
 
         name = self.policy or ("original" if self.augment == "auto" else "rand-m9-mstd0.5")
-        policy = Policy(name, image_size, self.means, top=16 if self.source == "digits" else 255)
+        policy = Policy(name, image_size, self.means, top=16 if self.first == "digits" else 255)
         return lambda row: policy(flipped(row))
 
 

@@ -87,7 +87,7 @@ def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
     made = options.trainer_config(job.world)
     options.check_stream(stream, job.world)
     growing = options.model.head == "growing"
-    classes = len(stream.tasks[0].classes) if growing else stream.num_classes
+    classes = max(stream.seen_classes(0)) + 1 if growing else stream.num_classes
     factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=classes)
     made_of = learner({**options.more_mixins(job.world), **options.mixins()}, factory=factory)
     model = options.model.build(sample, classes, options.trainer.seed)

@@ -65,5 +65,4 @@ def refuse_bound(who: str, parts: Mapping[Any, Any]) -> None:
     """
     for part, config in parts.items():
         why = part.needs_boundaries(config)
-        check(not why, who, f"{part.__name__} on a task-free stream", "be left out: it has to know where tasks begin and end",
-              why)
+        check(not why, who, f"{part.__name__} on a task-free stream", "not have to know where tasks begin and end", why)
