@@ -67,8 +67,6 @@ def cluster(resources: Resources, folder: Path, files: Sequence[Path]) -> Iterat
     Raises:
         ImportError: ray is not installed. ValueError: resources that no node has, storage that a node does not see.
     """
-    if resources.address is not None:
-        check_address(resources.address)
     try:
         os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
         if resources.address is None:

@@ -122,7 +122,8 @@ def _resumed(options: StreamOfOrder) -> dict[str, Any]:
 def failure(error: BaseException) -> dict[str, str]:
     """The kind and cause of a stream that failed."""
     text = " ".join(str(error).split())[:500]
-    memory = isinstance(error, MemoryError) or "out of memory" in text.lower() or "OutOfMemory" in type(error).__name__
+    words = any(word in text.lower() for word in ("out of memory", "allocate memory"))
+    memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or words
     diverged = "finite" in text or "diverged" in text
     kind = "out_of_memory" if memory else "diverged" if diverged else "error"
     return {"failed": kind, "cause": f"{type(error).__name__}: {text}" if text else type(error).__name__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import shutil
 import sys
@@ -59,8 +60,11 @@ def trainable(config: Mapping[str, Any]) -> None:
 
 def run_trial(trial: Trial, report: Callable[[dict[str, Any]], None]) -> None:
     """Fill the units of a trial that the ledger lacks. After one that failed the rest is left: it cannot be chosen."""
-    ledger, begun = Ledger(trial.ledger), time.monotonic()
+    ledger = Ledger(trial.ledger)
     check_data(trial)
+    if trial.ranks == 1:
+        importlib.import_module("everbatch.tune.stream")  # seconds in a new process, which are not the trial's
+    begun = time.monotonic()
     scores: list[float] = []
     for order, key in trial.units:
         row = ledger.read(key)
