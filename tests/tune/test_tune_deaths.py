@@ -36,10 +36,11 @@ def words(run: Path, output: Path, **more: Any) -> list[str]:
 
 
 @contextmanager
-def started(*command_words: str) -> Iterator[subprocess.Popen[str]]:
-    """A search in a session of its own; whatever it left is ended with it."""
-    process = subprocess.Popen([sys.executable, "-m", "everbatch.tune", *command_words], text=True, env=ENV, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+def started(*command_words: str, mark: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A search in a session of its own, with a mark in the environment of all its processes."""
+    process = subprocess.Popen([sys.executable, "-m", "everbatch.tune", *command_words], text=True, cwd=ROOT,
+                               env={**ENV, "EVERBATCH_MARK": mark}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               start_new_session=True)
     try:
         yield process
     finally:
@@ -76,6 +77,18 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
         return True
     return False
+
+
+def of_mark(mark: str) -> list[int]:
+    """Processes of trials and their ranks that a marked search has started."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            name = (place / "cmdline").read_bytes()
+            trial = name.startswith((b"ray::Worker", b"ray::ImplicitFunc"))
+            if trial and f"EVERBATCH_MARK={mark}\0".encode() in (place / "environ").read_bytes():
+                found.append(int(place.name))
+    return found
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -148,14 +161,14 @@ def test_two_ranks_agree_with_one_and_a_killed_rank_is_started_again(run: Path, 
     two = prepared(tmp_path, scenario={**LONG, "engine.kind": "ddp", "trainer.epochs": 30})
     one = command(*words(two, tmp_path / "one", trials=1))
     assert one.returncode == 0, one.stdout + one.stderr
-    with started(*words(two, tmp_path / "two", trials=1, ranks=2)) as driver:
+    with started(*words(two, tmp_path / "two", trials=1, ranks=2), mark=str(tmp_path)) as driver:
         pid = until(lambda: at_work(tmp_path / "two"))[0]
-        ranks = [int(p) for p in subprocess.run(["pgrep", "-f", "ray::Worker.run"], text=True, capture_output=True).stdout.split()]
+        others = [other for other in of_mark(str(tmp_path)) if other != pid]
+        assert others  # the other rank, and the trial's own process
         os.kill(pid, signal.SIGKILL)
-        until(lambda: not alive(pid))
         said = driver.communicate(timeout=400)[0]
     assert driver.returncode == 0, said
-    until(lambda: not any(alive(other) for other in ranks), 60)  # the other rank of the attempt, and those after it
+    until(lambda: not of_mark(str(tmp_path)), 30)  # the other rank of the attempt, and those after it
     ours, theirs = scores(tmp_path / "one"), scores(tmp_path / "two")
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from everbatch import config
 from everbatch.declared import Range
 from everbatch.tune.ledger import Ledger
 from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.spaces import Method, draw, draw_all, gtep, plain_space, space_from
 from everbatch.tune.stream import SCENARIO, flat
+from everbatch.tune.two_phase import TwoPhase
+from processes import ROOT
 
 
 def plan(options: SearchOptions, folder: Path) -> Plan:
@@ -39,7 +43,8 @@ def test_a_method_searches_what_its_parts_declare_and_use() -> None:
     assert "replay.alpha" not in Method("er").space and "replay.alpha" in Method("derpp").space
     assert Method("der++").options == Method("dark_er_pp").options == {"replay.method": "dark_er_pp"}
     assert {"optimizer.refresh.gamma", "optimizer.refresh.every", "replay.beta"} <= Method("er+refresh").space.keys()
-    assert Method("ewc").options == {"replay": None, "optimizer.ewc": {}}
+    assert Method("mas").options == {"replay": None, "optimizer.mas": {}}
+    assert "replay.beta" not in Method("er_ace+sam").space and "optimizer.sam.rho" in Method("er_ace+sam").space
     assert Method("finetune").options == {"replay": None}
 
 
@@ -59,8 +64,8 @@ def test_options_may_be_nested_or_dotted() -> None:
 SEARCHED: list[tuple[dict[str, Any], str]] = [
     ({"methods": ("dark_er_p",)}, "did you mean 'dark_er_pp'?"),
     ({"methods": ("er+refrsh",)}, "did you mean 'refresh'?"),
-    ({"methods": ("er+dark_er",)}, "it names er, dark_er"),
-    ({"methods": ("finetune+ewc",), "bounds": ()}, "must stand alone"),
+    ({"methods": ("er+dark_er",)}, "must join methods that agree"),
+    ({"methods": ("der",)}, "must be dark_er or dark_er_pp"),
     ({"methods": ("er", "er")}, "must be named once"),
     ({"methods": ()}, "must name at least one"),
     ({"scheduler": "pbt"}, "changes values in the middle of a stream"),
@@ -76,7 +81,7 @@ SEARCHED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "said"), SEARCHED)
 def test_a_search_that_cannot_be_is_refused_at_once(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="tune: ") as caught:
+    with pytest.raises(ValueError, match="(tune|method): ") as caught:
         SearchOptions(**options)
     assert said in str(caught.value)
 
@@ -175,3 +180,36 @@ def test_a_half_written_unit_is_no_unit(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         ledger.write({"key": "e", "avg_acc": float("nan")})
     assert ledger.read("e") is None
+
+
+# ------------------------------------------------------------------------------------------------------------------ recipe
+def test_the_recipe_and_the_lines_of_the_readme_parse() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "recipes" / "two_phase.py").read_text()
+    lines = [line.split("  ")[0] for line in re.findall(r"^python recipes/two_phase\.py(.*)$", text, flags=re.MULTILINE)]
+    assert len(lines) >= 6
+    for line in lines:
+        made = config.parse(TwoPhase, line.split(), default_yaml=ROOT / "recipes" / "two_phase.yaml")
+        assert [*made.commands()] == ["prepare", "search", "evaluate", "conventional"]
+
+
+def test_the_default_is_156_streams_and_the_published_size_is_one_word() -> None:
+    def streams(*words: str) -> int:
+        made = config.parse(TwoPhase, list(words), default_yaml=ROOT / "recipes" / "two_phase.yaml").commands()
+        pair, options = made["prepare"], made["search"]
+        searched = len(options.methods) * options.trials * pair.orders
+        return 2 * searched + (2 * len(options.methods) + len(options.bounds)) * pair.evaluation_orders
+
+    assert streams() == 156 and streams("faithful=true") == 660
+
+
+def test_an_option_that_faithful_sets_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config.parse(TwoPhase, ["faithful=true", "search.trials=5"])
+    assert "search.trials has no effect here" in capsys.readouterr().err
+
+
+def test_only_the_evaluation_is_told_where_its_data_is() -> None:
+    made = TwoPhase(output="runs/x", nonce="/safe/nonce").commands()
+    search = str(vars(made["search"]))
+    assert "evaluation" not in search and "nonce" not in search and made["search"].data == "runs/x/tuning"
+    assert made["evaluate"].nonce == made["conventional"].nonce == made["prepare"].nonce == "/safe/nonce"

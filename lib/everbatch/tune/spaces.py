@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import random
-import re
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -13,8 +12,8 @@ from everbatch import methods
 from everbatch.config.strict_yaml import load_text
 from everbatch.declared import Range
 from everbatch.errors import check, nearest
-from everbatch.experiment import MIXINS, TRAINER_MIXINS
-from everbatch.train import Replay
+from everbatch.experiment import named
+from everbatch.tune.stream import flat
 
 __all__ = ["BASE", "Method", "Values", "draw", "draw_all", "gtep", "is_rule", "plain_space", "space_from"]
 
@@ -26,49 +25,42 @@ BASE: dict[str, tuple[Any, ...]] = {"optimizer.lr": (0.01, 0.02, 0.05, 0.1)}
 """What is searched of every method."""
 UNUSED = "-"
 """The path of what a published search draws and does not use."""
-REPLAY = {**{name: name for name in ("er", "dark_er", "dark_er_pp")},
-          **Replay.Config.__dataclass_fields__["method"].metadata["spellings"]}
 
 
 class Method:
-    """A method by its name: "er", "dark_er_pp", "finetune", "ewc", or several with + between them, "er+refresh".
+    """A method by its name, as recipes take it: "er", "dark_er_pp", "finetune", "ewc", or several, "er+refresh".
 
     Attributes:
         name: as given.
         options: what makes it this method, by the path of an option.
-        space: what its parts declare to be worth searching, and `BASE`.
+        space: what its parts declare to be worth searching and the method leaves open, and `BASE`.
 
     Raises:
-        ValueError: a part that nobody knows, with the nearest that is known; or two memories.
+        ValueError: a name that is none, with the nearest.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.options: dict[str, Any] = {}
+        tree = named.layer(name)
+        given = {path: value for path, value in flat(tree).items() if value is not None}
+        memory = {} if tree.get("replay") is not None else {"replay": None}  # which a class-incremental run has by itself
+        self.options: dict[str, Any] = {**memory, **given}
         self.space: dict[str, Values] = dict(BASE)
-        words = re.split(r"(?<!\+)\+(?!\+)", name)  # "der++" is one word
-        memories = [word for word in words if word in REPLAY]
-        check(len(memories) <= 1, "tune", f"method {name!r}", "have one memory", f"it names {', '.join(memories)}")
-        if not memories:
-            self.options["replay"] = None
-        for word in words:
-            self._add(word, alone=len(words) == 1)
+        for key in methods.TABLE:
+            part: Any = methods.load(key)
+            own = _at(tree, methods.path_of(key))
+            if own is not None and not part.in_code:
+                idle, declared = part.idle(part.Config(**own)), methods.search_space([key])
+                self.space |= {option: values for option, values in declared.items()
+                               if option not in self.options and option.rpartition(".")[2] not in idle}
 
-    def _add(self, word: str, *, alone: bool) -> None:
-        known = [*REPLAY, *MIXINS, *(key for key in TRAINER_MIXINS if key != "replay")]
-        if word == "finetune":
-            check(alone, "tune", f"method {self.name!r}", "stand alone", "finetune is training without any of them")
-            return
-        check(word in known, "tune", f"method {word!r}", "be one that is known", nearest(word, ["finetune", *known]))
-        if word in REPLAY:
-            self.options["replay.method"] = REPLAY[word]
-            idle = Replay.idle(Replay.Config(method=REPLAY[word]))
-            declared = methods.search_space(["replay"])
-            self.space |= {path: values for path, values in declared.items() if path.split(".")[-1] not in idle}
-            return
-        front = "optimizer." if word in MIXINS else ""
-        self.options[f"{front}{word}"] = {}
-        self.space |= methods.search_space([word])
+
+def _at(tree: Mapping[str, Any], path: str) -> dict[str, Any] | None:
+    """What stands at a dotted path; None where nothing does."""
+    found: Any = tree
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found  # type: ignore[no-any-return]
 
 
 def draw(space: Mapping[str, Values], seed: int, i: int) -> dict[str, Any]:
