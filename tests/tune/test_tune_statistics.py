@@ -14,7 +14,7 @@ import pytest
 
 from everbatch.metrics.estimate import estimate
 from everbatch.tune import rankings, tables
-from everbatch.tune.choices import choices
+from everbatch.tune.choices import choices, search_cost
 from everbatch.tune.figure import both_protocols
 from everbatch.tune.rankings import above, tau
 from everbatch.tune.report import report
@@ -32,7 +32,7 @@ def method(
                         for o, s in enumerate(each)]}
             for i, each in scores.items()]
     rows += [{"id": i, "values": {"lr": i / 10}, "status": "failed", "orders": []} for i in failed]
-    failures = [{"id": i, "order": 0, "failed": "diverged", "cause": "loss is nan", "cpu_seconds": 0.5} for i in failed]
+    failures = [{"id": i, "order": 0, "failed": "diverged", "cause": "loss is nan"} for i in failed]
     return {"options": {}, "space": {"lr": [0.0, 0.1]}, "configurations": rows, "failures": failures, "chosen": chosen}
 
 
@@ -42,7 +42,8 @@ def unsearched() -> dict[str, Any]:
 
 
 def record(kind: str, **methods: Any) -> dict[str, Any]:
-    body = {"kind": kind, "methods": methods, "orders": [0, 1], "evaluation_orders": list(NEW)}
+    cost = {"streams": 9, "seconds": 20.0, "cpu_seconds": 9.5}
+    body = {"kind": kind, "methods": methods, "orders": [0, 1], "evaluation_orders": list(NEW), "cost": cost}
     return {"body": body, "sha256": f"{kind}-sum"}
 
 
@@ -135,11 +136,14 @@ def test_what_is_missing_failed_or_of_another_record_is_told() -> None:
     assert json.loads(json.dumps(found, allow_nan=False))["metric"] == "avg_acc"
 
 
-def test_cost_counts_every_stream_failures_too() -> None:
+def test_cost_counts_every_stream_once_failures_too() -> None:
     derpp = next(c for c in choices(TWO, CONVENTIONAL, ROWS) if (c.protocol, c.method) == ("two-phase", "derpp"))
-    assert derpp.streams == 2 * 2 + 1 + 6 and derpp.cpu_seconds == pytest.approx(4 * 1.0 + 0.5 + 6 * 1.0)
+    assert derpp.streams == 2 * 2 + 1 + 6 and derpp.cpu_seconds == pytest.approx(4 * 1.0 + 6 * 1.0)
+    twice = method({0: [0.7, 0.8], 1: [0.7, 0.8], 2: [0.6, 0.7]}, 0)
+    twice["configurations"][1]["values"] = dict(twice["configurations"][0]["values"])
+    assert search_cost(twice) == (4, 4.0)
     text = "\n".join(tables.results(compare(TWO, CONVENTIONAL, ROWS)))
-    assert "two-phase: 27 streams, 26 CPU s" in text and "conventional: 20 streams, 20 CPU s" in text
+    assert "two-phase: search 9 streams in 10 CPU s, evaluation 18 streams in 18 CPU s" in text
     assert "(not searched)" in text and "lr=0.1" in text
 
 

@@ -79,10 +79,15 @@ def _choice(protocol: str, name: str, method: Mapping[str, Any], body: Mapping[s
 
 
 def search_cost(method: Mapping[str, Any]) -> tuple[int, float]:
-    """Streams that a method's search trained, failed ones too, and their CPU seconds.
+    """Streams that a method's search trained, failed ones too, and the CPU seconds of those that did not fail.
 
-    A failure is counted with the CPU seconds that it is listed with.
+    Configurations that were drawn with the same values share their streams, which are counted once. A record does not list what
+    each failure took; its own `cost` has that, of all methods together.
     """
-    orders = [order for row in method["configurations"] for order in row["orders"]]
-    spent = [*orders, *method["failures"]]
-    return len(spent), math.fsum(each.get("cpu_seconds", 0.0) for each in spent)
+    once: dict[str, Any] = {}
+    for row in method["configurations"]:
+        once.setdefault(str(sorted(row["values"].items())), row)
+    orders = [order for row in once.values() for order in row["orders"]]
+    drawn = {row["id"] for row in once.values()}
+    failed = sum(failure["id"] in drawn for failure in method["failures"])
+    return len(orders) + failed, math.fsum(order["cpu_seconds"] for order in orders)

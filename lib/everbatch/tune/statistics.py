@@ -126,18 +126,20 @@ def compare(
         metric: "avg_acc" or "acc".
 
     Returns:
-        `choices` (each with `new`, its estimate on new orders, and a bootstrap), `optimism` by method, `ranks`,
-        `expected_maximum` by protocol and method, `bootstrap_optimism` by method, `other_records` (rows that were left out),
-        `metric`.
+        `choices` (each with `new`, its estimate on new orders, and a bootstrap), `optimism` by method, `ranks`, `cost` by
+        protocol, `expected_maximum` by protocol and method, `bootstrap_optimism` by method, `other_records` (rows that were left
+        out), `metric`.
     """
     if metric not in METRICS:
         raise ValueError(f"compare: metric={metric!r}, must be one of {', '.join(METRICS)}")
     every = choices(record, conventional, rows, metric)
     by = {(choice.protocol, choice.method): choice for choice in every}
     records = {"two-phase": record, **({} if conventional is None else {"conventional": conventional})}
+    cost = {p: {"search": kept["body"].get("cost"), "evaluation": _spent([row for row in rows if row["protocol"] == p])}
+            for p, kept in records.items()}
     used = {kept["sha256"] for kept in records.values()}
     return {
-        "metric": metric, "choices": [_plain(choice) for choice in every],
+        "metric": metric, "cost": cost, "choices": [_plain(choice) for choice in every],
         "optimism": {m: optimism(by["two-phase", m], by["conventional", m])
                      for p, m in by if p == "conventional" and ("two-phase", m) in by and by[p, m].reported is not None},
         "ranks": ranks(every),
@@ -147,6 +149,11 @@ def compare(
                                for m, method in (conventional["body"]["methods"].items() if conventional is not None else ())
                                if method["space"]},
         "other_records": sum(row["record"] not in used for row in rows)}
+
+
+def _spent(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Streams of rows and their CPU seconds."""
+    return {"streams": len(rows), "cpu_seconds": round(math.fsum(row.get("cpu_seconds", 0.0) for row in rows), 3)}
 
 
 def _plain(choice: Choice) -> dict[str, Any]:

@@ -54,12 +54,12 @@ def _listed(numbers: Any) -> str:
 
 
 def costs(found: Mapping[str, Any]) -> list[str]:
-    """Streams and CPU seconds of each protocol."""
+    """Streams and CPU seconds of each protocol; a stream that both need is counted with each."""
     lines = []
-    for protocol in dict.fromkeys(row["protocol"] for row in found["choices"]):
-        mine = [row for row in found["choices"] if row["protocol"] == protocol]
-        streams, spent = (sum(row[name] for row in mine) for name in ("streams", "cpu_seconds"))
-        lines.append(f"{protocol}: {streams} streams, {spent:.0f} CPU s")
+    for protocol, cost in found["cost"].items():
+        parts = [(name, cost[name]) for name in ("search", "evaluation") if cost[name] is not None]
+        told = ", ".join(f"{name} {part['streams']:g} streams in {part['cpu_seconds']:.0f} CPU s" for name, part in parts)
+        lines.append(f"{protocol}: {told}")
     return lines
 
 
