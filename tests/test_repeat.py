@@ -193,6 +193,21 @@ os.kill({os.getpid()}, signal.SIGTERM)
 
 
 @pytest.mark.slow
+def test_growing_data_side_by_side_gives_the_numbers_of_seeds_in_turn(tmp_path: Path) -> None:
+    words = ["seeds=2", "trainer.epochs=1", "trainer.batch_size=32", "optimizer.lr=0.01", "width=4", "arms=[warm,fresh]"]
+    found = []
+    for name, more in (("side", ["seeds_at_once=2"]), ("turn", [])):
+        command = [sys.executable, str(ROOT / "recipes" / "growing_data.py"), *words, *more, f"output={tmp_path / name}"]
+        ended = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, text=True, capture_output=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        kept = json.loads((tmp_path / name / "result.json").read_text())
+        found.append((kept["accuracy"], kept["estimates"], kept["epochs_to_99_percent"]))
+    assert found[0] == found[1] and found[0][1]["warm"]["count"] == 2
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("side", "turn")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
 def test_the_recipe_side_by_side_killed_and_resumed(tmp_path: Path) -> None:
     """Its runs end with it; what had ended stays, and the numbers are those of seeds in turn."""
     words = [*QUICK, "trainer.epochs=6", "trainer.checkpoint_every=5", "engine.kind=plain"]

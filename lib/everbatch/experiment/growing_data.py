@@ -27,7 +27,7 @@ from everbatch.experiment.growing_report import ARMS, gap, report, verdict
 from everbatch.experiment.growing_units import Units
 from everbatch.experiment.job import Job
 from everbatch.experiment.options import learner
-from everbatch.experiment.repeat import sum_up
+from everbatch.experiment.repeat import check_place, sum_up
 from everbatch.nn import SmallConv
 from everbatch.optim import ShrinkPerturb
 from everbatch.report.plots import compare_curves
@@ -72,7 +72,6 @@ class GrowingData(Experiment):
     """Folder of this run: result.json, config.yaml, the figure, model.safetensors (of the last arm and the first seed)."""
     resume: bool = False
     """Go on with what the folder holds: an arm that has ended under a seed is not run again."""
-    seeds_at_once: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,8 +143,12 @@ def compare(options: GrowingData, job: Job) -> Result:
     sizes = round_sizes(len(train), options.rounds, options.first)
     accuracy: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     epochs: dict[str, list[list[int]]] = {arm: [] for arm in options.arms}
+    check_place(options, world, job.script)
     job.checkpoints = None
     units = Units(options, job)
+    stop_sign = units.side_by_side() if options.seeds_at_once > 1 else 0
+    if stop_sign:
+        return Result({}, folder, 0, stop_sign=stop_sign)
     recorder = Recorder(folder, world.rank, tensorboard=False)
     started, steps = time.perf_counter(), 0
     for seed in range(options.trainer.seed, options.trainer.seed + options.seeds):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from everbatch.config.strict_yaml import load_file
 from everbatch.errors import check
 from everbatch.experiment.job import Job
 from everbatch.experiment.repeat import compared, went_on
+from everbatch.experiment.side_by_side import side_by_side
 from everbatch.report.recorder import write_json
 
 __all__ = ["Units"]
@@ -47,8 +50,29 @@ class Units:
             write_json(self._path(seed, arm), {"accuracy": accuracy, "epochs": epochs, "steps": steps})
         return accuracy, epochs, steps
 
+    def side_by_side(self) -> int:
+        """Run every seed that is not done as a process of its own, and keep what its arms gave; the signal that stopped it, or 0.
+
+        A seed's own folder is seeds/S; the first one's weights are this run's.
+        """
+        options, job = self.options, self.job
+        assert job.recorder is not None and job.script is not None
+        seeds = range(options.trainer.seed, options.trainer.seed + options.seeds)
+        waiting = {seed: replace(
+            options, seeds=1, seeds_at_once=1, resume=job.goes_on, output=str(job.folder / "seeds" / str(seed)),
+            trainer=replace(options.trainer, seed=seed))
+            for seed in seeds if any(self.kept(seed, arm) is None for arm in options.arms)}
+        stop_sign = side_by_side(waiting, options.seeds_at_once, job.script, job.recorder.say, signals=job.signals)
+        for seed in waiting if not stop_sign else ():
+            home = job.folder / "seeds" / str(seed)
+            for arm in options.arms:
+                self.keep(seed, arm, **json.loads((home / "seeds" / f"{seed}-{arm}.json").read_text(encoding="utf-8")))
+            if seed == seeds[0]:
+                shutil.copyfile(home / "model.safetensors", job.folder / "model.safetensors")
+        return stop_sign
+
     def _read(self, seed: int, arm: str) -> dict[str, Any] | None:
-        if self.job.world.rank or not self.job.goes_on:
+        if self.job.world.rank:
             return None
         try:
             found: dict[str, Any] = json.loads(self._path(seed, arm).read_text(encoding="utf-8"))

@@ -45,7 +45,12 @@ class Job:
         checkpoints: folder for `Trainer`; None for a dry run.
         resume: whether to go on from a checkpoint: asked for, or started again by a launcher, on any rank.
         goes_on: whether there is one.
+        script: what starts these options anew as a process of its own; None in a process without one.
+        signals: whether a signal asks for a checkpoint.
     """
+
+    script: Path | None = None
+    signals: bool = False
 
     def __init__(self, options: Any, world: World) -> None:
         self.options, self.world, self.folder = options, world, Path(options.output)

@@ -25,7 +25,7 @@ from everbatch.experiment.side_by_side import side_by_side
 from everbatch.metrics.estimate import Estimate, estimate
 from everbatch.report.recorder import versions
 
-__all__ = ["compared", "refuse_other_folder", "repeat", "sum_up", "told", "went_on"]
+__all__ = ["check_place", "compared", "refuse_other_folder", "repeat", "sum_up", "told", "went_on"]
 
 OWN = ("output", "resume", "dry_run")
 """Options in which runs of one group may differ."""
@@ -65,7 +65,7 @@ def repeat(options: Experiment, world: World, one: Callable[[Experiment], Result
         ValueError: a folder with the runs of other seeds to resume; seeds side by side on several ranks, or without a script.
         RuntimeError: seeds that failed, all told.
     """
-    _check_place(options, world, script)
+    check_place(options, world, script)
     with Job.of(options, world, shared=options.shares_folder) as job:
         job.checkpoints = None
         job.goes_on = went_on(job)
@@ -207,7 +207,8 @@ def refuse_other_folder(options: Experiment, world: World) -> None:
               "be given the seeds that it began with", f"see {where / 'config.yaml'}, or give this one another folder")
 
 
-def _check_place(options: Experiment, world: World, script: Path | None) -> None:
+def check_place(options: Experiment, world: World, script: Path | None) -> None:
+    """Refuse seeds where they cannot run."""
     title, at_once = options.title, options.seeds_at_once
     check(at_once == 1 or world.size == 1, title, f"seeds_at_once={at_once} on {world.size} ranks", "be 1",
           "under torchrun seeds run in turn")
