@@ -143,6 +143,7 @@ def compare(options: GrowingData, job: Job) -> Result:
     sizes = round_sizes(len(train), options.rounds, options.first)
     accuracy: dict[str, list[list[float]]] = {arm: [] for arm in options.arms}
     epochs: dict[str, list[list[int]]] = {arm: [] for arm in options.arms}
+    started = time.perf_counter()
     check_place(options, world, job.script)
     job.checkpoints = None
     units = Units(options, job)
@@ -150,7 +151,7 @@ def compare(options: GrowingData, job: Job) -> Result:
     if stop_sign:
         return Result({}, folder, 0, stop_sign=stop_sign)
     recorder = Recorder(folder, world.rank, tensorboard=False)
-    started, steps = time.perf_counter(), 0
+    steps = 0
     for seed in range(options.trainer.seed, options.trainer.seed + options.seeds):
         stream = growing(train, test, sizes=sizes, seed=seed)
         for arm in options.arms:
