@@ -174,7 +174,7 @@ class Seat(World):
         return lambda: found
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 5])
 def test_draws_made_ahead_are_the_same_on_several_ranks(size: int) -> None:
     """Whose rows are routed: of five ranks some get none. Over real process groups see `worker`."""
     desk: dict[Any, Any] = {}
