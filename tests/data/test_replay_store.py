@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from everbatch.data import Buffer, ClassBalanced, ReplayStore, Reservoir, Ring, share
+from everbatch.data.own_memory import OwnMemory
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 
@@ -40,7 +41,23 @@ def payload(ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
     return {"raw": raw, "logits": positions[:, None] + torch.tensor([0.0, 0.25, 0.5]), "flag": positions % 2 == 0}
 
 
+class Rotating:
+    """A user's memory: slots in turn. What it counts is its own, and nobody else can put it back."""
+
+    def __init__(self) -> None:
+        self.offered = 0
+
+    def add(self, held: Buffer, offered: Any, rng: np.random.Generator) -> Any:
+        self.offered += 1
+        return (self.offered + np.arange(len(offered.ids))) % held.capacity
+
+    def draw(self, held: Buffer, count: int, rng: np.random.Generator) -> Any:
+        return rng.permutation(held.filled)[:count]
+
+
 def memory(kind: str, capacity: int = 17) -> Buffer:
+    if kind == "own":
+        return OwnMemory(Rotating, capacity, seed=5)
     if kind == "ring":
         return Ring(capacity, tasks=3, seed=5)
     return ClassBalanced(capacity, seed=5) if kind == "class" else Reservoir(capacity, seed=5, key=kind)
@@ -77,7 +94,7 @@ def run(
             store.take_back()
         else:
             add(store, step)
-            assert len(store._ready) == (len(DRAWS) if ahead and step != 5 else 0)
+            assert len(store._ready) == (len(DRAWS) if ahead and step != 5 and kind != "own" else 0)
         if step == STEPS // 2 - 1:
             half = store.state_dict()
     return {"draws": draws, "half": half if start == 0 else None, "end": store.state_dict()}
@@ -147,7 +164,7 @@ def test_one_rank_gives_back_what_was_stored() -> None:
                 assert drawn["raw"].dtype == torch.uint8 and drawn["flag"].dtype == torch.bool
 
 
-@pytest.mark.parametrize("kind", ["stream", "sample", "class", "ring"])
+@pytest.mark.parametrize("kind", ["stream", "sample", "class", "ring", "own"])
 def test_draws_made_ahead_are_the_same(kind: str) -> None:
     """Also after skipped steps, and where something else is drawn in between; on several ranks see `worker`."""
     check_ahead(kind, World())
@@ -181,7 +198,7 @@ def test_draws_made_ahead_are_the_same_on_several_ranks(size: int) -> None:
     barrier = threading.Barrier(size, timeout=30)
     with concurrent.futures.ThreadPoolExecutor(size) as ranks:
         waiting = [ranks.submit(check_ahead, kind, Seat(rank, size, desk, barrier))
-                   for kind in ("stream", "sample", "class", "ring") for rank in range(size)]
+                   for kind in ("stream", "sample", "class", "ring", "own") for rank in range(size)]
         for found in waiting:
             found.result()
 

@@ -92,6 +92,11 @@ class Buffer(ABC):
             return Slots(NO_SLOTS, NO_SLOTS, NO_SLOTS)
         return self._add(keys, labels, places, task)
 
+    @property
+    def can_take_back(self) -> bool:
+        """Whether all that `add` changes is known here; a class of yours may keep more."""
+        return False
+
     def try_add(self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int) -> Slots:
         """`add` that `take_back` can undo, until `stand_by` is called. Costs what `add` does."""
         self._before, self._extra = [], self._noted()

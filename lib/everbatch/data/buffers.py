@@ -67,6 +67,11 @@ class Reservoir(Buffer):
             keep[np.argpartition(-keys, self.capacity - 1)[: self.capacity] if self.capacity else NO_SLOTS] = True
         return keep
 
+    @property
+    def can_take_back(self) -> bool:
+        """See `Buffer.can_take_back`."""
+        return type(self)._add is Reservoir._add
+
     def _groups(self, targets: Ints, tasks: Ints) -> Ints:
         """Which samples compete for the same slots: all."""
         return np.zeros(len(targets), dtype=np.int64)
@@ -258,6 +263,11 @@ class Ring(Buffer):
     @property
     def _tag(self) -> int:
         return derive(type(self).__name__, len(self.counts))
+
+    @property
+    def can_take_back(self) -> bool:
+        """See `Buffer.can_take_back`."""
+        return type(self)._add is Ring._add
 
     def _add(self, ids: Ints, targets: Ints, positions: Ints, task: int) -> Slots:
         check(0 <= task < len(self.counts), "Ring", f"task={task}", f"be in [0, {len(self.counts)})")

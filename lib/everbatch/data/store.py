@@ -174,13 +174,15 @@ class ReplayStore:
         `add` of the same batch then brings the rest, and `draw` finds what was drawn: the same as
         without, bit for bit. Whatever else comes first takes the batch back: `take_back`, where a step
         was skipped, another `add`, a `draw` of something else, `state_dict`. Until then `buffer` holds
-        the batch.
+        the batch. Nothing happens where the memory cannot take a batch back (`Buffer.can_take_back`).
 
         Args:
             ids, targets, positions, task: as in `add`.
             step: of the draws to come.
             wanted: their counts and purposes.
         """
+        if not self.buffer.can_take_back:
+            return
         self.take_back()
         self._ready = {}
         batch = (whole(ids), whole(targets), whole(positions), task)
