@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from everbatch.data.arrays import Array, as_labels, as_tensor, check_labels, numbered
 from everbatch.data.draws import drawing, seed_sample, seeded
+from everbatch.data.hugging_face import Columns, is_hugging_face
 from everbatch.data.notes import tell
 from everbatch.data.row_dataset import RowDataset
 from everbatch.data.sources import Source, TensorSource, digest, target_bytes
@@ -37,7 +38,7 @@ _PAIR = "give (input, label): an array, a tensor or a PIL image, and a class ind
 
 def as_source(
     data: Samples | Any, *, name: str | None = None, classes: Sequence[str] | None = None, target: str | None = None,
-    labels: Array | None = None, collate: Callable[[list[Any]], Any] | None = None,
+    labels: Array | None = None, collate: Callable[[list[Any]], Any] | None = None, columns: tuple[str, str] | None = None,
 ) -> Source:
     """A source of whatever holds labelled samples.
 
@@ -48,6 +49,8 @@ def as_source(
         classes: name of each label; by default the data set's own `classes`, and numbers where it has none.
         target, labels, collate: any of them makes a `RowDataset`: of dicts, whose target has this name, or of pairs whose target
             is no class index.
+        columns: names of the input and the label in a data set of Hugging Face `datasets`; by default its one column of images
+            and its one of `ClassLabel`, whose names are the classes'.
 
     Raises:
         ValueError: what is no data set (a DataLoader, an iterable data set, a path), what gives no (input, label) pairs,
@@ -64,6 +67,12 @@ def as_source(
         return data
     if not rows and isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data):
         return TensorSource(data[0], data[1], name=name or "tensors", classes=classes)
+    foreign = is_hugging_face(data)
+    check(columns is None or foreign, who, f"columns= beside a {type(data).__name__}", "be left out",
+          "only data sets of Hugging Face have columns")
+    if foreign and not rows:
+        data = Columns(data, columns)
+        return DatasetSource(data, name=name or data.name, classes=classes)
     check(not isinstance(data, DataLoader), who, "a DataLoader", "be a data set",
           "give its .dataset; the trainer makes the batches")
     check(not isinstance(data, IterableDataset), who, f"{type(data).__name__}, an iterable data set",
