@@ -203,7 +203,8 @@ def ranks_part(rounds: int, cores: int) -> dict[str, Any]:
             os.sched_setaffinity(0, {have[world.rank], *have[world.size :]})
     data = stream(1, 2000, 10)
     trainers = {"constant rows": Enlarged, "in time": InTime, "ahead": Learner}
-    arms = {name: Driven(trainer(cls, BATCH * world.size, CAPACITY, engine="ddp"), data) for name, cls in trainers.items()}
+    arms = {name: Driven(trainer(cls, BATCH * world.size, CAPACITY, engine="ddp", width=16), data)
+            for name, cls in trainers.items()}
     sent: dict[str, int] = {}
     for name, arm in arms.items():
         for _ in range(8):

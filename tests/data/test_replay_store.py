@@ -135,6 +135,30 @@ def check_ahead(kind: str, world: World) -> None:
         assert same(one[moment]["index"], other[moment]["index"]) and same(one[moment]["rows"], other[moment]["rows"])
 
 
+def check_widened(world: World) -> None:
+    """A head that grew: what was on its way is of the old width, and is fetched anew."""
+    found = []
+    for ahead in (False, True):
+        store = ReplayStore(memory("sample"), world, seed=1)
+        for step in range(4, 7):
+            ids, targets, positions, task = batch(step)
+            if ahead:
+                store.ahead(ids, targets, positions, task, step=step + 1, wanted=DRAWS)
+            bounds = share(GLOBAL, world.size)
+            mine = slice(int(bounds[world.rank]), int(bounds[world.rank + 1]))
+            rows = payload(ids[mine], positions[mine])
+            if step >= 5:
+                store.widen("logits", 5)
+                rows["logits"] = torch.cat([rows["logits"], rows["logits"][:, :2]], 1)
+            store.add(ids, targets, positions, task, rows)
+            assert len(store._ready) == (len(DRAWS) if ahead and step != 5 else 0)
+            drawn = store.draw(5, step + 1, "a")
+            assert drawn is not None
+            found.append({name: value.nan_to_num(-1.0) for name, value in drawn.items()})
+    for one, other in zip(found[:3], found[3:], strict=True):
+        assert same(one, other)
+
+
 def check_draws(single: list[list[Any]], ranks: list[list[list[Any]]]) -> None:
     size = len(ranks)
     for step, draws in enumerate(single):
@@ -199,6 +223,7 @@ def test_draws_made_ahead_are_the_same_on_several_ranks(size: int) -> None:
     with concurrent.futures.ThreadPoolExecutor(size) as ranks:
         waiting = [ranks.submit(check_ahead, kind, Seat(rank, size, desk, barrier))
                    for kind in ("stream", "sample", "class", "ring", "own") for rank in range(size)]
+        waiting += [ranks.submit(check_widened, Seat(rank, size, desk, barrier)) for rank in range(size)]
         for found in waiting:
             found.result()
 
