@@ -34,7 +34,7 @@ def recipe() -> ModuleType:
     return module
 
 
-@pytest.mark.rotated(0, 4)
+@pytest.mark.rotated(1, 4)
 def test_a_short_run_alone(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
@@ -54,7 +54,7 @@ def test_a_short_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.rotated(2, 4)
+@pytest.mark.rotated(3, 4)
 def test_a_short_run_on_two_ranks(zygote: Zygote, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     job = zygote.run(RECIPE, *SHORT, f"output={tmp_path}", limit=200.0)
