@@ -22,7 +22,7 @@ from everbatch.metrics import Stability
 from everbatch.optim import EMA
 from everbatch.problems import Regression
 from everbatch.report.recorder import Recorder, read_scalars
-from everbatch.train import ContinualEvaluation, GrowingHead, Replay, StepRecord, Trainer, TrainerMixin
+from everbatch.train import ContinualEvaluation, GrowingHead, Plasticity, Replay, StepRecord, Trainer, TrainerMixin
 from learning import Abandoned, stream
 
 
@@ -260,3 +260,18 @@ def test_the_recorder_gets_figures_that_can_be_drawn(tmp_path: Path) -> None:
     assert {p.stem for p in (tmp_path / "figures").glob("*.png")} == {"accuracy_over_steps", "forgetting"}
 
 
+
+
+def test_a_recipe_reports_and_draws_what_mixins_saw(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    from everbatch.experiment import ClassIncremental, Data, Engine, run
+
+    options: Any = {"data": Data(), "engine": Engine(kind="plain"), "trainer": Trainer.Config(batch_size=64, epochs=1)}
+    watch: Any = {"evaluation": ContinualEvaluation.Config(every=8, dense=2, subset=20)}
+    watch["plasticity"] = Plasticity.Config(subset=20)
+    values = run(ClassIncremental(tasks=2, output=str(tmp_path), **options, **watch)).values
+    assert values["evaluation"]["task_ends"] == [10, 20] and values["evaluation"]["subset_samples"] == [20, 20]
+    assert len(values["plasticity"]["dormant_units"]) == 2
+    assert "evaluates raw weights after each of a task's first 2 steps, then every 8" in values["describe"]
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert drawn == {"accuracy_matrix", "accuracy_over_steps", "forgetting", "plasticity"}
