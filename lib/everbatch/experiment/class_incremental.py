@@ -14,7 +14,7 @@ from everbatch.evaluate.evaluator import accuracies
 from everbatch.experiment import named
 from everbatch.experiment.base import Experiment, Finished
 from everbatch.experiment.data import sample_of
-from everbatch.experiment.options import MIXINS
+from everbatch.experiment.options import MIXINS, TRAINER_MIXINS
 from everbatch.experiment.split import Split
 from everbatch.metrics import summary
 from everbatch.report.plots import accuracy_heatmap
@@ -92,12 +92,16 @@ class ClassIncremental(Experiment):
 
     def check_stream(self, stream: Stream, world: World) -> None:
         """Refuse a memory that a machine cannot hold: never more rows than samples, divided among the machines."""
-        if self.replay is None:
+        held = {part: config.capacity for part, config in self.mixins().items()
+                if "store" in getattr(getattr(part, "State", None), "__annotations__", {}) and config.capacity}
+        if not held:
             return
         machines = max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        rows = min(self.replay.capacity, sum(len(task.train_ids) for task in stream.tasks)) / machines
-        sample = sample_of(stream)
-        check_memory("replay", f"capacity={self.replay.capacity}", int(rows * sample.nbytes), "lower replay.capacity")
+        samples, size = sum(len(task.train_ids) for task in stream.tasks), sample_of(stream).nbytes
+        for part, capacity in held.items():
+            key = next(key for key, other in TRAINER_MIXINS.items() if other is part)
+            rows = min(capacity, samples) / machines
+            check_memory(key, f"capacity={capacity}", int(rows * size), f"lower {key}.capacity")
 
     def before(self, trainer: Trainer, stream: Stream) -> list[float] | None:
         """Accuracy by task of the untrained network, where forward transfer is asked for."""
