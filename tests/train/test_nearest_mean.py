@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 import learning
+from everbatch import config
 from everbatch.composition import compose
 from everbatch.data import Batch
-from everbatch.experiment import named
+from everbatch.experiment import ClassIncremental, named, run
 from everbatch.train import NearestMean, StepRecord, Trainer, TrainerMixin
 from everbatch.train.memory.herding import Herded, herding, last_input, unit
 
@@ -129,6 +131,36 @@ def test_passes_of_other_mixins_see_logits_and_the_means_follow_the_weights() ->
         p.data.copy_(value)
     made.optimizer.host.touch()
     torch.testing.assert_close(made.predict(inputs), before)
+
+
+class Asking(TrainerMixin):
+    """Predicts after each step, as an evaluation in the middle of a task does, and keeps how far from the means by hand it was."""
+
+    def after_step(self, record: StepRecord) -> None:
+        super().after_step(record)  # type: ignore[misc]
+        held = exemplars(self)
+        if held:
+            means = unit(torch.stack([features(self, ids).mean(0) for ids in held.values()]))
+            ids = learning.stream().tasks[0].test_ids
+            found = self.predict(learning.scale(learning.stream().fetch(ids)))  # type: ignore[attr-defined]
+            distance = (features(self, ids)[:, None] - means).square().sum(2)
+            self.worst = max(getattr(self, "worst", 0.0), float((distance + found[:, : len(means)]).abs().max()))
+
+
+def test_means_are_of_the_network_after_each_step() -> None:
+    cls: Any = type("Learner", (Asking, NearestMean, Trainer), {})
+    made = cls(learning.net(smooth=True), learning.PLAIN, prepare=learning.scale, device="cpu", capacity=12,
+               config=Trainer.Config(batch_size=16, epochs=1))
+    made.fit(learning.stream())
+    assert 0.0 < made.worst < 1e-5
+
+
+def test_a_head_that_grows_predicts_among_what_it_has(tmp_path: Path) -> None:
+    options = config.build(ClassIncremental, {
+        "method": "nearest_mean", "model": {"head": "growing"}, "engine": {"kind": "plain"}, "output": str(tmp_path), "tasks": 5,
+        "trainer": {"batch_size": 128}, "nearest_mean": {"capacity": 40, "rows": 256}})
+    matrix = run(options).values["accuracy_matrix"]
+    assert len(matrix) == 5 and sum(matrix[4]) / 5 > 0.5  # chance is 0.1
 
 
 def test_exemplars_are_rehearsed_once_a_task_has_ended() -> None:

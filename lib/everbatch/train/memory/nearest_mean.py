@@ -183,13 +183,13 @@ class NearestMean(TrainerMixin):
             logits: Tensor = super().predict(batch)  # type: ignore[misc]
         features = unit(held.value.detach().flatten(1).float())
         distance = 2.0 - 2.0 * features @ means.T  # of rows of length one
-        scores = torch.full_like(logits, torch.finfo(logits.dtype).min)
-        scores[:, : len(means)] = torch.where(distance.isnan(), scores[:, : len(means)], -distance)
-        return scores
+        lowest = torch.finfo(logits.dtype).min
+        return torch.where(distance.isnan(), lowest, -distance).to(logits.dtype)[:, : logits.shape[1]]  # a head may yet grow
 
     def __class_means(self, store: ReplayStore) -> Tensor:
         """Of all exemplars, by the network as it is. Collective where it has changed: an all-to-all, and an all-reduce."""
-        now = (self.step, self.optimizer.host.edits, len(store))
+        # Not by `step`, which counts only when everything after an update is done.
+        now = (self.optimizer.step_count, self.optimizer.host.edits, len(store))
         if self.__means is not None and self.__means[0] == now:
             return self.__means[1]
         rows = store.draw(len(store), self.step, "means")
