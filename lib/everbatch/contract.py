@@ -23,8 +23,8 @@ DECLARED = ("example", "off", "search", "bases", "call", "called_by", "in_code",
             "observes")
 """What a part says of itself, beside `left_of`, `owns` and `free`."""
 
-AT_BOUNDARIES = ("at_task_end", "consolidate", "on_task_start", "on_task_end")
-"""Functions of a part that are called where tasks begin and end."""
+AT_BOUNDARIES = ("at_task_end", "configure_stream", "consolidate", "on_task_start", "on_task_end")
+"""Functions of a part that are called where tasks begin and end, or change what tasks hold."""
 
 
 class Contract:

@@ -134,7 +134,7 @@ def test_passes_of_other_mixins_see_logits_and_the_means_follow_the_weights() ->
 
 
 class Asking(TrainerMixin):
-    """Predicts after each step, as an evaluation in the middle of a task does, and keeps how far from the means by hand it was."""
+    """Predicts after each step, as an evaluation inside a task does, and keeps how far from the means by hand it was."""
 
     def after_step(self, record: StepRecord) -> None:
         super().after_step(record)  # type: ignore[misc]

@@ -93,6 +93,13 @@ def test_joint_has_all_earlier_samples_and_a_share_has_some() -> None:
         tasks[1].train_ids.tolist())
 
 
+@pytest.mark.parametrize("method", ["gdumb", "joint", "nearest_mean", "agem"])
+def test_what_needs_tasks_is_refused_on_a_task_free_stream(method: str) -> None:
+    with pytest.raises(config.ConfigError, match="on a task-free stream, must not have to know where tasks begin and end"):
+        config.build(ClassIncremental, {"method": method, "scenario": "task_free"})
+    config.build(ClassIncremental, {"method": "er_ace", "scenario": "task_free"})
+
+
 @pytest.mark.parametrize(("name", "past"), [("joint", 0.6), ("gdumb", 0.5), ("finetune", 0.0)])
 def test_bounds_by_one_word(name: str, past: float) -> None:
     """The recipe's own parts over a small stream: joint and GDumb know the first task at the end, and fine-tuning does not."""
