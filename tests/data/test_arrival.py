@@ -109,6 +109,23 @@ def test_what_cannot_arrive_so_is_refused(make: Any, text: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(("given", "text"), [
+    ({"tasks": 2.0}, r"tasks has \[2.0\], must be of whole numbers"), ({"tasks": True}, r"tasks has \[True\]"),
+    ({"increments": [5.0, 5.0]}, r"increments has \[5.0\]"), ({"increments": 5}, "increments=5, must be a list"),
+    ({"seed": None}, "seed=None, must be an integer"), ({"seed": -1}, "seed=-1"),
+    ({"class_order": ["a", "b"]}, r"class_order has \['a'\]"),
+    ({"class_order": torch.tensor([1, 1])}, r"class_order has class \[1\] twice")])
+def test_numbers_that_are_none_are_named(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"class_incremental: {text}"):
+        class_incremental(samples(10, 2), samples(10, 1, -1), **given)
+
+
+@pytest.mark.parametrize("change", [blurry, online, task_free])
+def test_what_is_no_stream_has_no_manner(change: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{change.__name__}: a tuple, must be a stream; make one"):
+        change((samples(2, 2), samples(2, 2)))
+
+
 def test_manners_follow_each_other() -> None:
     stream = task_free(online(blurry(split(), 0.1)))
     assert manner(stream) == "class, blurry 0.1, online, task-free"

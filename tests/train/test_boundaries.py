@@ -17,7 +17,7 @@ from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 from everbatch.evaluate.candidates import allowed_classes
 from everbatch.optim import EWC, MAS, SI, DynamicSparsity, Refresh, ShrinkPerturb
-from everbatch.train import ConAdv, Consolidate, GrowingHead, Replay, Schedule, StepRecord, TrainerMixin, WarmStart
+from everbatch.train import ConAdv, Consolidate, GDumb, GrowingHead, Joint, Replay, Schedule, StepRecord, TrainerMixin, WarmStart
 
 
 class Rehearsing(Replay, Trainer): ...
@@ -126,6 +126,15 @@ def test_an_online_stream_is_passed_once() -> None:
         made.fit(online(stream()))
     once = trainer()
     assert str(once.fit(online(stream()))) == str(trainer().fit(stream())) and once.step == 12
+
+
+def test_what_trains_on_earlier_samples_anew_is_refused_where_they_come_once() -> None:
+    made = trainer(type("T", (Joint, Trainer), {}))
+    with pytest.raises(ValueError, match="96 samples that come again in a later task of an online stream, must come once"):
+        made.fit(online(stream()))
+    with pytest.raises(ValueError, match=r"Joint on a task-free stream.*configure_stream\(\)"):
+        made.fit(task_free(stream()))
+    assert all("configure_stream" in part.needs_boundaries(None) for part in (Joint, GDumb))
 
 
 class Cut(TrainerMixin):

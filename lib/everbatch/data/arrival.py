@@ -38,7 +38,7 @@ def blurry(stream: Stream, share: float = 0.1, seed: int = 0) -> Stream:
     Source: Bang et al. 2021, arXiv 2103.17230, where the tasks' classes are disjoint but for such a share ("blurry10").
     Differs: they draw anew the share of each task from the others' samples; here samples move, so none is lost or doubled.
     """
-    who, count = "blurry", len(stream)
+    who, count = "blurry", _tasks("blurry", stream)
     check_real(who, "share", share, 0.0, 1.0, open_low=True, open_high=True)
     check(stream.kind in ("class", "domain"), who, f"a stream of kind {stream.kind!r}", "be class- or domain-incremental",
           "elsewhere a sample has no task to leave")
@@ -66,6 +66,13 @@ def blurry(stream: Stream, share: float = 0.1, seed: int = 0) -> Stream:
     return finished(who, replace(stream, tasks=tuple(tasks), blur=float(share)))
 
 
+def _tasks(who: str, stream: Stream) -> int:
+    """The number of tasks of what must be a stream."""
+    check(isinstance(stream, Stream), who, f"a {type(stream).__name__}", "be a stream",
+          "make one: class_incremental(train, test), or as_stream([(train, test), ...])")
+    return len(stream)
+
+
 def _dealt(ids: Tensor, goals: Tensor, count: int) -> tuple[Tensor, ...]:
     """The samples that go to each task."""
     sizes = torch.bincount(goals, minlength=count).tolist()
@@ -83,6 +90,7 @@ def online(stream: Stream) -> Stream:
 
     Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840; Aljundi et al. 2019, arXiv 1812.03596.
     """
+    _tasks("online", stream)
     check(stream.kind != "growing", "online", "a stream of kind 'growing'", "show each sample once",
           "every round trains on all that has arrived")
     return replace(stream, one_pass=True)
@@ -100,6 +108,7 @@ def task_free(stream: Stream) -> Stream:
 
     Source: Aljundi et al. 2019, arXiv 1812.03596; "general continual learning" in Buzzega et al. 2020, arXiv 2004.07211.
     """
+    _tasks("task_free", stream)
     check(stream.kind != "task", "task_free", "a task-incremental stream", "be class- or domain-incremental, or i.i.d.",
           "its predictions are given the task")
     check(stream.kind != "growing", "task_free", "a stream of kind 'growing'", "show each sample in one task",

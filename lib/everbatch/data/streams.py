@@ -6,10 +6,12 @@ of the stream, then all test samples, so an id names one sample among everything
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,13 +59,25 @@ def pilot_increments(num_classes: int, initial: int, increment: int) -> tuple[in
     return (initial, *[increment] * steps, *([rest] if rest else []))
 
 
+def _whole(who: str, label: str, given: Sequence[int]) -> list[int]:
+    """A list of whole numbers, from a list, an array or a tensor."""
+    listed = isinstance(given, list | tuple | range) or getattr(given, "ndim", 0) == 1
+    check(listed, who, f"{label}={given!r}", "be a list of whole numbers")
+    values: list[Any] = given.tolist() if isinstance(given, Tensor | np.ndarray) else list(given)
+    odd = [value for value in values if isinstance(value, bool) or not hasattr(value, "__index__")]
+    check(not odd, who, f"{label} has {odd[:1]}", "be of whole numbers")
+    return [operator.index(value) for value in values]
+
+
 def _class_order(
     who: str, names: tuple[str, ...], seed: int, class_order: Sequence[int] | None, classes: Sequence[int] | None,
 ) -> list[int]:
     """Source labels in order of appearance."""
     given = class_order if class_order is not None else classes
-    order = list(range(len(names)) if given is None else given)
     label = "class_order" if class_order is not None else "classes"
+    order = list(range(len(names))) if given is None else _whole(who, label, given)
+    check(isinstance(seed, int | np.integer) and 0 <= seed < 2**32, who, f"seed={seed!r}", "be an integer in [0, 2^32)",
+          "every rank needs the same")
     check(class_order is None or classes is None, who, "both class_order and classes", "be at most one of them")
     check(len(order) > 0, who, f"{label}=[]", "name at least one class")
     repeated = [c for c, count in Counter(order).items() if count > 1]
@@ -100,7 +114,7 @@ def _split_classes(
 def _sizes(who: str, tasks: int | None, increments: Sequence[int] | str | None, classes: int) -> list[int]:
     """Classes of each task."""
     if increments is None:
-        count = 5 if tasks is None else tasks
+        count, = (5,) if tasks is None else _whole(who, "tasks", [tasks])
         check(1 <= count <= classes, who, f"{count} tasks of {classes} classes", "be at least one class per task")
         return [classes // count + (k < classes % count) for k in range(count)]
     if isinstance(increments, str):
@@ -109,7 +123,7 @@ def _sizes(who: str, tasks: int | None, increments: Sequence[int] | str | None, 
               "say B50-Inc10, or B0-Inc10 for equal tasks")
         first, each = (int(number) for number in found.groups()) if found is not None else (0, 0)
         increments = pilot_increments(classes, first or each, each)
-    sizes = list(increments)
+    sizes = _whole(who, "increments", increments)
     check(tasks is None or tasks == len(sizes), who, f"tasks={tasks} and {len(sizes)} increments", "agree")
     check(all(size >= 1 for size in sizes), who, f"increments={sizes}", "be at least one class each")
     check(sum(sizes) == classes, who, f"increments={sizes} cover {sum(sizes)} classes",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from everbatch.contract import parts_of
 from everbatch.data import Loader, Stream
 from everbatch.data.tasks import bounded
@@ -49,6 +51,11 @@ def check_manner(trainer: Any, stream: Stream) -> None:
     epochs = trainer.config.epochs
     check(not getattr(stream, "one_pass", False) or epochs == 1, "Trainer", f"epochs={epochs} on an online stream", "be 1",
           "its samples come once")
+    if getattr(stream, "one_pass", False):
+        ids = torch.cat([task.train_ids for task in stream.tasks])
+        again = len(ids) - len(torch.unique(ids))
+        check(not again, "Trainer", f"{again} samples that come again in a later task of an online stream", "come once",
+              "leave out what trains on earlier samples as such, Joint or GDumb; Replay keeps its own")
     if bounded(stream):
         return
     mixins = {part: getattr(trainer, "configs", {}).get(part) for part in parts_of(type(trainer))}
