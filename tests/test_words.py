@@ -82,12 +82,12 @@ def test_wrong_words_for_one_method_are_one_line(words: list[str], text: str, mo
     with pytest.raises(ValueError) as caught:
         one_method.main(*words)
     assert text in str(caught.value) and "\n" not in str(caught.value)
-    assert "python recipes/one_method.py SAM rho=0.1" in one_method.usage() and "mixins: ASAM" in one_method.usage()
+    assert "python recipes/one_method.py SAM rho=0.1" in one_method.usage() and "mixins: AGEM, ASAM" in one_method.usage()
 
 
 def test_one_method_explains_itself(tmp_path: Path) -> None:
     done = said(sys.executable, ROOT / "recipes" / "one_method.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == "" and "mixins: ASAM, ClipGradNorm" in done.stdout
+    assert done.returncode == 0 and done.stderr == "" and "mixins: AGEM, ASAM, ClipGradNorm" in done.stdout
 
 
 def test_an_error_of_another_library_is_one_line(tmp_path: Path) -> None:
