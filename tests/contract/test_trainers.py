@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import trainers
 from record import Record
 
+import learning
 from everbatch import methods
 from processes import Zygote
 from rotation import ROUND, When
@@ -71,6 +74,20 @@ def passes(found: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_one_process(alone: Record, key: str, check: str) -> None:
     passes(alone.results, f"{check}/plain/{key}")
+
+
+SEEN = [key for key in KEYS if key != "evaluation"]
+
+
+@pytest.mark.parametrize("key", [When(place, 4).param(key) for place, key in enumerate(SEEN)])
+def test_continual_evaluation_leaves_each_as_it_is(key: str) -> None:
+    """Also those that predict in a way of their own."""
+    alone, watched = (trainers.run(key, "plain", watched=watch) for watch in (False, True))
+    for what in (learning.whole, learning.buffers, learning.memory):
+        one, other = what(watched), what(alone)
+        assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one), what.__name__
+    assert np.array_equal(alone.matrix, watched.matrix, equal_nan=True)
+    assert watched.stability.ends == [row[: k + 1] for k, row in enumerate(alone.matrix)]
 
 
 @pytest.mark.distributed

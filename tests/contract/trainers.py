@@ -24,7 +24,7 @@ from everbatch import methods
 from everbatch.composition import compose
 from everbatch.contract import Contract
 from everbatch.distributed import World
-from everbatch.train import Trainer
+from everbatch.train import ContinualEvaluation, Trainer
 
 LEFT_AFTER = 7
 """Steps of the twelve: the last checkpoint is of the sixth, two into the second task. A mixin that changes the
@@ -52,11 +52,12 @@ def callees(key: str) -> dict[type[Contract], dict[str, Any]]:
 
 
 def run(key: str, host: str, *, on: bool = True, listed: bool = True, folder: Path | None = None, leave: int = -1,
-        resume: bool = False, seed: int = 0) -> Any:
+        resume: bool = False, seed: int = 0, watched: bool = False) -> Any:
     """Fit a trainer with the mixin; returns it, left after some step or at the end.
 
     Args:
         on: at `example`, else at `off`. listed: with the mixin, else a trainer without. seed: of the first weights.
+        watched: under ContinualEvaluation, which evaluates after every step.
     """
     part = methods.load(key)
     told = {} if not listed else methods.options(part, part.example if on else part.off, BARE)
@@ -66,7 +67,8 @@ def run(key: str, host: str, *, on: bool = True, listed: bool = True, folder: Pa
         values = methods.options(callee, callee.example if on else callee.off, BARE)
         options |= {f"{callee.__name__.lower()}_{name}": value for name, value in values.items()}
     optimizer = functools.partial(compose(*(inner if listed else ()), base=torch.optim.SGD), lr=0.05, momentum=0.9, **options)
-    cls = type("Learner", (part, Trainer) if listed else (Trainer,), {})
+    watch = (ContinualEvaluation,) if watched else ()
+    cls = type("Learner", (*watch, *((part,) if listed else ()), Trainer), {})
     ranks = World.current().size if host != "plain" else 1
     recorder = None if folder is None else learning.recorder(folder, leave)
     config = Trainer.Config(batch_size=8, epochs=1, checkpoint_every=2, seed=3, reset_optimizer=False)
