@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from everbatch.data import as_source, as_stream, class_incremental
+from everbatch.data import as_source, as_stream, class_incremental, load
 from everbatch.data.hugging_face import is_hugging_face
+from everbatch.experiment import Data
 
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
@@ -62,6 +64,28 @@ def test_columns_by_name() -> None:
 def test_what_makes_no_source_is_refused(make: Any, given: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         as_source(make(), **given)
+
+
+def test_a_saved_folder_is_a_source_of_the_recipe(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=pictures(12), validation=pictures(8)).save_to_disk(tmp_path / "saved")
+    text = f"huggingface:{tmp_path / 'saved'}"
+    train, test = load(text, train=True), load(text, train=False, image_size=8, columns=("img", "fine"))
+    assert len(train) == 12 and train.classes == test.classes == ("eel", "cat", "dog", "fox")
+    assert train.fetch(torch.tensor([1])).shape == (1, 3, 6, 5)  # type: ignore[union-attr]
+    assert test.fetch(torch.tensor([1])).shape == (1, 3, 8, 8)  # type: ignore[union-attr]
+    chosen = Data(source=text, image_size=8, columns=("img", "fine"))
+    assert len(class_incremental(*chosen.open(), tasks=2)) == 2
+    with pytest.raises(ValueError, match=r"columns \['image'\], must be among"):
+        load(text, train=True, columns=("image", "fine"))
+    with pytest.raises(ValueError, match="only huggingface:PATH has columns"):
+        load("digits", train=True, columns=("img", "fine"))
+    with pytest.raises(ValueError, match="no folder '/nowhere', must exist"):
+        load("huggingface:/nowhere", train=True)
+    pictures(4).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"parts \[\], must have 'train'; save a DatasetDict"):
+        load(f"huggingface:{tmp_path / 'one'}", train=True)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        load(f"huggingface:{tmp_path}", train=True)
 
 
 def test_the_library_is_never_imported_here() -> None:

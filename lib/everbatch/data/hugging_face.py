@@ -56,7 +56,11 @@ class Columns:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index][self.input], int(self.targets[index])
+        return self.value(index), int(self.targets[index])
+
+    def value(self, index: int) -> Any:
+        """One input, as the library decodes it."""
+        return self.dataset[index][self.input]
 
 
 def _columns(dataset: Any, given: tuple[str, str] | None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import torch
 from everbatch.data.images import Look, Resize, open_folder, open_torchvision
 from everbatch.data.memory import check_memory
 from everbatch.data.npz import open_npz
+from everbatch.data.saved import open_saved
 from everbatch.data.sources import Source, TensorSource, stratified_split
 from everbatch.errors import check, nearest
 
@@ -39,7 +40,7 @@ def _digits(train: bool, image_size: int | None) -> Source:
 
 LARGEST_IMAGE = 16_384
 """Side in pixels: one such image takes 800 MB."""
-_KINDS = ("digits", "imagefolder", "npz", "torchvision")
+_KINDS = ("digits", "huggingface", "imagefolder", "npz", "torchvision")
 
 
 def _named(spec: str | Path) -> tuple[str, str]:
@@ -63,6 +64,7 @@ def _named(spec: str | Path) -> tuple[str, str]:
 def load(
     spec: str | Path, *, train: bool, image_size: int | None = None, resize: Resize = "crop", channels: int | None = None,
     leaf_classes: bool = False, download: bool = False, test_fraction: float = 0.25, split_seed: int = 0,
+    columns: tuple[str, str] | None = None,
 ) -> Source:
     """Open the data set that a short text names: a path, or a kind and what it needs.
 
@@ -72,6 +74,8 @@ def load(
       PATH/CLASS/... with a seeded stratified split. Images are decoded on demand to uint8 (C, H, W). Linked folders
       count, hidden files and folders do not; what else is left out is said once on stderr, by rank 0.
     - "torchvision:NAME:ROOT": any classification data set of torchvision by its class name.
+    - "huggingface:PATH": the folder that `DatasetDict.save_to_disk` wrote, with parts train and test (or validation); its one
+      column of images and its one of `ClassLabel`, or `columns`.
     - "npz:PATH", or a path that ends in .npz: arrays x_train, y_train, x_test, y_test (or train_images, train_labels and
       so on), or inputs and targets (or images and labels, x and y) with a seeded stratified split. Labels as in
       `TensorSource`. Images of whole numbers, 0 to 255, or bools may be (N, H, W), (N, H, W, C) or (N, C, H, W) and
@@ -89,6 +93,7 @@ def load(
         download: let torchvision download.
         test_fraction: share of each class held out where the data brings no split.
         split_seed: seed of that split.
+        columns: names of the image and of the label, of "huggingface".
 
     Raises:
         ValueError: an unknown kind or data set (with the nearest name), a missing folder or file, an empty class
@@ -103,11 +108,15 @@ def load(
           f"be an integer in [1, {LARGEST_IMAGE}]")
     check(resize in ("crop", "square"), "load", f"resize={resize!r}", "be 'crop' or 'square'")
     check(channels in (None, 1, 3), "load", f"channels={channels!r}", "be 1 or 3")
+    check(columns is None or kind == "huggingface", "load", f"columns={columns!r} of {str(spec)!r}", "be left out",
+          "only huggingface:PATH has columns")
     if kind == "digits":
         return _digits(train, image_size)
     if kind == "npz":
         return open_npz(Path(rest).expanduser(), train, image_size, test_fraction, split_seed)
     look = Look(image_size=image_size, resize=resize, channels=channels)
+    if kind == "huggingface":
+        return open_saved(Path(rest).expanduser(), train, look, columns)
     if kind == "imagefolder":
         return open_folder(Path(rest).expanduser(), train, look, leaf_classes, test_fraction, split_seed)
     name, _, root = rest.partition(":")

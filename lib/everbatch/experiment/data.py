@@ -26,9 +26,12 @@ class Data:
     """Where samples come from, and what is done to them."""
 
     source: str = "digits"
-    """digits, the path of a folder of images or of an .npz file, or torchvision:NAME:ROOT; see `everbatch.data.load`."""
+    """digits, the path of a folder of images or of an .npz file, torchvision:NAME:ROOT, or huggingface:PATH of a folder of
+    save_to_disk; see `everbatch.data.load`."""
     sources: tuple[str, ...] = ()
     """A data set for each task, in place of source, each as that; all digits or none."""
+    columns: tuple[str, str] | None = None
+    """huggingface:PATH: names of the image and of the label; null: its one column of images and its one of ClassLabel."""
     image_size: int | None = None
     """Side of the images in pixels; by default the size the data has."""
     download: bool = False
@@ -96,7 +99,7 @@ class Data:
         return [self._opened(source) for source in self.sources or (self.source,)]
 
     def _opened(self, source: str) -> tuple[Source, Source]:
-        options: dict[str, Any] = {"image_size": self.image_size, "download": self.download}
+        options: dict[str, Any] = {"image_size": self.image_size, "download": self.download, "columns": self.columns}
         return load(source, train=True, **options), load(source, train=False, **options)
 
     def scale(self, inputs: Tensor) -> float:
