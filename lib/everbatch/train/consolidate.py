@@ -20,7 +20,8 @@ class Consolidate(TrainerMixin):
 
         EWC      consolidate_ewc(rows)        Refresh          update_fisher(rows)
         MAS      consolidate_mas(rows)        DynamicSparsity  end_task(), with isolate=True
-        SI       consolidate_si()
+        SI       consolidate_si()             NCL              consolidate_ncl(rows)
+        VCL      consolidate_vcl()
 
     Those parts say what the calls do; here is only when, and on what: after the last step of a task, inputs without
     augmentation, `samples` of them drawn by (seed, task), each on one rank. The result is the same at any world size, to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -18,6 +19,7 @@ from everbatch.data import (
     reservoir_index,
     ring_index,
 )
+from everbatch.data.own_memory import Offered, OwnMemory
 from golden.comparison import Array, Comparison, FormatError, Vectors
 
 __all__ = ["RecordedDraws", "check"]
@@ -78,6 +80,25 @@ def _ring(file: Vectors, compare: Comparison) -> None:
     memory, one = Ring(portion * tasks, tasks=tasks), np.zeros(1, dtype=np.int64)
     slots = [memory.add(one + item, one, one + item, task).slots[0] for task in range(tasks) for item in range(items)]
     compare.close("ring/index (Ring)", np.reshape(slots, want.shape), want)
+    own = OwnMemory(functools.partial(_OwnRing, tasks, portion), portion * tasks)
+    slots = [own.add(one + item, one, one + item, task).slots[0] for task in range(tasks) for item in range(items)]
+    compare.close("ring/index (OwnMemory)", np.reshape(slots, want.shape), want)
+
+
+class _OwnRing:
+    """The ring as a memory of a user's own."""
+
+    def __init__(self, tasks: int, portion: int) -> None:
+        self.portion, self.met = portion, np.zeros(tasks, dtype=np.int64)
+
+    def add(self, held: Any, offered: Offered, rng: np.random.Generator) -> Array:
+        counts = self.met[offered.task] + np.arange(len(offered.ids))
+        self.met[offered.task] += len(offered.ids)
+        slots: Array = counts % self.portion + offered.task * self.portion
+        return slots
+
+    def draw(self, held: Any, count: int, rng: np.random.Generator) -> Array:
+        return rng.choice(held.filled, count, replace=False)
 
 
 def _balancoir(file: Vectors, compare: Comparison) -> None:

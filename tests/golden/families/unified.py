@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.objective import bregman as objectives
+from everbatch.objective import table
 from everbatch.optim import Refresh
 from golden.comparison import Array, Comparison, FormatError, Vectors
 
@@ -21,6 +22,8 @@ def check(file: Vectors, compare: Comparison) -> None:
         values = {key: torch.from_numpy(value.copy()) for key, value in file.under(f"{case}/").items()}
         for key, got in {**_outputs(values), **_weights(values)}.items():
             compare.close(f"{case}/{key}", got.numpy(), file[f"{case}/{key}"])
+        for key, got in _of_the_table(values).items():
+            compare.close(f"{case}/{key} (table)", got.numpy(), file[f"{case}/{key}"])
         compare.close(f"{case}/refresh_traj", _trajectory(values), file[f"{case}/refresh_traj"])
     if not cases:
         raise FormatError("no case: keys are like 0/p")
@@ -51,6 +54,23 @@ def _weights(v: dict[str, Tensor]) -> dict[str, Tensor]:
         "bregman_fisher_diag": objectives.quadratic_penalty(theta, old, full.diagonal()) / 2,
         "vcl_kl": objectives.gaussian_divergence(v["vcl_mu"], v["vcl_sigma"], v["vcl_mu_old"], v["vcl_sigma_old"]),
         "ncl_theta_next": objectives.natural_step(theta, v["ncl_grad"], old, full, v["ncl_lr"]),
+    }
+
+
+def _of_the_table(v: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same by the terms of the methods, as optimizers evaluate them."""
+    at = [("w", v["theta"])]
+    (ewc,) = table.online_ewc(0.5, {"w": v["F_full"].diagonal()}, {"w": v["theta_old"]})
+    spreads = {"w": v["vcl_sigma_old"].log()}, {"w": v["vcl_sigma"].log()}
+    (vcl,) = table.vcl(1.0, 1, {"w": v["vcl_mu_old"]}, *spreads)
+    logits, onto = v["p"].log()[None], v["logits_old"][None]
+    (er,), (dark,), (cpr,) = table.er(1.0), table.dark_er(1.0), table.cpr(1.0)
+    return {
+        "bregman_fisher_diag": ewc.value(ewc.distance(at)),
+        "vcl_kl": vcl.value(vcl.distance([("w", v["vcl_mu"])])),
+        "ce": er.divergence.definition(logits, v["y"][None])[0],
+        "kl_p_uniform": cpr.divergence.definition(logits, v["y"][None])[0],
+        "mse_loss_mean_over_all_elements": dark.divergence.definition(v["logits_new"][None], onto)[0],
     }
 
 
