@@ -67,7 +67,7 @@ def test_it_is_a_loop_with_two_slow_copies() -> None:
     assert not torch.allclose(t.module(x), stable(x), rtol=0, atol=1e-3)
     for name, p in t.module.state_dict().items():
         assert torch.equal(p, t.kept[-1][1][name])  # predictions leave the weights as they are
-    assert "0.7 E_replay ||logits - stored||^2 / classes" in t.describe()
+    assert "0.7 E_replay ||logits - averages'||^2 / classes + 1 E_replay CE(logits, labels)\n" in t.describe()
 
 
 def test_the_surer_of_two() -> None:

@@ -86,6 +86,7 @@ CROSS_ENTROPY = Divergence(
 """KL(one-hot y || softmax u), which is the cross-entropy."""
 MEAN_SQUARE = Divergence(
     "||logits - stored||^2 / classes", _logits, mean_square, dark_term, _stored)
+AVERAGED = replace(MEAN_SQUARE, text="||logits - averages'||^2 / classes")
 SQUARED_DISTANCE = Divergence("||logits - stored||^2", _logits, squared_norm, _squared, _stored)
 
 
@@ -178,7 +179,7 @@ def cpr(beta: float) -> tuple[OutputTerm, ...]:
 @functools.cache
 def cls_er(weight: float, rows: str = "replay") -> tuple[OutputTerm, ...]:
     """Complementary learning systems, beside `er`: logits of slow copies of the model."""
-    return (OutputTerm("cls_er", weight, rows, MEAN_SQUARE, target="semantic"),)
+    return (OutputTerm("cls_er", weight, rows, AVERAGED, target="semantic"),)
 
 
 # ----------------------------------------------------------------------------------- weight methods
