@@ -66,13 +66,13 @@ class NCL(OptimizerMixin):
     bases = ("SGD",)
     example = {"prior": 0.05}
     off = {"strength": 0.0}
-    search = {"prior": (1e-2, 1e-3, 1e-1), "strength": (0.5, 0.05, 5.0)}
+    search = {"prior": (1e-4, 1e-5, 1e-3, 1e-2), "strength": (0.5, 0.05, 5.0)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         strength: float = 0.5
         """Factor on the quadratic, without a 1/2: 0.5 is the paper's; >= 0, 0 switches NCL off, and the metric with it."""
-        prior: float = 1e-2
+        prior: float = 1e-4
         """Precision of a weight of which no task knows anything, in the unit of F, a mean over samples; > 0."""
         estimator: Estimator | Literal["given"] = "empirical"
         """Which Fisher information `consolidate_ncl` estimates (see `fisher_sums`); "given": it must be handed in."""
