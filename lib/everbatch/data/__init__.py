@@ -4,6 +4,7 @@ from everbatch.data.arrival import blurry, online, task_free
 from everbatch.data.batch import Batch
 from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
 from everbatch.data.correlated import dirichlet_order
+from everbatch.data.corruptions import CORRUPTIONS, corrupt
 from everbatch.data.datasets import DatasetSource, as_source
 from everbatch.data.domains import Permute, Rotate, permuted, rotated
 from everbatch.data.kinds import STREAMS, StreamKind, StreamName, make_stream
@@ -35,11 +36,11 @@ from everbatch.data.streams import (
 )
 
 __all__ = [
-    "STREAMS", "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
+    "CORRUPTIONS", "STREAMS", "Batch", "Buffer", "ClassBalanced", "ConcatSource", "DatasetSource", "Loader", "Permute",
     "ReplayStore", "Reservoir", "Ring", "Rotate", "RowDataset", "RowSource", "Slots", "Source", "Stream", "StreamKind",
     "StreamName", "SubsetSource",
     "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index", "blurry",
-    "class_incremental", "dirichlet_order", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
+    "class_incremental", "corrupt", "dirichlet_order", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
     "iid", "largest", "load", "make_stream", "online", "permuted", "pilot_increments", "reservoir_index", "ring_index",
     "rotated", "share", "stratified_split", "task_free", "task_incremental", "validation",
 ]
