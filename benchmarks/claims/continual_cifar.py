@@ -36,10 +36,10 @@ CLAIM = Claim(
     title="Rehearsal beats penalties in class-incremental CIFAR-10, and joint training beats both",
     methods=("Replay", "EWC", "LwF", "AGEM", "Refresh", "Joint"),
     paper=Paper(authors="Buzzega et al.", year=2020, ref="arXiv 2004.07211", where="table 2, Sequential CIFAR-10"),
-    says="Joint training > DER++ > ER > fine-tuning where the task is not known at test; EWC, LwF and A-GEM stay near fine-tuning "
-    "there, and gain where the task is known.",
-    protocol="Sequential CIFAR-10 (5 x 2 classes), ResNet-18, buffers of 200, 500, 5120, 50 epochs a task, hyper-parameters tuned.",
-    scaled="16 pixels, 3,000 training samples, a small convolutional net, 4 epochs a task, defaults and one learning rate for all; "
-    "give the images with data=FOLDER.",
+    says="Joint training > DER++ > ER > fine-tuning where the task is not known at test; EWC, LwF and A-GEM stay near "
+    "fine-tuning there, and gain where the task is known.",
+    protocol="Sequential CIFAR-10 (5 x 2 classes), ResNet-18, buffers of 200, 500, 5120, 50 epochs a task, options tuned.",
+    scaled="16 pixels, 3,000 training samples, a small convolutional net, 4 epochs a task, defaults and one learning rate "
+    "for all; give the images with data=FOLDER.",
     run=train, scale=Scale(data="cifar10", image_size=16, samples=3000, epochs=4), seeds=3, shown=SHOWN, minutes=15,
     arms=ARMS, rule=RULE)

@@ -17,5 +17,7 @@ CLAIM = Claim(
     arms={"DER++": Arm(options={"method": "dark_er_pp"}), "ER": Arm(options={"method": "er"})},
     rule=(Contrast(says="DER++, reported minus new orders", statistic="optimism", weights={"DER++": 1}),
           Contrast(says="ER, reported minus new orders", statistic="optimism", weights={"ER": 1}),
-          Contrast(says="DER++, conventional minus two-phase, on new orders", statistic="gap", weights={"DER++": 1}, decides=False),
-          Contrast(says="ER, conventional minus two-phase, on new orders", statistic="gap", weights={"ER": 1}, decides=False)))
+          Contrast(says="DER++, conventional minus two-phase, on new orders", statistic="gap", weights={"DER++": 1},
+                   decides=False),
+          Contrast(says="ER, conventional minus two-phase, on new orders", statistic="gap", weights={"ER": 1},
+                   decides=False)))
