@@ -16,6 +16,7 @@ import growing
 import learning
 from everbatch import compose
 from everbatch.data import RowSource, iid, task_free, task_incremental
+from everbatch.distributed import World
 from everbatch.evaluate.evaluator import accuracies
 from everbatch.evaluate.subsets import quotas, stratified_subset
 from everbatch.metrics import Stability
@@ -210,6 +211,50 @@ def test_one_task_leaves_what_needs_two_undefined() -> None:
     values = t.report().values
     assert values["min_accuracy"] is None and values["forgetting"] is None and values["accuracy"] == t.matrix[0][0]
     assert "min accuracy                   -" in t.report().lines[0] and list(t.figures()) == ["accuracy_over_steps"]
+
+
+class Own:
+    """A trainer of one's own, with no run behind it: least squares of digits, one step a call."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
+        self.world, self.device, self.seed, self.step = World(), torch.device("cpu"), 0, 0
+        self.stream, self.config = stream(), Trainer.Config(eval_batch=4)
+
+    def inputs_of(self, raw: Tensor) -> Tensor:
+        return learning.scale(raw)
+
+    def predict(self, batch: Any) -> Tensor:
+        return self.module(batch.inputs)  # type: ignore[no-any-return]
+
+    def on_task_start(self, task: Any) -> None:
+        pass
+
+    on_task_end = on_task_start
+
+    def after_step(self, record: Any) -> None:
+        pass
+
+    def fit(self) -> None:
+        for task in self.stream.tasks:
+            self.on_task_start(task)
+            for _ in range(4):
+                x, y = self.inputs_of(self.stream.fetch(task.train_ids)), self.stream.targets(task.train_ids)  # type: ignore[arg-type]
+                self.optimizer.zero_grad()
+                nn.functional.cross_entropy(self.module(x), y).backward()
+                self.optimizer.step()
+                self.after_step(None)
+                self.step += 1
+            self.on_task_end(task)
+
+
+def test_a_trainer_of_ones_own_is_watched_too() -> None:
+    t: Any = type("Watched", (ContinualEvaluation, Own), {})(every=2, dense=0)
+    t.fit()
+    assert t.curves["step"].tolist() == [2, 4, 6, 8, 10, 12] and not np.isnan(t.curves["untrained"]).any()
+    assert t.stability.ends[2] == accuracies(t, t.stream, 2, list(t.stream.tasks)) and t.report().values["points"] == 6
 
 
 def test_a_head_that_grows_is_evaluated_on_what_it_has() -> None:

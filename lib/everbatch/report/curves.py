@@ -19,6 +19,8 @@ __all__ = ["MOST_CURVES", "accuracy_over_steps", "forgetting_by_task", "plastici
 
 MOST_CURVES = 10
 """Tasks that are drawn as a curve each; more are a map, with a row each."""
+LONG = 8
+"""Characters beyond which names of that many tasks give way to their numbers."""
 Shown = Literal["fraction", "percent", "score"]
 
 
@@ -122,7 +124,7 @@ def forgetting_by_task(
     axes.set_ylabel("lost" if unit == "score" else "accuracy lost, points")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.22 if turned else -0.16), ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return saved(figure, path)
 
 
@@ -141,6 +143,8 @@ def _checked(steps: ArrayLike, tasks: ArrayLike, accuracies: ArrayLike) -> tuple
 def _names(names: Sequence[str] | None, tasks: int) -> list[str]:
     labels = [str(task + 1) for task in range(tasks)] if names is None else list(names)
     check(len(labels) >= tasks, "curves", f"{len(labels)} names for {tasks} tasks", "be as many")
+    if tasks > MOST_CURVES and max(map(len, labels)) > LONG:
+        return [str(task + 1) for task in range(tasks)]
     return labels[:tasks]
 
 

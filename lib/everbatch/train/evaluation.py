@@ -50,7 +50,8 @@ class ContinualEvaluation(TrainerMixin):
     measured. A recorder gets evaluation/task_J, evaluation/min_accuracy and evaluation/worst_case_accuracy
     at each evaluated step. Accuracies on all test samples at task ends are in the trainer's matrix.
 
-    Of a problem that is no classification, the first of its scores stands for accuracy.
+    Of a problem that is no classification, the first of its scores stands for accuracy. A trainer of your
+    own also offers `module`, `stream`, `device`, `optimizer`, `inputs_of(raw)` and `config.eval_batch`.
 
     Training is as without: the same bits of weights, moments, buffers, memory and random numbers.
 
