@@ -12,6 +12,7 @@ from everbatch import config
 from everbatch.config.strict_yaml import load_file
 from everbatch.experiment import ClassIncremental, named, run
 from needs import needs
+from rotation import When
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "class_incremental"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -39,7 +40,7 @@ def test_the_settings_asked_for_are_there() -> None:
     assert (values["optimizer"]["lr"], values["replay"]["alpha"], values["replay"]["beta"]) == (0.03, 0.2, 0.5)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [When(place, 4).param(path, id=path.stem) for place, path in enumerate(FILES)])
 def test_published_settings(path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in path.read_text().splitlines():
         group = re.fullmatch(r" *\w+:", line)

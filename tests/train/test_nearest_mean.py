@@ -155,6 +155,7 @@ def test_means_are_of_the_network_after_each_step() -> None:
     assert 0.0 < made.worst < 1e-5
 
 
+@pytest.mark.rotated(1, 4)
 def test_a_head_that_grows_predicts_among_what_it_has(tmp_path: Path) -> None:
     options = config.build(ClassIncremental, {
         "method": "nearest_mean", "model": {"head": "growing"}, "engine": {"kind": "plain"}, "output": str(tmp_path), "tasks": 5,
