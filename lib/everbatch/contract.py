@@ -70,7 +70,7 @@ class Contract:
     makes: ClassVar[Mapping[str, Mapping[str, Any]] | None] = None
     """Methods of the literature by the name that a recipe's `method=` takes, and the options of each:
     fields of the part and, with a dot, other options of the recipe by path. None: one method, of the
-    part's key and defaults."""
+    part's key and defaults; empty: none of its own."""
 
     configs: dict[type, Any]
     states: dict[type, Any]

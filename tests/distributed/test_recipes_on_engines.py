@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -24,10 +25,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(300
 LIMIT_S = 400.0
 WORDS = {
     "class_incremental": ("tasks=2", "trainer.epochs=1", "method=dark_er_pp", "trainer.checkpoint_every=0"),
-    "large_batch": ("trainer.epochs=2", "trainer.schedule.warmup_epochs=1", "eval_every=1"),
+    "large_batch": ("trainer.epochs=2", "trainer.schedule.warmup_epochs=1", "eval_every=1", "conadv=null"),
     "growing_data": ("trainer.epochs=2", "seeds=1", "arms=[warm,shrink_perturb]"),
 }
-"""Recipes with options, and what makes each short."""
+"""Recipes with options, and what makes each short. Crafted samples are left out: their search turns rounding into other samples,
+which have tests of their own."""
 METHODS = ("agem", "gdumb", "er_ace", "icarl")
 """Of the class-incremental recipe, beside its own: each on the stage that shares most."""
 WEIGHTS, LOSSES = 1e-4, 1e-4
@@ -46,7 +48,9 @@ def numbers(folder: Path) -> dict[str, Any]:
 def flat(value: Any) -> list[float]:
     if isinstance(value, dict):
         return [x for item in value.values() for x in flat(item)]
-    return [x for item in value for x in flat(item)] if isinstance(value, list) else [float(value)]
+    if isinstance(value, list):
+        return [x for item in value for x in flat(item)]
+    return [math.nan if value is None else float(value)]  # a task that was not evaluated yet
 
 
 def same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:

@@ -94,7 +94,7 @@ def layer(text: str) -> dict[str, Any]:
 def _remembering() -> list[str]:
     """Paths of the parts that continual methods are made of, and that may be off."""
     parts = {methods.path_of(key): key for key in methods.TABLE if _alone(key)}
-    names = [name for key in methods.TABLE if ROOM in methods.TABLE[key] or methods.load(key).makes for name in made_by(key)]
+    names = [name for key, place in methods.TABLE.items() if ROOM in place for name in made_by(key)]
     used = {path for name in names for path in _names()[name]}
     return [part for part in parts if any(f"{path}.".startswith(f"{part}.") for path in used)]
 

@@ -70,6 +70,7 @@ class ContinualEvaluation(TrainerMixin):
     """
 
     observes = True
+    makes = {}  # it measures
     example = {"every": 2, "dense": 2, "subset": 9}
     off = {}
     search = {}

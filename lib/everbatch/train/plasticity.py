@@ -66,6 +66,7 @@ class Plasticity(TrainerMixin):
     """
 
     observes = True
+    makes = {}  # it measures
     example = {"subset": 9}
     off = {}
     search = {}

@@ -110,6 +110,7 @@ class LAMB(OptimizerMixin):
 
     minimizes = False
     bases = ("AdamW",)
+    makes = {"lamb": {"optimizer.base": "adamw"}}
     example = {"max_grad_norm": 0.5}
     off = {"min_ratio": 1.0, "max_ratio": 1.0}
     search = {"max_grad_norm": (1.0, 0.3, 3.0)}

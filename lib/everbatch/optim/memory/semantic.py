@@ -43,6 +43,7 @@ class SemanticMemory(OptimizerMixin):
     called_by = "cls_er"
     left_of = ("DynamicSparsity",)
     minimizes = False
+    makes = {}  # a part of another method
     example = {"stable_decay": 0.8, "plastic_decay": 0.5}
     off = {"stable_decay": 0.8}  # it touches no weight
     search = {"stable_often": (0.7, 0.3, 0.1), "plastic_often": (0.9, 1.0)}
