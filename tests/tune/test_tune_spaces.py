@@ -11,6 +11,7 @@ import pytest
 
 from everbatch import config
 from everbatch.declared import Range
+from everbatch.tune.drive import missing
 from everbatch.tune.ledger import Ledger
 from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.spaces import Method, draw, draw_all, gtep, plain_space, space_from
@@ -213,3 +214,26 @@ def test_only_the_evaluation_is_told_where_its_data_is() -> None:
     search = str(vars(made["search"]))
     assert "evaluation" not in search and "nonce" not in search and made["search"].data == "runs/x/tuning"
     assert made["evaluate"].nonce == made["conventional"].nonce == made["prepare"].nonce == "/safe/nonce"
+
+
+@pytest.mark.slow
+def test_optuna_proposes_the_same_whichever_trial_ends_first_and_runs_nothing_twice(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    best = {"optimizer.lr": 0.05, "replay.beta": 1.0}
+
+    def score(values: dict[str, Any], order: int) -> float | None:
+        if values["replay.replay_batch"] == 16:
+            return None  # a failure, which a proposal must live with
+        return 0.5 + 0.2 * sum(values[path] == value for path, value in best.items())
+
+    found = []
+    for turn, way in enumerate((list, reversed)):
+        made = plan(SearchOptions(methods=("er",), trials=30, searcher="optuna"), tmp_path / str(turn))
+        made.run(lambda trials, way=way: filled(score)(list(way(trials))))  # type: ignore[misc]
+        found.append(made.values)
+    assert found[0] == found[1] and len(found[0]["er"]) == 30
+    again, ran = plan(SearchOptions(methods=("er",), trials=30, searcher="optuna"), tmp_path / "0"), []
+    again.run(lambda trials: ran.extend(trial for trial in trials if missing(trial)))
+    assert again.values == found[0] and ran == []  # the ledger says what was proposed after it
+    scores = [sum(values[path] == value for path, value in best.items()) for values in found[0]["er"]]
+    assert sum(scores[15:]) > 2 * sum(scores[:15])  # it learns

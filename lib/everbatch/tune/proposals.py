@@ -25,7 +25,7 @@ def propose(plan: Any, go: Callable[[list[Trial]], None]) -> None:
     try:
         optuna: Any = importlib.import_module("optuna")
     except ImportError as error:
-        raise ImportError("tune: optuna is not installed; pip install optuna, or searcher=random") from error
+        raise ImportError("tune: optuna is not installed; pip install everbatch[tune], or searcher=random") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     options = plan.options
     spaces = {name: options.space_of(name) for name in options.methods}
