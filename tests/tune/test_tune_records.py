@@ -53,7 +53,6 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(judging, "cluster", nothing)
     monkeypatch.setattr(judging, "drive", drive)
     monkeypatch.setattr(judging, "report", lambda *_: "the report")  # drawn in a test of its own
-    monkeypatch.setattr(judging, "run", lambda plan, *_: plan.run(lambda trials: drive(trials)))
     return ran
 
 

@@ -13,19 +13,20 @@ from typing import Any
 
 import pytest
 
-from everbatch.tune.drive import Resources, _check_nodes, _list_death
+from everbatch.tune.drive import Resources, _check_nodes, _list_death, cluster
 from everbatch.tune.ledger import Ledger
 from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.progress import Board
 from everbatch.tune.record import read, verify
 from everbatch.tune.seal import LeakageError, Seal
+from everbatch.tune.search import settle
 from everbatch.tune.stream import failure, unit
 from everbatch.tune.trial import Trial
 from processes import ROOT
 from tuning import command, prepared
 
 SPACE = {"er": {"optimizer.lr": [0.05, 1e30], "replay.beta": [0.5, 1.0], "replay.replay_batch": [8]}}
-WORDS = ("methods=[er]", "trials=5", "seed=3", f"space={json.dumps(SPACE)}")
+WORDS = ("methods=[er]", "trials=5", "seed=3", "cpus=2", f"space={json.dumps(SPACE)}")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,8 @@ def test_the_same_command_does_nothing_twice_and_another_search_is_refused(
     again = command("search", f"data={run / 'tuning'}", *WORDS)
     assert again.returncode == 0 and read(run / "search" / "record.json")["sha256"] in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (run / "search" / "units").iterdir()}
-    other = command("search", f"data={run / 'tuning'}", *WORDS, "seed=4")
-    assert other.returncode == 1 and len(other.stderr.splitlines()) == 1
-    assert "seed=4 for a search that began in" in other.stderr and "name another output" in other.stderr
+    with pytest.raises(ValueError, match="^tune: seed=4 for a search that began in .* with seed=3, must be the same"):
+        settle(run / "search", SearchOptions(methods=("er",), trials=5, seed=4, space=SPACE))
 
 
 # -------------------------------------------------------------------------------------------------------- streams that fail
@@ -201,9 +201,26 @@ def test_the_board_counts_trials_and_streams(tmp_path: Path) -> None:
     assert lines[3].startswith("5/10 streams") and out.getvalue() == "search: 10 streams of 5 trials, 0 of them done before\n"
 
 
-def test_without_ray_a_search_says_what_to_install(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "ray.py").write_text("raise ImportError('no ray here')\n")
-    lib = os.pathsep.join([str(tmp_path), str(ROOT / "lib")])
-    done = command("search", f"data={run / 'tuning'}", f"output={tmp_path / 'out'}", *WORDS, PYTHONPATH=lib)
-    assert done.returncode == 1 and done.stderr.strip() == ("search: ImportError: tune: ray is not installed; pip install "
-                                                            "everbatch[tune]")
+def test_without_ray_a_search_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"^tune: ray is not installed; pip install everbatch\[tune\]$"), \
+            cluster(Resources(), tmp_path, []) as start:
+        start()
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_all_phases_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    output = tmp_path / "run"
+    words = [sys.executable, str(ROOT / "recipes" / "two_phase.py"), f"output={output}", "search.trials=2",
+             "pair.evaluation_orders=2", "pair.scenario.trainer.epochs=1", "search.methods=[er]"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "RAY_AUTH_MODE": "disabled"}
+    first = subprocess.run(words, env=env, text=True, capture_output=True, timeout=500, cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = json.loads((output / "evaluation" / "comparison.json").read_text())["avg_acc"]
+    assert {(row["protocol"], row["method"]) for row in found["choices"]} == {
+        ("two-phase", "er"), ("two-phase", "finetune"), ("conventional", "er")}
+    assert "er" in found["optimism"] and (output / "evaluation" / "figures" / "both_protocols.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/units/*")}
+    again = subprocess.run(words, env=env, text=True, capture_output=True, timeout=500, cwd=tmp_path)
+    assert again.returncode == 0 and before == {path: path.stat().st_mtime_ns for path in output.glob("*/units/*")}

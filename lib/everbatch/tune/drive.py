@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +58,8 @@ class Resources:
 
 
 @contextmanager
-def cluster(resources: Resources, folder: Path, files: Sequence[Path]) -> Iterator[Any]:
-    """Ray inside the block.
+def cluster(resources: Resources, folder: Path, files: Sequence[Path]) -> Iterator[Callable[[], Any]]:
+    """Ray inside the block, from the first call of what it gives: where the ledger has everything, none is started.
 
     Args:
         folder: of the ledger, and files: that trials read; every node must see both.
@@ -67,27 +67,43 @@ def cluster(resources: Resources, folder: Path, files: Sequence[Path]) -> Iterat
     Raises:
         ImportError: ray is not installed. ValueError: resources that no node has, storage that a node does not see.
     """
+    begun: list[Any] = []
+
+    def start() -> Any:
+        if not begun:
+            ray = _ray(resources)
+            begun.append(ray if not ray.is_initialized() else None)
+            if begun[0] is not None:
+                _init(ray, resources)
+            _check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
+            if resources.address is not None:
+                check_nodes_see(ray, folder, files)
+
     try:
-        os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
-        if resources.address is None:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is written into the home folder
-        ray: Any = importlib.import_module("ray")  # of its types some are missing
+        yield start
+    finally:
+        for ray in begun:
+            if ray is not None:
+                ray.shutdown()
+
+
+def _ray(resources: Resources) -> Any:
+    """The module; before it is imported, what it reads then."""
+    os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
+    if resources.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is written into the home folder
+    try:
+        return importlib.import_module("ray")
     except ImportError as error:
         raise ImportError("tune: ray is not installed; pip install everbatch[tune]") from error
-    mine = not ray.is_initialized()
-    if mine and resources.address is not None:
+
+
+def _init(ray: Any, resources: Resources) -> None:
+    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    if resources.address is not None:
         check_address(resources.address)
-    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if resources.address is None else {}
-    if mine:
-        ray.init(address=resources.address, log_to_driver=False, logging_level="error", **local)
-    try:
-        _check_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]], resources)
-        if resources.address is not None:
-            check_nodes_see(ray, folder, files)
-        yield ray
-    finally:
-        if mine:
-            ray.shutdown()
+        local = {}
+    ray.init(address=resources.address, log_to_driver=False, logging_level="error", **local)
 
 
 def _check_nodes(nodes: Sequence[dict[str, float]], resources: Resources) -> None:
@@ -103,8 +119,8 @@ def _check_nodes(nodes: Sequence[dict[str, float]], resources: Resources) -> Non
           "lower ranks, cpus or gpus, or add nodes")
 
 
-def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Board) -> None:
-    """Run trials side by side until each of their units is in the ledger, filled or failed.
+def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Board, start: Callable[[], Any]) -> None:
+    """Run trials side by side until each of their units is in the ledger, filled or failed. `start` is what `cluster` gives.
 
     A process of a trial that dies is started again once, and goes on from its newest checkpoint; after the second death the unit
     is listed as failed. Only what the ledger lacks is submitted.
@@ -112,6 +128,7 @@ def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Bo
     left = [trial for trial in trials if missing(trial)]
     board.begin(trials)
     if left:
+        start()
         tune: Any = importlib.import_module("ray.tune")
         if resources.address is not None:
             files = {file for trial in left for file in (trial.data, trial.seal) if file is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.progress import Board
 from everbatch.tune.record import freeze, read, verify, verify_against
 from everbatch.tune.report import report
-from everbatch.tune.search import body_of, run
+from everbatch.tune.search import body_of
 
 __all__ = ["Conventional", "Evaluate", "conventional", "evaluate", "results"]
 
@@ -75,9 +75,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         search = search_of(body, options)
         whole = plan_on(data, search)
         orders = [order for order in plan["evaluation_orders"] if not options.orders or order in options.orders]
-        _judge(whole, body, orders, options, "two-phase", record["sha256"], data.folder)
+        with cluster(options, data.folder, [Path(whole.data)]) as start:
+            _judge(whole, record, orders, start)
     found = results(data.folder)
-    complete = not missing_orders(found, body, plan["evaluation_orders"], "two-phase")
+    complete = not missing_orders(found, record, plan["evaluation_orders"])
     flags = [*body["flags"], *state["flags"]]
     for flag in flags:
         print(f"evaluate: {flag}")
@@ -123,10 +124,10 @@ def _open(data: EvaluationData, record: Mapping[str, Any], body: Mapping[str, An
     return state
 
 
-def _judge(
-    plan: Plan, body: Mapping[str, Any], orders: Sequence[int], resources: Resources, protocol: str, digest: str, folder: Path,
-) -> None:
-    """Run what a body chose on some orders, and add the rows that are not there yet."""
+def _judge(plan: Plan, record: Mapping[str, Any], orders: Sequence[int], start: Callable[[], Any]) -> None:
+    """Run what a record chose on some orders, and add the rows that are not there yet."""
+    body, digest, folder = record["body"], record["sha256"], plan.ledger
+    protocol, resources = body["kind"], plan.options
     judged = {name: method for name, method in body["methods"].items() if protocol == "two-phase" or method["space"]}
     chosen = {name: (i := method["chosen"], method["configurations"][i]["values"]) for name, method in judged.items()}
     trials = [plan.trial(name, i, values, [order]) for name, (i, values) in chosen.items() for order in orders]
@@ -134,8 +135,7 @@ def _judge(
         Ledger(folder).forget_failures([key for trial in trials for _, key in trial.units])
     distinct = list({trial.units[0][1]: trial for trial in trials}.values())
     title = "evaluate" if protocol == "two-phase" else "conventional, on the new orders"
-    with cluster(resources, folder, [Path(plan.data)]):
-        drive(distinct, resources, folder, Board(title, choosing=False))
+    drive(distinct, resources, folder, Board(title, choosing=False), start)
     amended = bool(json.loads((folder / OPENED).read_text())["records"][1:])
     known = {(row["protocol"], row["method"], row["order"], row["record"]) for row in results(folder) if "failed" not in row}
     for trial in trials:
@@ -168,10 +168,10 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def missing_orders(rows: Sequence[Mapping[str, Any]], body: Mapping[str, Any], orders: Sequence[int], protocol: str) -> list[int]:
-    """Declared orders without a result of some method."""
-    there = {(row["method"], row["order"]) for row in rows if row["protocol"] == protocol}
-    return [order for order in orders if any((name, order) not in there for name in body["methods"])]
+def missing_orders(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any], orders: Sequence[int]) -> list[int]:
+    """Declared orders on which some method of a two-phase record has not run."""
+    there = {(row["method"], row["order"]) for row in rows if row["record"] == record["sha256"]}
+    return [order for order in orders if any((name, order) not in there for name in record["body"]["methods"])]
 
 
 def conventional(options: Conventional) -> dict[str, Any]:
@@ -188,19 +188,20 @@ def conventional(options: Conventional) -> dict[str, Any]:
           "what is learned on the evaluation data must not reach the choice that it judges")
     record = read(folder / "records" / f"{state['records'][-1]['sha256']}.json")
     body = verify(record)
-    gone = missing_orders(results(folder), body, plan["evaluation_orders"], "two-phase")
+    gone = missing_orders(results(folder), record, plan["evaluation_orders"])
     check(not gone, "conventional", f"an evaluation without orders {gone}", "come after the whole evaluation",
           "run `evaluate` first")
     with claimed(folder, World()):
         search = plan_on(data, search_of(body, options))
-        path = folder / "conventional.json"
-        if not path.exists():
-            run(search, options, folder, "conventional")
-            whole = {**body_of(search, "conventional"), "commitment": body["commitment"], "flags": [],
-                     "evaluation_orders": plan["evaluation_orders"], "frozen": round(time.time(), 3)}
-            freeze(whole, path)
-        mine = read(path)
-        theirs = verify(mine, "conventional")
-        _judge(search, theirs, plan["evaluation_orders"], options, "conventional", mine["sha256"], folder)
+        path = folder / (f"conventional-{record['sha256'][:12]}.json" if state["records"][1:] else "conventional.json")
+        with cluster(options, folder, [Path(search.data)]) as start:
+            if not path.exists():
+                search.run(lambda trials: drive(trials, options, folder, Board("conventional"), start))
+                whole = {**body_of(search, "conventional"), "commitment": body["commitment"], "flags": [],
+                         "evaluation_orders": plan["evaluation_orders"], "frozen": round(time.time(), 3)}
+                freeze(whole, path)
+            mine = read(path)
+            verify(mine, "conventional")
+            _judge(search, mine, plan["evaluation_orders"], start)
     print(report(record, mine, results(folder), folder))
     return {"record": mine, "rows": results(folder), "two_phase": record}

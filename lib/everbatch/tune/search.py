@@ -78,8 +78,8 @@ def search(options: Search) -> dict[str, Any]:
 
 def run(plan: Plan, resources: Resources, folder: Path, title: str) -> None:
     """All rounds of a plan, on Ray."""
-    with cluster(resources, folder, [Path(file) for file in (plan.data, plan.seal) if file is not None]):
-        plan.run(lambda trials: drive(trials, resources, folder, Board(title)))
+    with cluster(resources, folder, [Path(file) for file in (plan.data, plan.seal) if file is not None]) as start:
+        plan.run(lambda trials: drive(trials, resources, folder, Board(title), start))
 
 
 def identity(options: SearchOptions) -> dict[str, Any]:
