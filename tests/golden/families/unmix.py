@@ -105,7 +105,8 @@ def _layer(file: Vectors, kind: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> UnMixT
     layer.load_state_dict({name: _t(value) for name, value in state.items()}, strict=False)
     if "bn_momentum" in file.arrays:
         layer.momentum = float(file["bn_momentum"])
-        convert_unmix_tns(layer, file.integer("K"), alpha=float(file["alpha_init"]) if file.integer("K") > 1 else 0.5,
+        alpha = float(file["alpha_init"])  # of one component it plays no part
+        convert_unmix_tns(layer, file.integer("K"), alpha=alpha if file.integer("K") > 1 else 0.5,
                           temperature=float(file["temperature"]), batch_size=file.integer("batch_size"),
                           batch_size_max=file.integer("batch_size_max"))
     else:
