@@ -142,6 +142,7 @@ def test_no_trace_in_weights_buffers_memory_averages_or_generators() -> None:
     assert np.array_equal(watched.matrix, plain.matrix, equal_nan=True) and drawn == expected
 
 
+@pytest.mark.rotated(2, 3)
 def test_averaged_weights_are_those_of_ema() -> None:
     t = build(optimizer=functools.partial(compose(EMA, base=torch.optim.SGD), lr=0.1, ema_decay=0.9), averaged=True)
     t.fit(stream())
@@ -191,6 +192,7 @@ def test_a_task_is_predicted_among_its_own_classes_where_its_id_is_known() -> No
     assert np.nanmean(t.curves["accuracy"]) > 0.5  # chance
 
 
+@pytest.mark.rotated(1, 3)
 def test_a_stream_without_visible_boundaries_is_evaluated_by_task() -> None:
     runs = [build(every=3, dense=2) for _ in range(2)]
     for t, s in zip(runs, (stream(), task_free(stream())), strict=True):
@@ -287,6 +289,7 @@ def test_bad_options_are_refused_at_construction(options: dict[str, Any], text: 
         build(**options)
 
 
+@pytest.mark.rotated(2, 3)
 def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
     t = build()
     t.fit(stream())
@@ -294,6 +297,7 @@ def test_a_second_fit_begins_anew(tmp_path: Path) -> None:
     assert t.curves["step"].tolist() == list(range(25, 49)) and t.stability.points == 24
 
 
+@pytest.mark.rotated(1, 3)
 def test_the_recorder_gets_figures_that_can_be_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     t = build(every=4, dense=0)
@@ -307,6 +311,7 @@ def test_the_recorder_gets_figures_that_can_be_drawn(tmp_path: Path) -> None:
 
 
 
+@pytest.mark.rotated(0, 3)
 def test_a_recipe_reports_and_draws_what_mixins_saw(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     from everbatch.experiment import ClassIncremental, Data, Engine, run
