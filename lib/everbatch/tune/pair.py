@@ -21,7 +21,7 @@ from everbatch.errors import check, check_whole, nearest
 from everbatch.rows import one_tensor
 from everbatch.tune.ledger import canonical, sha256, write_atomically
 from everbatch.tune.seal import Seal, ciphered, row_hashes
-from everbatch.tune.stream import SCENARIO, built, plain_options
+from everbatch.tune.stream import SCENARIO, check_options, plain_options
 
 __all__ = ["EvaluationData", "ScenarioPair", "prepare"]
 
@@ -63,7 +63,7 @@ class ScenarioPair:
             check(len(set(given)) == len(given), "tune", f"{name}={list(given)}", "name every class once")
         shared = sorted({*self.tuning_classes} & {*self.evaluation_classes})
         check(not shared or self.tuning != self.evaluation, "tune", f"classes {shared[:5]} on both sides", "be on one side")
-        built([self.whole_scenario], [*self.increments], 0, "digits", "")
+        check_options([self.whole_scenario], self.increments)
 
     @property
     def whole_scenario(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from everbatch.errors import check, check_whole, nearest
 from everbatch.tune.drive import Resources
 from everbatch.tune.ledger import Ledger, unit_key
 from everbatch.tune.record import rows_of, select
-from everbatch.tune.spaces import Method, Values, draw_all, gtep, is_rule, plain_space, space_from
-from everbatch.tune.stream import built, flat, plain_options
+from everbatch.tune.spaces import Values, draw_all, gtep, is_rule, method_of, plain_space, space_from
+from everbatch.tune.stream import check_options, flat, plain_options
 from everbatch.tune.trial import Trial
 
 __all__ = ["Plan", "SearchOptions"]
@@ -71,7 +71,7 @@ class SearchOptions(Resources):
         check(bool(self.methods), "tune", "methods=[]", "name at least one")
         check(len(set(names)) == len(names), "tune", f"methods {names}", "be named once")
         for name in names:
-            Method(name)
+            method_of(name)
 
     @property
     def races(self) -> bool:
@@ -84,7 +84,7 @@ class SearchOptions(Resources):
         for name, given in self.space.items():
             check(name in known, "tune", f"space of {name!r}", "be of a method that is searched, or of all", nearest(name, known))
             check(isinstance(given, Mapping), "tune", f"space of {name}: {given!r}", "be values by option")
-        declared = gtep(self.gtep) if self.gtep else Method(method).space
+        declared = gtep(self.gtep) if self.gtep else method_of(method).space
         given = flat({**self.space.get("all", {})}, is_rule) | flat(self.space.get(method, {}), is_rule)
         return {**declared, **space_from(given, "space")}
 
@@ -132,11 +132,11 @@ class Plan:
     def check_options(self, method: str, values: Mapping[str, Any]) -> None:
         """Refuse options of a configuration before it runs."""
         known = {path: value for path, value in values.items() if path != "-"}
-        built([self.scenario, Method(method).options, known], self.increments, 0, self.data, "")
+        check_options([self.scenario, method_of(method).options, known], self.increments)
 
     def trial(self, method: str, i: int, values: Mapping[str, Any], orders: Sequence[int]) -> Trial:
         """One configuration with some of its orders."""
-        layers = [dict(self.scenario), dict(Method(method).options), dict(values)]
+        layers = [dict(self.scenario), dict(method_of(method).options), dict(values)]
         keys = [(order, self.key(method, values, order)) for order in orders]
         return Trial(method=method, id=i, options=layers, increments=self.increments, units=keys, data=self.data,
                      data_sha256=self.data_sha256, seal=self.seal, ledger=str(self.ledger.resolve()), ranks=self.options.ranks,
@@ -144,7 +144,7 @@ class Plan:
 
     def key(self, method: str, values: Mapping[str, Any], order: int) -> str:
         """Of a unit: configurations with the same values share it."""
-        whole = {**Method(method).options, **values}
+        whole = {**method_of(method).options, **values}
         return unit_key(whole, order, {**self.scenario, "increments": self.increments}, self.data_sha256)
 
     # ---------------------------------------------------------------------------------------------------------------- rounds
@@ -205,11 +205,11 @@ class Plan:
         for method in self.options.methods:
             rows, failures = self.rows(method, self.orders)
             space = self.options.space_of(method)
-            found[method] = {"options": Method(method).options, "space": plain_space(space), "paths": list(space),
+            found[method] = {"options": method_of(method).options, "space": plain_space(space), "paths": list(space),
                              "configurations": rows, "failures": failures, "chosen": select(rows, self.orders)}
         for method in self.options.bounds:
             row = {"id": 0, "values": {}, "status": "unsearched", "orders": []}
-            found[method] = {"options": Method(method).options, "space": {}, "paths": [],
+            found[method] = {"options": method_of(method).options, "space": {}, "paths": [],
                              "configurations": [row], "failures": [], "chosen": 0}
         return found
 

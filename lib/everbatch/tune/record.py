@@ -11,7 +11,7 @@ from typing import Any
 
 from everbatch.errors import check
 from everbatch.tune.ledger import canonical, sha256, write_atomically
-from everbatch.tune.spaces import Method, draw_all, space_from
+from everbatch.tune.spaces import draw_all, method_of, space_from
 
 __all__ = ["freeze", "read", "rows_of", "select", "verify", "verify_against"]
 
@@ -117,7 +117,7 @@ def verify(record: Mapping[str, Any], kind: str = "two-phase") -> dict[str, Any]
         again = select(rows, body["orders"])
         check(method["chosen"] == again, "record", f"configuration {method['chosen']} chosen for {name}",
               f"be {again}, which its scores select")
-        known = Method(name).options
+        known = method_of(name).options
         check(method["options"] == known, "record", f"options {method['options']} of {name}", f"be {known}")
         if body["search"]["searcher"] == "random":
             check(sorted(method["space"]) == sorted(method["paths"]), "record", f"paths {method['paths']} of {name}",

@@ -15,7 +15,7 @@ from everbatch.errors import check, nearest
 from everbatch.experiment import named
 from everbatch.tune.stream import flat
 
-__all__ = ["BASE", "Method", "Values", "draw", "draw_all", "gtep", "is_rule", "plain_space", "space_from"]
+__all__ = ["BASE", "Method", "Values", "draw", "draw_all", "gtep", "is_rule", "method_of", "plain_space", "space_from"]
 
 Values = tuple[Any, ...] | Range | Mapping[str, Any]
 """Of one option: a list, an interval, or a rule: {"coin": true}, {"milestones": counts, "of": path of the epochs},
@@ -53,6 +53,12 @@ class Method:
                 idle, declared = part.idle(part.Config(**own)), methods.search_space([key])
                 self.space |= {option: values for option, values in declared.items()
                                if option not in self.options and option.rpartition(".")[2] not in idle}
+
+
+@functools.lru_cache(maxsize=256)
+def method_of(name: str) -> Method:
+    """`Method(name)`, put together once."""
+    return Method(name)
 
 
 def _at(tree: Mapping[str, Any], path: str) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 import time
@@ -17,8 +19,9 @@ from everbatch.errors import CheckpointMismatch, check, check_whole
 from everbatch.experiment import ClassIncremental, run
 from everbatch.experiment.base import Finished
 from everbatch.metrics import seen_accuracy
+from everbatch.tune.ledger import canonical
 
-__all__ = ["OWN", "SCENARIO", "StreamOfOrder", "built", "failure", "flat", "plain_options", "unit"]
+__all__ = ["OWN", "SCENARIO", "StreamOfOrder", "built", "check_options", "failure", "flat", "plain_options", "unit"]
 
 SCENARIO: dict[str, Any] = {"replay.capacity": 20, "trainer.epochs": 4, "trainer.batch_size": 32, "engine.kind": "plain"}
 """The default: what stays the same in both phases and for all methods."""
@@ -91,6 +94,21 @@ def built(options: Sequence[Mapping[str, Any]], increments: list[int], order: in
     """
     whole = {"increments": list(increments), "trainer.seed": order, "data.source": data, "output": output, "resume": True}
     return config.build(StreamOfOrder, *options, whole)
+
+
+def check_options(options: Sequence[Mapping[str, Any]], increments: Sequence[int]) -> None:
+    """Refuse options of a stream before it runs; what was looked at before in this process is not looked at again.
+
+    Raises:
+        ValueError: as `built`.
+    """
+    _checked(canonical([list(options), list(increments)]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(text: bytes) -> None:
+    options, increments = json.loads(text)
+    built(options, increments, 0, "digits", "")
 
 
 def unit(
