@@ -155,6 +155,7 @@ def test_a_group_or_a_free_tree_from_a_file(tmp_path: Path) -> None:
         (["updates.lr=.nan"], "recipe: updates.lr: holds NaN, must be a number"),
         (["updates.betas=[1]"], "recipe: updates.betas=[1], must be a list of 2: a number, a number"),
         (["seeds=[1.5]"], "recipe: seeds=[1.5], must be a list, each a whole number"),
+        (["seeds=3"], "recipe: seeds=3, must be a list, each a whole number; in brackets: seeds=[3]"),
         (["updates.lr=nan"], "recipe: updates.lr='nan', must be a number"),
         (["kind=reservoire"], "recipe: kind='reservoire', must be one of 'reservoir', 'balanced'; did you mean 'reservoir'?"),
         (["kind=best"], "recipe: kind='best', must be one of 'reservoir', 'balanced'"),

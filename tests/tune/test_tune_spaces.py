@@ -237,3 +237,12 @@ def test_optuna_proposes_the_same_whichever_trial_ends_first_and_runs_nothing_tw
     assert again.values == found[0] and ran == []  # the ledger says what was proposed after it
     scores = [sum(values[path] == value for path, value in best.items()) for values in found[0]["er"]]
     assert sum(scores[15:]) > 2 * sum(scores[:15])  # it learns
+
+
+def test_the_commands_are_named_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    from everbatch.tune.commands import COMMANDS, main
+
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[1:-1]] == list(COMMANDS) == ["prepare", "search", "evaluate", "conventional"]
+    assert main([]) == 2 and main(["serch"]) == 2 and "did you mean 'search'?" in capsys.readouterr().err

@@ -200,7 +200,10 @@ def _nest(path: str, value: Any) -> dict[str, Any]:
 
 def _wrong(leaf: Leaf, value: Any) -> ConfigError:
     shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return ConfigError(f"{leaf.path}={shown}, must be {allowed(leaf.hint)}{close_word(value, _choices(leaf.hint))}")
+    words = allowed(leaf.hint)
+    bare = words.startswith("a list, each") and isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    cure = f"; in brackets: {leaf.path}=[{value}]" if bare else close_word(value, _choices(leaf.hint))
+    return ConfigError(f"{leaf.path}={shown}, must be {words}{cure}")
 
 
 def parser(root: Group, prog: str = "recipe", paths: Collection[str] | None = None) -> ArgumentParser:

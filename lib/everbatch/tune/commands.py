@@ -47,12 +47,24 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 
+SAYS = {
+    "prepare": "write two folders: what a search may see, and what it may not, sealed",
+    "search": "tune on the first, freeze record.json, and print its SHA-256 to be published",
+    "evaluate": "open the second, and run what was chosen on the declared orders; once",
+    "conventional": "afterwards: tune on the second too, and say what that would have been worth"}
+
+
+def usage() -> str:
+    """What `--help` without a command prints: the commands in the order in which they are run."""
+    lines = [f"  {name:<14}{SAYS[name]}" for name in COMMANDS]
+    return "\n".join([f"usage: tune {{{','.join(COMMANDS)}}} [key=value ...]", *lines, "tune COMMAND --help lists its options"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m everbatch.tune COMMAND key=value ...`; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    usage = f"usage: tune {{{','.join(COMMANDS)}}} [key=value ...]; tune COMMAND --help lists the options"
     if words[:1] in ([], ["-h"], ["--help"]):
-        print(usage)
+        print(usage())
         return 0 if words else 2
     if words[0] not in COMMANDS:
         from everbatch.errors import nearest
