@@ -1,4 +1,5 @@
-"""Methods of the continual objective beside a head that grows: what they keep by name goes on, and a new part begins anew."""
+"""Methods of the continual objective beside a head that grows: what they keep by name goes on, and a new part begins anew; and
+beside an evaluation in mid-task, which predicts as they do."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import growing
 import learning
 from everbatch import compose
 from everbatch.optim import NCL, VCL, SemanticMemory
-from everbatch.train import CLSER, CPR, GrowingHead, LwF, Replay, Trainer
+from everbatch.train import CLSER, CPR, ContinualEvaluation, GrowingHead, LwF, Replay, Trainer
 
 
 class Distilled(GrowingHead, LwF, CPR, Trainer):
@@ -21,6 +22,10 @@ class Distilled(GrowingHead, LwF, CPR, Trainer):
 
 class Complementary(GrowingHead, CLSER, Replay, Trainer):
     """CLS-ER."""
+
+
+class Watched(ContinualEvaluation, Trainer):
+    """Evaluated after every step."""
 
 
 class Bare(GrowingHead, Trainer):
@@ -50,3 +55,19 @@ def test_the_head_grows_beside_it(name: str) -> None:
             assert kept.keys() == weights.keys()  # the new parts, too
             assert all(kept[n].shape == p.shape for n, p in weights.items())
         assert getattr(state, "tasks", 3) == 3
+
+
+@pytest.mark.parametrize("part", [VCL, SemanticMemory])
+def test_predictions_at_other_weights_leave_no_trace(part: type) -> None:
+    def fitted(cls: Any, **more: Any) -> Any:
+        options = {"predictions": 2} if part is VCL else {}
+        sgd = compose(part, base=torch.optim.SGD)
+        made = cls(learning.net(smooth=True), functools.partial(sgd, lr=0.1, momentum=0.9, **options), device="cpu",
+                   config=Trainer.Config(batch_size=8, epochs=1, seed=3), prepare=learning.scale, **more)
+        made.fit(learning.stream())
+        return made
+
+    plain, watched = fitted(Trainer), fitted(Watched, every=1, subset=5, windows=(2,))
+    one, other = (t.optimizer.state_dict()["everbatch"]["tensors"] for t in (plain, watched))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert watched.states[ContinualEvaluation].points >= 12
