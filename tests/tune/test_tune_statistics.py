@@ -203,7 +203,9 @@ def test_the_figure_shows_both_protocols(tmp_path: Path) -> None:
     assert said == {"two-phase, new orders", "conventional, new orders", "conventional, as reported"}
     hollow = [line.get_xdata()[0] for line in left.lines if line.get_fillstyle() == "none"]
     assert hollow == pytest.approx([96.0, 98.0])
-    both_protocols(compare(TWO, None, ROWS))
+    few = compare(TWO, None, [*rows("two-phase", "er", [0.99, 0.5]), *rows("two-phase", "derpp", [0.9, 0.9])])
+    left, middle, _ = both_protocols(few).axes
+    assert few["choices"][0]["new"]["high"] > 1.5 and left.get_xlim()[1] <= 102 and list(middle.get_xticks()) == []
     with pytest.raises(ValueError, match="both_protocols: no row of an evaluation"):
         both_protocols(compare(TWO, CONVENTIONAL, []))
 

@@ -73,6 +73,8 @@ def _draw_choices(axes: Any, rows: list[Mapping[str, Any]], methods: list[str]) 
                       label=once("conventional, as reported"))
     axes.set_yticks(range(len(methods)), methods[::-1], fontsize=8)
     axes.set_ylim(-0.6, len(methods) - 0.4)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -2.0), min(high, 102.0))  # intervals of few orders reach beyond what an accuracy can be
     axes.set_xlabel("%, on the evaluation data")
     axes.set_title("what the choices are worth; 95 % t intervals", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
@@ -94,6 +96,7 @@ def _draw_optimism(axes: Any, optimism: Mapping[str, Mapping[str, Any]]) -> None
     axes.set_title("optimism, paired over new orders (grey: not resolved)", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     if not lines:
+        axes.set_xticks([])
         axes.text(0.5, 0.5, "no conventional search to compare with", ha="center", va="center", transform=axes.transAxes,
                   fontsize=8)
 
