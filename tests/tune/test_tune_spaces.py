@@ -246,3 +246,14 @@ def test_the_commands_are_named_in_their_order(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[1:-1]] == list(COMMANDS) == ["prepare", "search", "evaluate", "conventional"]
     assert main([]) == 2 and main(["serch"]) == 2 and "did you mean 'search'?" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- commands
+def test_the_commands_are_found_from_both_doors(capsys: pytest.CaptureFixture[str]) -> None:
+    from everbatch.cli import main as everbatch
+    from everbatch.tune.commands import main
+
+    assert everbatch(["tune", "--help"]) == 0 and "conventional" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["search", "evaluation=there"])
+    assert capsys.readouterr().err.startswith("search: unknown key 'evaluation'")
