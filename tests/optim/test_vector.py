@@ -136,3 +136,18 @@ def test_a_fused_base_takes_the_same_steps(base: type) -> None:
         ends.append(list(model.parameters()))
     for p, q in zip(*ends, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_what_was_kept_by_name_lies_in_one_piece_again_once_loaded() -> None:
+    """Sums over pieces round otherwise than over the whole: a resumed run would not repeat the bits of one that went on."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 31), torch.nn.Linear(31, 17))
+    opt: Any = compose(base=torch.optim.SGD)(net, lr=0.1)
+    host = opt.host
+    kept = ByName.of(host.weights().clone())
+    loaded = ByName({name: value.clone() for name, value in kept.items()})
+    one, other = (state.over(host, host.shards) for state in (kept, loaded))
+    assert one.flat is not None and other.flat is not None and torch.equal(one.norm(), other.norm())
+    other.mul_(2.0)  # what is edited is what is saved
+    assert all(torch.equal(loaded[name], 2.0 * value) for name, value in kept.items())
+    assert loaded.over(host, host.shards) is other

@@ -378,9 +378,11 @@ class ByName(dict[str, Tensor]):
         return result
 
     def over(self, host: Sums, shards: list[Shard]) -> Vector:
-        """A vector of what is kept for these shards: the one it was made of, or after loading a new one over the same memory."""
+        """A vector of what is kept for these shards: the one it was made of; after loading a new one, in one piece as that was
+        (sums over pieces round otherwise), to whose memory what is kept moves."""
         if self._vector is None or self._vector.host is not host or self._vector.shards != shards:
-            self._vector = Vector(host, shards, [self[s.name] for s in shards])
+            self._vector = Vector(host, shards, [self[s.name] for s in shards]).clone()
+            self.update({s.name: t for s, t in self._vector})
         return self._vector
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
