@@ -255,6 +255,9 @@ def test_seeds_under_torchrun_run_in_turn(zygote: Zygote, tmp_path: Path) -> Non
     assert job.out.count("2 seeds, from 0 to 1") == 1 and kept["estimates"]["final_average_accuracy"]["count"] == 2
     refused = zygote.run(RECIPE, *QUICK, "seeds_at_once=2", f"output={tmp_path / 'other'}", limit=60)
     assert all(refused.codes) and refused.err.count("seeds_at_once=2 on 2 ranks, must be 1") == 1, refused.err
+    for name, other in (("resume", "resume=true"), ("seeds", "seeds=1")):
+        differ = zygote.run(RECIPE, *QUICK, f"output={tmp_path}", limit=60, rank_arguments={1: [other]})
+        assert all(differ.codes) and f"{name} is" in differ.err and "be the same on every rank" in differ.err, differ.err
 
 
 @pytest.mark.rotated(1, 2)

@@ -51,8 +51,6 @@ def run(options: Experiment, *, signals: bool = False, script: str | os.PathLike
         path = None if script is None else Path(script)
         single = functools.partial(_once, world=world, signals=signals, script=path)
         if options.seeds == 1 or options.dry_run or options.repeats_itself:
-            if not options.repeats_itself:
-                refuse_other_folder(options, world)
             return single(options)
         return repeat(options, world, single, path, signals)
 
@@ -61,6 +59,8 @@ def _once(options: Experiment, *, world: World, signals: bool, script: Path | No
     """`run`, with one seed, or with all of them where the experiment sees to that itself."""
     with as_found(), Job.of(options, world, shared=options.shares_folder) as job:
         job.signals, job.script = signals, script
+        if not options.repeats_itself:
+            refuse_other_folder(options, world)
         own = options.conduct(job)
         return _run(options.settled(), job, signals) if own is None else own
 
