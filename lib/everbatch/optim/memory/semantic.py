@@ -46,12 +46,14 @@ class SemanticMemory(OptimizerMixin):
     makes = {}  # a part of another method
     example = {"stable_decay": 0.8, "plastic_decay": 0.5}
     off = {"stable_decay": 0.8}  # it touches no weight
-    search = {"stable_often": (0.7, 0.3, 0.1), "plastic_often": (0.9, 1.0)}
+    search = {"stable_often": (0.7, 0.3, 0.1), "plastic_often": (0.9, 1.0), "stable_decay": (0.999, 0.99, 0.9),
+              "plastic_decay": (0.999, 0.99, 0.9)}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         stable_decay: float = 0.999
-        """Weight of the old stable average; in [0, 1)."""
+        """Weight of the old stable average; in [0, 1). The published value is of runs of many thousand steps: an average over the
+        last 1 / (1 - decay) steps lags behind a shorter run."""
         plastic_decay: float = 0.999
         """Weight of the old plastic average; in [0, 1)."""
         stable_often: float = 0.7
