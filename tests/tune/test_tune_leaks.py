@@ -151,6 +151,11 @@ BAD = [
     ({"orders": 0}, "must be an integer >= 1"),
     ({"scenario": {"trainer.epoch": 2}}, "did you mean 'trainer.epochs'?"),
     ({"scenario": {"trainer.seed": 2}}, "the protocol sets it"),
+    ({"scenario": {"data.sources": ["there.npz"]}}, "the protocol sets it"),
+    ({"scenario": {"data": "there.yaml"}}, "the protocol sets it"),
+    ({"scenario": {"split": {"blur": 0.2}}}, "the protocol sets it"),
+    ({"scenario": {"seeds": 3}}, "the protocol sets it"),
+    ({"scenario": {"optimizer": "mine.yaml"}}, "be the options themselves"),
     ({"scenario": {"trainer.epochs": len}}, "be a plain value"),
     ({"evaluation": "missing.npz"}, "missing.npz"),
 ]

@@ -117,8 +117,11 @@ class Plan:
               "be 1", "prepare a scenario with engine.kind ddp, fsdp2 or deepspeed")
         for method in self.options.methods:
             space = self.options.space_of(method)
-            plain_options({path: None for path in space}, f"space of {method}")
-            check("replay.capacity" not in space, "tune", f"replay.capacity in the space of {method}", "be left out",
+            named: set[str] = set()
+            for path, choices in space.items():
+                for value in choices if isinstance(choices, tuple) else (None,):
+                    named |= plain_options({path: value}, f"space of {method}").keys()
+            check("replay.capacity" not in named, "tune", f"replay.capacity in the space of {method}", "be left out",
                   "it belongs to the scenario: both phases have the same memory")
             if self.options.searcher == "random":
                 self.values[method] = draw_all(space, self.options.seed, self.options.trials)

@@ -25,9 +25,11 @@ __all__ = ["OWN", "SCENARIO", "StreamOfOrder", "built", "check_options", "failur
 
 SCENARIO: dict[str, Any] = {"replay.capacity": 20, "trainer.epochs": 4, "trainer.batch_size": 32, "engine.kind": "plain"}
 """The default: what stays the same in both phases and for all methods."""
-OWN = ("data.source", "data.download", "output", "init", "resume", "dry_run", "trainer.seed", "tasks", "scenario", "increments",
-       "model.init", "trainer.eval_future")
-"""Options that the protocol sets itself."""
+OWN = ("data.source", "data.sources", "data.columns", "data.download", "output", "init", "resume", "dry_run", "seeds",
+       "seeds_at_once", "trainer.seed", "tasks", "scenario", "split", "increments", "model.init", "trainer.eval_future")
+"""Options that the protocol sets itself; nothing else may say which samples a stream holds, or in which order they come."""
+FILES = (".yaml", ".yml", ".json")
+"""What a group of options would be read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +56,16 @@ def plain_options(options: Mapping[str, Any], who: str) -> dict[str, Any]:
     """Options by their path, as values that JSON can hold.
 
     Raises:
-        ValueError: code, or an option that the protocol sets.
+        ValueError: code, a file of options, or an option that the protocol sets, alone or in a group that holds it.
     """
     kept = {}
     for path, value in flat(options).items():
         name = path.replace("-", "_")
-        taken = next((own for own in OWN if f"{name}.".startswith(f"{own}.")), None)
-        check(taken is None, who, f"{path}={value!r}", "be left out", "the protocol sets it")
+        inside = any(f"{name}.".startswith(f"{own}.") for own in OWN)
+        holds = any(f"{own}.".startswith(f"{name}.") for own in OWN)
+        check(not inside and not holds, who, f"{path}={value!r}", "be left out", "the protocol sets it")
+        check(not (isinstance(value, str) and value.endswith(FILES)), who, f"{path}={value!r}", "be the options themselves",
+              "what a file says may change, and no record holds it")
         check(_is_plain(value), who, f"{path}={value!r} of type {type(value).__name__}", "be a plain value",
               "trials take values, never functions or objects, so that none can hold data")
         kept[name] = list(value) if isinstance(value, tuple) else value
