@@ -12,12 +12,14 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from everbatch.data import Stream, iid
-from everbatch.experiment import Experiment, Finished, GrowingData, run
+from everbatch.distributed import World
+from everbatch.experiment import Experiment, Finished, GrowingData, repeat, run
 from everbatch.experiment.base import Result
 from everbatch.experiment.repeat import sum_up, told
 from everbatch.experiment.side_by_side import side_by_side
@@ -131,6 +133,24 @@ def test_a_new_group_moves_an_old_one_away(whole: Result, tmp_path: Path) -> Non
     (tmp_path / "seeds" / "9" / "result.json").write_text("{}")
     run(replace(short(tmp_path, seeds=1), trainer=Trainer.Config(batch_size=512, epochs=1)))
     assert (tmp_path / "previous" / "1" / "seeds" / "9" / "result.json").exists() and not (tmp_path / "seeds").exists()
+
+
+def test_what_rank_0_finds_wrong_with_the_results_every_rank_raises(whole: Result) -> None:
+    class Two(World):
+        """Rank 0 of two, of which the other agrees."""
+
+        heard: list[Any] = []
+
+        def gather(self, value: Any) -> list[Any]:
+            self.heard.append(value)
+            return [value, value]
+
+    seen = SimpleNamespace(say=lambda text: None)
+    job: Any = SimpleNamespace(world=Two(0, 2), folder=whole.folder, options=short(whole.folder), recorder=seen, results=dict)
+    members = [repeat.Member(seed, short(whole.folder / "seeds" / str(seed), seeds=1, seed=seed)) for seed in (5, 6, 9)]
+    with pytest.raises(ValueError, match=r"the results of seeds \[9\] are of other options"):
+        repeat._all(members, job, lambda options: Result({}, whole.folder, 0), None, False)
+    assert "seeds [9]" in Two.heard[-1][1]  # told to the other before it is raised, which else would wait
 
 
 def test_numbers_that_some_seeds_lack_are_told() -> None:

@@ -72,8 +72,7 @@ def repeat(options: Experiment, world: World, one: Callable[[Experiment], Result
         if job.goes_on:
             runs.together(world, job.folder, lambda: None if world.rank else _check_same(options, job.folder))
         job.begin()
-        if world.rank == 0:
-            dump(options, job.folder / "config.yaml")
+        runs.together(world, job.folder, lambda: None if world.rank else dump(options, job.folder / "config.yaml"))
         members = list(_members(options, job))
         try:
             return _all(members, job, one, script, signals)
@@ -104,9 +103,10 @@ def _all(members: Sequence[Member], job: Job, one: Callable[[Experiment], Result
     if stop_sign:
         return Result({}, job.folder, 0, stop_sign=stop_sign)
     unchanged = not waiting and job.results().get("seeds") == [member.seed for member in members]
-    values: Any = job.world.gather(_values(members, job) if job.world.rank == 0 else None)[0]
+    values: Any = runs.together(job.world, job.folder, lambda: None if job.world.rank else _values(members, job))[0]
     if not unchanged:
-        job.recorder.result(values)
+        recorder = job.recorder
+        runs.together(job.world, job.folder, lambda: recorder.result(values))  # no rank goes on before it can be read
     job.recorder.say("\n".join([*told(values, job.options.unit_of), f"see {job.folder}/result.json, and for each seed "
                                 f"{job.folder}/seeds/S; tensorboard --logdir {job.folder}"]))
     steps = sum(run["steps"] for run in values["runs"].values())
