@@ -73,14 +73,18 @@ def test_a_stream_of_ones_own_list_of_pairs() -> None:
     assert make_stream("class", halves).fingerprint() == as_stream(halves).fingerprint()
     assert make_stream("domain", [digits, digits]).kind == "domain"
     for kind, given, text in (("class", {"tasks": 2}, "tasks with kind='class', must be left out; each pair is a task"),
+                              ("domain", {"domains": "rotated"}, "domains with kind='domain', must be left out; each pair"),
                               ("growing", {}, "2 pairs with kind='growing'"), ("iid", {}, "kind='iid' and 2 pairs")):
         with pytest.raises(ValueError, match=text):
             make_stream(kind, halves, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="split: increment=2 with 2 data sets, must be left out; each of them is a task"):
+        Split(increment=2).make("class", halves, 5, 0)
 
 
 @pytest.mark.parametrize(("kind", "given", "text"), [
     ("blury", {}, "kind='blury', must be one of class, .*did you mean 'blurry'"),
     ("domain", {"increments": [5, 5]}, "increments with kind='domain', must be left out"),
+    ("class", {"domains": "rotated"}, "domains with kind='class', must be left out"),
     ("iid", {"tasks": 2}, "tasks with kind='iid'"), ("class", {"degrees": [1.0]}, "degrees with kind='class'"),
     ("domain", {"degrees": [1.0]}, "degrees with domains='permuted'"), ("domain", {"domains": "turned"}, "domains='turned'"),
     ("domain", {"degrees": [1.0], "tasks": 3, "domains": "rotated"}, "tasks=3 and 1 degrees"),

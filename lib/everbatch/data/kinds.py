@@ -80,7 +80,9 @@ def make_stream(
     about = STREAMS[kind]
     pairs: list[Pair] = pairs_of(who, data)
     whole = len(pairs) == 1
-    _check_options(kind, whole, {"increments": increments, "class_order": class_order, "tasks": tasks, "degrees": degrees})
+    _check_options(kind, whole, {
+        "increments": increments, "class_order": class_order, "tasks": tasks, "degrees": degrees,
+        "domains": None if domains == "permuted" else domains})
     if not whole:
         check(about.base != "growing", who, f"{len(pairs)} pairs with kind='growing'", "be one pair, whose samples arrive")
         stream = as_stream(pairs, kind="class" if about.base == "class" else about.base)  # type: ignore[arg-type]
@@ -112,7 +114,7 @@ def _check_options(kind: StreamName, whole: bool, given: dict[str, Any]) -> None
     """Refuse options that the kind does not use."""
     about = STREAMS[kind]
     used = {"class": {"increments", "class_order", "tasks"}, "task": {"increments", "class_order", "tasks"},
-            "domain": {"tasks", "degrees"}, "growing": {"tasks"}, "iid": set()}[about.base] if whole else set()
+            "domain": {"tasks", "degrees", "domains"}, "growing": {"tasks"}, "iid": set()}[about.base] if whole else set()
     odd = [name for name, value in given.items() if value is not None and name not in used]
     reason = "" if whole else "; each pair is a task"
     check(not odd, "make_stream", f"{', '.join(odd)} with kind={kind!r}", f"be left out{reason}")
