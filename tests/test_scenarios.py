@@ -143,4 +143,6 @@ def test_options_make_the_streams_they_say(tmp_path: Path) -> None:
 def test_a_dry_run_of_a_blurry_stream_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("scenario=blurry", "split.online=true", "engine.kind=plain", "dry_run=true", f"output={tmp_path / 'none'}")
     assert run(parsed(*words)).steps == 0 and not (tmp_path / "none").exists()
-    assert "scenario: blurry" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "scenario: blurry" in said.out and "epochs: 1\n" in said.out
+    assert "class_incremental: trainer.epochs=8 is taken as 1; an online stream is passed once" in said.err

@@ -209,8 +209,10 @@ def test_the_default_is_156_streams_and_the_published_size_is_one_word() -> None
 
 def test_an_option_that_faithful_sets_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config.parse(TwoPhase, ["faithful=true", "search.trials=5"])
+        config.parse(TwoPhase, ["faithful=true", "search.trials=12"])
     assert "search.trials has no effect here" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="search.trials=5 has no effect here, must be left out; faithful=true sets it"):
+        TwoPhase(faithful=True, search=SearchOptions(trials=5))
 
 
 def test_only_the_evaluation_is_told_where_its_data_is() -> None:

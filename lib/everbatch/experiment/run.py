@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from everbatch.checkpoint.folder import together
 from everbatch.config.strict_yaml import dump_text
 from everbatch.contract import parts_of
 from everbatch.data import Stream
+from everbatch.data.notes import tell
 from everbatch.distributed import World, init
 from everbatch.experiment.base import Experiment, Finished, Result
 from everbatch.experiment.data import sample_of
@@ -62,7 +64,17 @@ def _once(options: Experiment, *, world: World, signals: bool, script: Path | No
         if not options.repeats_itself:
             refuse_other_folder(options, world)
         own = options.conduct(job)
-        return _run(options.settled(), job, signals) if own is None else own
+        return _run(_settled(options), job, signals) if own is None else own
+
+
+def _settled(options: Experiment) -> Experiment:
+    """What is trained; a value that other options overrule is told: a command line cannot hold one, Python can."""
+    settled = options.settled()
+    for path, why in options.unused().items():
+        given, taken = (operator.attrgetter(path)(one) for one in (options, settled))
+        if given != taken:
+            tell(f"{options.title}: {path}={given} is taken as {taken}; {why}")
+    return settled
 
 
 def _run(options: Experiment, job: Job, signals: bool) -> Result:

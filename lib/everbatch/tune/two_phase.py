@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import subprocess
 import sys
@@ -47,6 +48,12 @@ class TwoPhase:
     """Evaluate a second record for methods that were evaluated before; marks every result."""
     conventional: bool = True
     """Search on the evaluation data too, in the end, to see what tuning on what one is judged on is worth."""
+
+    def __post_init__(self) -> None:
+        default = {"search.trials": SearchOptions.trials, "pair.orders": ScenarioPair.orders}
+        for path, why in self.unused().items():
+            given = operator.attrgetter(path)(self)
+            check(given == default[path], "two_phase", f"{path}={given} has no effect here", "be left out", why)
 
     @property
     def folder(self) -> Path:
