@@ -59,8 +59,8 @@ class Split:
         """The stream of one (train, test) pair of sources, or of one for each task."""
         several = len(pairs) > 1
         sizes = self.increments
-        check(not several or self.increment is None, WHO, f"increment={self.increment} with {len(pairs)} data sets", "be left out",
-              "each of them is a task")
+        check(not several or self.increment is None, WHO, f"increment={self.increment} with {len(pairs)} data sets",
+              "be left out", "each of them is a task")
         if self.increment is not None:
             classes = len(self.class_order or pairs[0][0].classes)
             sizes = pilot_increments(classes, self.first or self.increment, self.increment)
