@@ -26,7 +26,7 @@ from tuning import command, prepared
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 pytest.importorskip("ray")
 SPACE: dict[str, Any] = {"er": {"optimizer.lr": [0.05, 0.02], "replay.beta": [0.5, 1.0], "replay.replay_batch": [8]}}
-LONG = {"replay.capacity": 8, "trainer.epochs": 60, "trainer.batch_size": 8, "engine.kind": "plain", "data.mean": 0.2}
+LONG = {"replay.capacity": 8, "trainer.epochs": 150, "trainer.batch_size": 8, "engine.kind": "plain", "data.mean": 0.2}
 ENV = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
@@ -103,12 +103,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_driver_goes_on_and_runs_nothing_twice(run: Path, tmp_path: Path) -> None:
     """Killed within a second of a finished unit, others in mid-stream; a second driver is refused before."""
     with started(*words(run, tmp_path)) as driver:
-        until(lambda: units(tmp_path) or driver.poll() is not None)
+        until(lambda: (tmp_path / "search.json").exists())
         second = command(*words(run, tmp_path))
         assert second.returncode == 1 and "another run" in second.stderr and len(second.stderr.splitlines()) == 1, second.stderr
-        seen = units(tmp_path)
-        until(lambda: len(units(tmp_path)) > len(seen))
-        until(lambda: at_work(tmp_path))
+        until(lambda: units(tmp_path) and at_work(tmp_path))
         before, workers = units(tmp_path), at_work(tmp_path)
         os.kill(driver.pid, signal.SIGKILL)
     until(lambda: not any(alive(pid) for pid in workers), 60)  # its trials end with it
@@ -142,6 +140,21 @@ def test_a_killed_trial_is_started_again_and_goes_on(run: Path, tmp_path: Path) 
     assert driver.returncode == 0, said
     body = verify(read(tmp_path / "record.json"))
     assert {row["status"] for row in body["methods"]["er"]["configurations"]} == {"complete"}
+    _same_as_alone(run, tmp_path)
+
+
+def test_a_ctrl_c_is_one_line_and_blames_no_trial(run: Path, tmp_path: Path) -> None:
+    with started(*words(run, tmp_path), mark=str(tmp_path)) as driver:
+        until(lambda: at_work(tmp_path))
+        driver.send_signal(signal.SIGINT)
+        said = driver.communicate(timeout=100)[0].splitlines()
+    assert driver.returncode == 130, said
+    assert said[-1] == "search: stopped by Ctrl-C; the same command goes on with what the ledger lacks"
+    assert not any("Traceback" in line for line in said)
+    until(lambda: not of_mark(str(tmp_path)), 30)
+    assert not any("failed" in json.loads((tmp_path / "units" / name).read_text()) for name in units(tmp_path))
+    done = command(*words(run, tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
     _same_as_alone(run, tmp_path)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +42,8 @@ def _prepare(options: Prepare) -> None:
           f"{options.output}/evaluation, sealed; committed to the latter by\n{done['commitment']}")
 
 
+INTERRUPTED = 130
+"""Exit code after a Ctrl-C."""
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "prepare": (Prepare, _prepare),
     "search": (Search, search),
@@ -60,6 +65,18 @@ def usage() -> str:
     return "\n".join([f"usage: tune {{{','.join(COMMANDS)}}} [key=value ...]", *lines, "tune COMMAND --help lists its options"])
 
 
+@contextmanager
+def interrupts(act: Callable[..., Any]) -> Iterator[None]:
+    """What a Ctrl-C does inside the block; nothing else than before, in a thread beside the main one."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, act) if mine else None
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m everbatch.tune COMMAND key=value ...`; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -73,5 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     recipe, act = COMMANDS[words[0]]
     with guard(words[0]):
-        act(config.parse(recipe, words[1:], prog=words[0]))
+        options: Any = config.parse(recipe, words[1:], prog=words[0])
+        try:
+            with interrupts(signal.default_int_handler):  # so that Ray ends, too
+                act(options)
+        except KeyboardInterrupt:
+            said = f"{words[0]}: stopped by Ctrl-C; the same command goes on with what the ledger lacks"
+            print(said, file=sys.stderr, flush=True)
+            return INTERRUPTED
     return 0

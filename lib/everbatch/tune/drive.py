@@ -20,8 +20,8 @@ from everbatch.tune.trial import Trial, plain, trainable
 __all__ = ["Resources", "cluster", "drive"]
 
 SETTINGS = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-            "RAY_AIR_NEW_OUTPUT": "0", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0"}
-"""Trials stay in the folder they were started in, and Tune keeps no logs and no state beside the ledger."""
+            "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0"}
+"""Trials stay in the folder they were started in, Tune keeps no logs and no state beside the ledger, and a Ctrl-C ends it."""
 OBJECT_STORE = 100 * 2**20
 
 
@@ -146,7 +146,11 @@ def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Bo
         deaths = {result.config["trial"]["method"] + f" #{result.config['trial']['id']}": str(result.error)
                   for result in tuner.fit() if result.error is not None and result.config}
         for trial in left:
-            _list_death(trial, deaths.get(trial.name, "ended without a word"))
+            if trial.name in deaths:
+                _list_death(trial, deaths[trial.name])
+        open_ones = [trial.name for trial in left if missing(trial)]
+        if open_ones:  # neither done nor failed: whoever ended Tune, the trials are not to be blamed
+            raise RuntimeError(f"tune: stopped before {', '.join(open_ones[:5])} had run; the same command goes on")
     board.end()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from everbatch import config
 from everbatch.ends import guard
 from everbatch.errors import check
-from everbatch.tune.commands import Prepare
+from everbatch.tune.commands import INTERRUPTED, Prepare, interrupts
 from everbatch.tune.drive import Resources
 from everbatch.tune.evaluate import Conventional, Evaluate
 from everbatch.tune.pair import ScenarioPair
@@ -83,7 +83,10 @@ class TwoPhase:
         with tempfile.TemporaryDirectory() as folder:
             options = Path(folder) / f"{command}.yaml"
             config.dump(self.commands()[command], options)
-            code = subprocess.run([sys.executable, "-m", "everbatch.tune", command, "--config", str(options)]).returncode
+            with interrupts(lambda *_: None):  # the phase hears a Ctrl-C itself, and says so
+                code = subprocess.run([sys.executable, "-m", "everbatch.tune", command, "--config", str(options)]).returncode
+        if code == INTERRUPTED:
+            raise SystemExit(code)
         if code:
             raise RuntimeError(f"tune: {command} ended with code {code}; what it printed above says why")
 
