@@ -16,6 +16,7 @@ from everbatch import config
 from everbatch.composition import compose
 from everbatch.data import Batch
 from everbatch.experiment import ClassIncremental, named, run
+from everbatch.optim import SemanticMemory
 from everbatch.train import NearestMean, StepRecord, Trainer, TrainerMixin
 from everbatch.train.memory.herding import Herded, herding, last_input, unit
 
@@ -50,6 +51,22 @@ def test_lists_are_cut_from_their_ends() -> None:
     assert sorted(memory.ids[memory.filled].tolist()) == [0, 1, 2, 10, 11, 12]
     memory.add(ids[:2] + 20, np.full(2, 2), ids[:2], 2)
     assert sorted(memory.ids[memory.filled].tolist()) == [0, 1, 10, 11, 20, 21]
+
+
+def test_means_are_of_the_weights_that_predict() -> None:
+    cls: Any = type("Learner", (NearestMean, Trainer), {})
+    slow = {"stable_decay": 0.9, "stable_often": 0.5}
+    optimizer = functools.partial(compose(SemanticMemory, base=torch.optim.SGD), lr=0.3, **slow)
+    made = cls(learning.net(smooth=True), optimizer, prepare=learning.scale, device="cpu", capacity=14, replay_batch=5,
+               config=Trainer.Config(batch_size=8, seed=3))
+    made.fit(learning.stream())
+    x = learning.stream().fetch(learning.stream().tasks[0].test_ids)
+    found = made.predict(learning.scale(x))
+    with made.optimizer.remembered("stable"):
+        means = unit(torch.stack([features(made, ids).mean(0) for ids in exemplars(made).values()]))
+        with torch.no_grad():
+            phi = unit(made.module[:-1](learning.scale(x)))
+    torch.testing.assert_close(found, -(phi[:, None] - means).square().sum(2), rtol=1e-4, atol=1e-5)
 
 
 class Spying(TrainerMixin):

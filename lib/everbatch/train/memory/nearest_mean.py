@@ -167,8 +167,9 @@ class NearestMean(TrainerMixin):
     def __features_of(self, raw: Rows) -> Tensor:
         """Features of samples as the source gives them: float32, of length one. Every rank calls it as often."""
         inputs: Any = self.inputs_of(each(lambda value: value.to(self.device), raw))  # type: ignore[attr-defined]
+        # By the weights that predict, which are others where the optimizer keeps averages or draws them.
         with evaluating(self.module, self.world), last_input(self.module) as held:
-            self.logits(self.engine.call, inputs)  # type: ignore[attr-defined]
+            self.optimizer.predicted(lambda: self.logits(self.engine.call, inputs))  # type: ignore[attr-defined]
         return unit(held.value.flatten(1).float())
 
     # ----------------------------------------------------------------------------------------------------- prediction
