@@ -15,8 +15,10 @@ import pytest
 
 from everbatch import config
 from everbatch.data import load
+from everbatch.data.load import _KINDS as KINDS
 from everbatch.tune.check import check_npz
 from everbatch.tune.pair import EvaluationData, ScenarioPair, prepare
+from everbatch.tune.pair import _places as places
 from everbatch.tune.seal import LeakageError, Seal, ciphered, scrub
 from everbatch.tune.search import Search
 from processes import ROOT
@@ -58,6 +60,15 @@ def test_what_no_hook_sees_reads_sealed_bytes_alone(name: str, attacked: dict[st
     assert opened.count(rows[0].tobytes()) == 1  # the samples are in there, one after the other,
     assert not any(row.tobytes()[:16] in got for row in rows)  # and no part of one can be read
     assert b"x_train" in opened and b"x_train" not in got
+
+
+def test_the_original_is_sealed_wherever_a_text_says_that_it_lies() -> None:
+    there = {"npz": "npz:/a/b.npz", "imagefolder": "imagefolder:/a/b", "huggingface": "huggingface:/a/b",
+             "torchvision": "torchvision:MNIST:/a/b", "path": "/a/b"}
+    assert {*there} - {"path"} == {*KINDS} - {"digits"}
+    for text in there.values():
+        assert [str(place).removesuffix(".npz") for place in places(text)] == ["/a/b"], text
+    assert places("digits")[0].is_file()
 
 
 def test_the_nonce_can_lie_elsewhere(tmp_path: Path) -> None:

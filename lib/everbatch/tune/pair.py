@@ -34,7 +34,7 @@ class ScenarioPair:
     """What is tuned on and what is judged on: two data sets, two folders, or disjoint classes of one."""
 
     tuning: str = "digits"
-    """Data to tune on: digits, a folder of images, an .npz file, torchvision:NAME:ROOT. Tuning validates on its test part."""
+    """Data to tune on: what `everbatch.data.load` opens, as digits, a folder, an .npz file, torchvision:NAME:ROOT. Tuning validates on its test part."""
     evaluation: str = "digits"
     """Data to be judged on; the same text divides the classes of one data set."""
     tuning_classes: tuple[str, ...] = ()
@@ -240,4 +240,4 @@ def _places(text: str) -> list[Path]:
         return [Path(sklearn.datasets.__file__).parent / "data" / "digits.csv.gz"]
     if kind == "torchvision":
         return [Path(rest.partition(":")[2]).expanduser()]
-    return [Path(rest if kind in ("npz", "imagefolder") else text).expanduser()]
+    return [Path(rest if kind in ("npz", "imagefolder", "huggingface") else text).expanduser()]
