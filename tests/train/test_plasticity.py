@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import learning
+from everbatch.data import task_free
 from everbatch.metrics.plasticity import dormant, effective_rank, threshold_rank
 from everbatch.train import Plasticity, Trainer
 from learning import stream
@@ -81,6 +82,22 @@ def test_a_run_is_measured_as_by_hand() -> None:
     assert [len(row) for row in report.values["gradient_norm"]] == [1, 2, 3]
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     assert report.lines[0].startswith("dormant units by task") and report.lines[0].count(".") == 3
+
+
+def test_a_stream_without_boundaries_is_measured_and_trained_as_without() -> None:
+    made = [build(Net(), subset=12) for _ in range(2)]
+    made.append(Trainer(
+        Net(), learning.PLAIN, "plain", config=Trainer.Config(batch_size=8, seed=3), prepare=learning.scale, device="cpu"))
+    hidden = task_free(stream())
+    for one in made:
+        one.fit(hidden)
+    values = made[0].report().values
+    assert [len(row) for row in values["gradient_norm"]] == [1, 2, 3] and min(map(min, values["gradient_norm"])) > 0
+    assert all(0 < share < 1 for share in values["dormant_units"]) and len({row[0] for row in values["gradient_norm"]}) == 3
+    again = made[1].report().values
+    assert {**values, "measuring_seconds": 0} == {**again, "measuring_seconds": 0}
+    for one, other in zip(made[0].module.parameters(), made[2].module.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_cannot_be_seen_is_none(tmp_path: Path) -> None:

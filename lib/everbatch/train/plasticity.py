@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from everbatch.data import Batch, Stream, Task
 from everbatch.data.draws import drawing, seeded
+from everbatch.data.tasks import bounded
 from everbatch.errors import check_real, check_whole
 from everbatch.evaluate.evaluator import evaluator_of, mean_buffers
 from everbatch.evaluate.subsets import stratified_subset
@@ -21,7 +22,7 @@ from everbatch.optim.memory.replica import Call, Factory, Weights, evaluating, r
 from everbatch.problems import Classification
 from everbatch.rows import Rows, each
 from everbatch.train.mixin import TrainerMixin
-from everbatch.train.record import Report
+from everbatch.train.record import Report, StepRecord
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ class Plasticity(TrainerMixin):
 
     Cost: nothing per step. At a task's end one forward of the task's subset and a forward and backward of each seen task's,
     divided among the ranks; one all-reduce of (subset, features), one of the units, one of the gradient for each task.
-    Order: any. Limits: of a stream with visible boundaries.
+    Order: any. Limits: none. A stream that shows methods no boundary is measured where its tasks end all the same.
     Source: Sokar et al. 2023, arXiv 2302.12902 (dormant units); Roy and Vetterli 2007 (effective rank); Kumar et al. 2021, arXiv
     2010.14498 (threshold rank).
     """
@@ -83,6 +84,11 @@ class Plasticity(TrainerMixin):
         def __post_init__(self) -> None:
             check_whole(WHO, "subset", self.subset, 1)
             check_real(WHO, "tau", self.tau, 0.0)
+
+    @classmethod
+    def needs_boundaries(cls, config: Plasticity.Config) -> str:
+        """No: what it knows of tasks, no method learns."""
+        return ""
 
     @dataclass
     class State:
@@ -119,23 +125,18 @@ class Plasticity(TrainerMixin):
         if not self.states[Plasticity].found.numel():
             self.before_fit()
 
+    def after_step(self, record: StepRecord) -> None:
+        """Where the stream shows no boundary, which a measurement may know of, measure after a task's last step."""
+        super().after_step(record)  # type: ignore[misc]
+        stream, index = self.stream, getattr(self, "task_index", 0)
+        if stream is None or bounded(stream) or getattr(self, "steps_left", 0) != 1 or index + 1 == len(stream):
+            return
+        self.__measure(stream.tasks[index], self.step)
+
     def on_task_end(self, task: Task) -> None:
         """Measure."""
         super().on_task_end(task)  # type: ignore[misc]
-        assert self.stream is not None
-        state, begun = self.states[Plasticity], time.perf_counter()
-        with seeded(), self.__model() as (call, weights, root):
-            state.found[task.id] = torch.tensor(self.__speaking(task, call, weights, root), dtype=torch.float64)
-            for earlier in self.stream.tasks[: task.id + 1]:
-                state.norms[task.id, earlier.id] = self.__norm(earlier, call, weights)
-        state.done = task.id + 1
-        state.seconds += time.perf_counter() - begun
-        if getattr(self, "recorder", None) is not None:
-            pairs = zip(COLUMNS, state.found[task.id].tolist(), strict=True)
-            written = {f"plasticity/{name}": value for name, value in pairs if value != NONE}
-            norms = state.norms[task.id, : state.done].tolist()
-            written |= {f"plasticity/gradient_norm/task_{j}": norm for j, norm in enumerate(norms)}
-            self.recorder.scalars(self.step - 1, written)
+        self.__measure(task, self.step - 1)
 
     def report(self) -> Report | None:
         """What was measured, by task: None where there is no number."""
@@ -160,6 +161,23 @@ class Plasticity(TrainerMixin):
         return Report("plasticity", values, tuple(lines), {"plasticity": draw})
 
     # ------------------------------------------------------------------------------------------------ how
+    def __measure(self, task: Task, step: int) -> None:
+        """All numbers of a task whose last step was this one. Collective."""
+        assert self.stream is not None
+        state, begun = self.states[Plasticity], time.perf_counter()
+        with seeded(), self.__model() as (call, weights, root):
+            state.found[task.id] = torch.tensor(self.__speaking(task, call, weights, root), dtype=torch.float64)
+            for earlier in self.stream.tasks[: task.id + 1]:
+                state.norms[task.id, earlier.id] = self.__norm(earlier, call, weights)
+        state.done = task.id + 1
+        state.seconds += time.perf_counter() - begun
+        if getattr(self, "recorder", None) is not None:
+            pairs = zip(COLUMNS, state.found[task.id].tolist(), strict=True)
+            written = {f"plasticity/{name}": value for name, value in pairs if value != NONE}
+            norms = state.norms[task.id, : state.done].tolist()
+            written |= {f"plasticity/gradient_norm/task_{j}": norm for j, norm in enumerate(norms)}
+            self.recorder.scalars(step, written)
+
     @contextmanager
     def __model(self) -> Iterator[tuple[Call, Weights, nn.Module]]:
         """The model as a function of its weights, in evaluation mode. Collective."""

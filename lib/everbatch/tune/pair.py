@@ -34,7 +34,8 @@ class ScenarioPair:
     """What is tuned on and what is judged on: two data sets, two folders, or disjoint classes of one."""
 
     tuning: str = "digits"
-    """Data to tune on: what `everbatch.data.load` opens, as digits, a folder, an .npz file, torchvision:NAME:ROOT. Tuning validates on its test part."""
+    """Data to tune on: digits, a folder of images, an .npz file, torchvision:NAME:ROOT, huggingface:PATH; see
+    `everbatch.data.load`. Tuning validates on its test part."""
     evaluation: str = "digits"
     """Data to be judged on; the same text divides the classes of one data set."""
     tuning_classes: tuple[str, ...] = ()
