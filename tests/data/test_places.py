@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from everbatch.data import ClassBalanced, Reservoir, Ring, largest
-from everbatch.data.buffers import Slots
-from everbatch.data.places import Places
-from everbatch.data.slots import first_of_permutation
+from everbatch.data.buffer import Places, Slots, first_of_permutation
 from everbatch.seeds import generator, uniform_keys
 
 

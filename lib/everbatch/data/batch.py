@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everbatch.rows import Rows, each, named
+from everbatch.rows import Rows, each
 
 __all__ = ["Batch", "split_parts"]
 
@@ -100,7 +100,8 @@ class Batch:
 
 def _memory(rows: Rows) -> set[int]:
     """Where these tensors lie."""
-    return {value.untyped_storage().data_ptr() for value in named("", rows).values()}
+    values = rows.values() if isinstance(rows, dict) else (rows,)
+    return {value.untyped_storage().data_ptr() for value in values}
 
 
 def split_parts(parts: list[Batch], pieces: int) -> list[tuple[Batch, ...]]:

@@ -15,12 +15,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from everbatch.data.memory import check_memory
-from everbatch.data.places import Places
-from everbatch.data.slots import Ints, first_of_permutation
+from everbatch.data.slots import Ints
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.seeds import derive, generator
 
-__all__ = ["NO_SLOTS", "Buffer", "Slots", "State", "rank_within", "whole"]
+__all__ = ["NO_SLOTS", "Buffer", "Places", "Slots", "State", "first_of_permutation", "rank_within", "whole"]
 
 State = dict[str, "np.ndarray | int"]
 _COLUMNS = ("ids", "targets", "positions", "tasks")
@@ -46,6 +45,67 @@ def whole(values: ArrayLike) -> Ints:
 
 
 NO_SLOTS = np.empty(0, dtype=np.int64)
+
+
+class Places:
+    """Which slots hold a sample: every one below `top` but for `holes`.
+
+    Args:
+        used: (capacity,) whether a slot is filled; kept up to date here, and written by nobody else.
+
+    Cost: of a call as many operations as slots are named, and one copy of the holes. A reservoir has none.
+    """
+
+    def __init__(self, used: NDArray[np.bool_]) -> None:
+        self.used = used
+        self.renew()
+
+    def renew(self) -> None:
+        """Look at `used` anew."""
+        filled = np.flatnonzero(self.used)
+        self.count, self.top = len(filled), int(filled[-1]) + 1 if len(filled) else 0
+        self.holes: Ints = np.flatnonzero(~self.used[: self.top])
+
+    def take(self, slots: Ints) -> None:
+        """These hold a sample from now on; those that did, still."""
+        new = slots[~self.used[slots]]
+        if len(new) == 0:
+            return
+        self.used[new] = True
+        self.count += len(new)
+        inside = new[new < self.top]
+        if len(inside):
+            self.holes = np.delete(self.holes, np.searchsorted(self.holes, inside))
+        top = int(new.max()) + 1
+        if top > self.top:
+            left_out = self.top + np.flatnonzero(~self.used[self.top : top])
+            self.holes = np.concatenate([self.holes, left_out])
+            self.top = top
+
+    def free(self, slots: Ints) -> None:
+        """These, all filled, hold none any more."""
+        if len(slots):
+            self.used[slots] = False
+            self.count -= len(slots)
+            slots = np.sort(slots)
+            self.holes = np.insert(self.holes, np.searchsorted(self.holes, slots), slots)
+
+    def first_free(self, count: int) -> Ints:
+        """The `count` lowest slots without a sample, ascending, as far as there are so many."""
+        low = self.holes[:count]
+        end = min(self.top + count - len(low), len(self.used))
+        return np.concatenate([low, np.arange(self.top, end)])
+
+    def some(self, count: int, source: torch.Generator) -> Ints:
+        """`count` filled slots at random, all of them where there are fewer."""
+        return self.filled(first_of_permutation(self.count, count, source))
+
+    def filled(self, index: Ints) -> Ints:
+        """The slots at these places in the ascending list of all that are filled."""
+        if len(self.holes) == 0:
+            return index
+        before = self.holes - np.arange(len(self.holes))  # filled slots below each hole
+        return index + np.searchsorted(before, index, side="right")
 
 
 class Buffer(ABC):
@@ -84,7 +144,7 @@ class Buffer(ABC):
 
     def add(self, ids: ArrayLike, targets: ArrayLike, positions: ArrayLike, task: int) -> Slots:
         """Offer one global batch: (G,) ids, targets and stream positions, all of one task. The same on every rank."""
-        keys, labels, places = whole(ids), whole(targets), whole(positions)
+        keys, labels, places = (np.asarray(values, dtype=np.int64) for values in (ids, targets, positions))
         if not (keys.ndim == 1 and keys.shape == labels.shape == places.shape):
             check(False, type(self).__name__,
                   f"ids, targets and positions of shapes {keys.shape}, {labels.shape}, {places.shape}", "be (G,) each")
@@ -148,8 +208,8 @@ class Buffer(ABC):
         if count < 1:
             check(False, type(self).__name__, f"draw of {count}", "be at least 1")
         source = generator(self.seed, "draw", *key)
-        if not balanced or not len(self):
-            return self._places.filled(first_of_permutation(len(self), count, source))
+        if not balanced or not self._places.count:
+            return self._places.some(count, source)
         slots = self.filled
         order = torch.randperm(len(slots), generator=source).numpy()
         present, label = np.unique(self.targets[slots[order]], return_inverse=True)
@@ -222,3 +282,31 @@ def rank_within(group: Ints) -> Ints:
     rank = np.empty(len(group), dtype=np.int64)
     rank[order] = np.arange(len(group)) - np.repeat(first, np.diff(np.r_[first, len(group)]))
     return rank
+
+
+_WHOLE = 4096
+"""Up to so many, torch's own permutation is the faster one."""
+
+
+def first_of_permutation(n: int, count: int, source: torch.Generator) -> Ints:
+    """The first min(count, n) entries of `torch.randperm(n, generator=source)`, in time and memory
+    of count alone.
+
+    torch shuffles from the front, entry i with one of those from i on, by one 32-bit number each;
+    here a table keeps what has moved. Of 2^32 / 20 or more it takes 64-bit numbers, and is asked.
+    """
+    count = min(count, n)
+    if n <= _WHOLE or n >= 2**32 // 20 or 4 * count > n:
+        return np.asarray(torch.randperm(n, generator=source)[:count].numpy(), dtype=np.int64)
+    # A 64-bit number of torch is two 32-bit ones, the first of them in front.
+    numbers = torch.empty((count + 1) // 2, dtype=torch.int64)
+    pairs = numbers.random_(-(2**63), None, generator=source).numpy()
+    halves = np.stack([pairs >> 32 & 0xFFFFFFFF, pairs & 0xFFFFFFFF], axis=1).reshape(-1)[:count]
+    ahead = halves % np.arange(n, n - count, -1)
+    moved: dict[int, int] = {}
+    found = []
+    for place, step in enumerate(ahead.tolist()):
+        other = place + step
+        found.append(moved.get(other, other))
+        moved[other] = moved.get(place, place)
+    return np.asarray(found, dtype=np.int64)

@@ -6,21 +6,88 @@ keys, so neither the number of ranks nor the use of global generators can change
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from everbatch.data.buffer import NO_SLOTS, Buffer, Slots, State, rank_within, whole
-from everbatch.data.places import Known, Quota
-from everbatch.data.slots import Ints, group_quotas, largest, ring_index
+from everbatch.data.slots import Ints, group_quotas, ring_index
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.seeds import derive, uniform_keys
 
-__all__ = ["Buffer", "ClassBalanced", "Reservoir", "Ring", "Slots"]
+__all__ = ["Buffer", "ClassBalanced", "Known", "Quota", "Reservoir", "Ring", "Slots"]
 
 Key = Literal["stream", "sample"]
+
+
+class Quota:
+    """Samples by group, of each group its least key at hand.
+
+    Cost: O(log n) of a sample that enters or leaves, O(1) of one that is turned away; about 120
+    bytes for each.
+    """
+
+    def __init__(self) -> None:
+        self.heaps: dict[int, list[tuple[float, int]]] = {}
+
+    def fill(self, groups: Ints, keys: NDArray[np.float64], slots: Ints) -> None:
+        """Begin with these."""
+        self.heaps = {}
+        for group, key, slot in zip(groups.tolist(), keys.tolist(), slots.tolist(), strict=True):
+            self.heaps.setdefault(group, []).append((key, slot))
+        for heap in self.heaps.values():
+            heapq.heapify(heap)
+
+    def shrink(self, group: int, quota: int) -> list[int]:
+        """Slots of the least keys of a group that are too many."""
+        heap, gone = self.heaps.get(group, []), []
+        while len(heap) > quota:
+            gone.append(heapq.heappop(heap)[1])
+        return gone
+
+    def offer(self, group: int, quota: int, keys: list[float]) -> tuple[int, list[int]]:
+        """How many of these keys, largest first, are among the `quota` largest of the group, and
+        which slots they cost."""
+        heap = self.heaps.setdefault(group, [])
+        gone: list[int] = []
+        for taken, key in enumerate(keys):
+            if len(heap) + taken < quota:
+                continue
+            # Those that were let in before are larger than this one: only what was there can be less.
+            if not heap or key <= heap[0][0]:
+                return taken, gone
+            gone.append(heapq.heappop(heap)[1])
+        return len(keys), gone
+
+    def enter(self, groups: Iterable[int], keys: Iterable[float], slots: Iterable[int]) -> None:
+        """Samples that were let in, with the slots that they got."""
+        for group, key, slot in zip(groups, keys, slots, strict=True):
+            heapq.heappush(self.heaps[group], (key, slot))
+
+
+class Known:
+    """The slot of a sample by its task and id."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, dict[int, int]] = {}
+
+    def find(self, ids: Ints, task: int) -> Ints:
+        """The slot of each, -1 for those that are not there."""
+        table = self.slots.get(task, {})
+        return np.asarray([table.get(key, -1) for key in ids.tolist()], dtype=np.int64)
+
+    def enter(self, ids: Ints, tasks: Ints, slots: Ints) -> None:
+        """Samples and the slots that they got."""
+        for key, task, slot in zip(ids.tolist(), tasks.tolist(), slots.tolist(), strict=True):
+            self.slots.setdefault(task, {})[key] = slot
+
+    def leave(self, ids: Ints, tasks: Ints) -> None:
+        """Samples that are gone."""
+        for key, task in zip(ids.tolist(), tasks.tolist(), strict=True):
+            del self.slots[task][key]
 
 
 class Reservoir(Buffer):
@@ -97,7 +164,8 @@ class Reservoir(Buffer):
         if self.key == "sample":
             rows, again, again_slots = self._met_again(ids, task)
         relabelled = bool((self.targets[again_slots] != targets[again]).any())
-        self._write(again_slots, ids[again], targets[again], positions[again], task)
+        if len(again):
+            self._write(again_slots, ids[again], targets[again], positions[again], task)
         if relabelled:  # by whoever gives the targets: they may compete with others now
             self._renew()
         changed = self._see(targets, task) or relabelled
@@ -107,9 +175,10 @@ class Reservoir(Buffer):
         chosen, evicted = self._choose(keys, groups, changed=changed)
 
         entering = rows[chosen]
-        self._evict(evicted)
-        slots = self._places.first_free(len(entering))
-        self._write(slots, ids[entering], targets[entering], positions[entering], task)
+        slots = self._replace(evicted, len(entering))
+        columns = (ids[entering], targets[entering], positions[entering], task)
+        for column, values in zip((self.ids, self.targets, self.positions, self.tasks), columns, strict=True):
+            column[slots] = values
         self._quota.enter(groups[chosen].tolist(), keys[chosen].tolist(), slots.tolist())
         if self.key == "sample":
             self._known.enter(ids[entering], tasks[chosen], slots)
@@ -117,7 +186,7 @@ class Reservoir(Buffer):
         stay = ~np.isin(again_slots, evicted)
         kept, where = np.r_[entering, again[stay]], np.r_[slots, again_slots[stay]]
         order = np.argsort(kept)
-        return Slots(whole(kept[order]), whole(where[order]), evicted)
+        return Slots(kept[order].astype(np.int64), where[order].astype(np.int64), evicted)
 
     def _choose(self, keys: NDArray[np.float64], groups: Ints, *, changed: bool) -> tuple[Ints, Ints]:
         """Which of the candidates enter, and the slots whose samples go, both ascending."""
@@ -125,7 +194,7 @@ class Reservoir(Buffer):
         gone: list[int] = []
         for group in self._quota.heaps if changed else ():
             gone += self._quota.shrink(group, quotas[group])
-        order = largest(keys, len(keys))
+        order = np.argsort(-keys, kind="stable")
         entering = []
         for group in np.unique(groups).tolist():
             ranked = order[groups[order] == group]
@@ -133,13 +202,22 @@ class Reservoir(Buffer):
             entering.append(ranked[:count])
             gone += lost
         chosen = np.sort(np.concatenate(entering)) if entering else NO_SLOTS
-        return chosen, np.sort(whole(gone))
+        return chosen, np.sort(np.asarray(gone, dtype=np.int64))
 
-    def _evict(self, slots: Ints) -> None:
-        self._note(slots)
-        if self.key == "sample":
-            self._known.leave(self.ids[slots], self.tasks[slots])
-        self._places.free(slots)
+    def _replace(self, evicted: Ints, count: int) -> Ints:
+        """Slots for `count` new samples, the lowest that are free once those of the evicted are."""
+        if self._before is not None:
+            self._note(evicted)
+        if self.key == "sample" and len(evicted):
+            self._known.leave(self.ids[evicted], self.tasks[evicted])
+        if count == len(evicted) and self._places.count == self.capacity:
+            return evicted  # full, and stays so: which slots are free does not change
+        self._places.free(evicted)
+        slots = self._places.first_free(count)
+        if self._before is not None:
+            self._note(slots)
+        self._places.take(slots)
+        return slots
 
     def _renew(self) -> None:
         super()._renew()
@@ -213,7 +291,7 @@ class ClassBalanced(Reservoir):
     def _keep(self, keys: NDArray[np.float64], targets: Ints, tasks: Ints) -> NDArray[np.bool_]:
         groups = self._groups(targets, tasks)
         quotas = self.quotas()
-        order = largest(keys, len(keys))
+        order = np.argsort(-keys, kind="stable")
         present, label = np.unique(groups[order], return_inverse=True)
         quota = whole([quotas[group] for group in present.tolist()])
         keep = np.empty(len(keys), dtype=bool)

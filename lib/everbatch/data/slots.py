@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from everbatch.errors import check
 
-__all__ = ["balancoir_index", "first_of_permutation", "group_quotas", "largest", "reservoir_index", "ring_index", "share"]
+__all__ = ["balancoir_index", "group_quotas", "largest", "reservoir_index", "ring_index", "share"]
 
 Ints = NDArray[np.int64]
 
@@ -97,31 +96,3 @@ def largest(keys: NDArray[np.floating], capacity: int) -> Ints:
 def share(count: int, parts: int) -> Ints:
     """Bounds (parts + 1,) that cut `count` rows into nearly equal contiguous parts, r being bounds[r]:bounds[r + 1]."""
     return np.arange(parts + 1, dtype=np.int64) * count // parts
-
-
-_WHOLE = 4096
-"""Up to so many, torch's own permutation is the faster one."""
-
-
-def first_of_permutation(n: int, count: int, source: torch.Generator) -> Ints:
-    """The first min(count, n) entries of `torch.randperm(n, generator=source)`, in time and memory
-    of count alone.
-
-    torch shuffles from the front, entry i with one of those from i on, by one 32-bit number each;
-    here a table keeps what has moved. Of 2^32 / 20 or more it takes 64-bit numbers, and is asked.
-    """
-    count = min(count, n)
-    if n <= _WHOLE or n >= 2**32 // 20 or 4 * count > n:
-        return np.asarray(torch.randperm(n, generator=source)[:count].numpy(), dtype=np.int64)
-    # A 64-bit number of torch is two 32-bit ones, the first of them in front.
-    numbers = torch.empty((count + 1) // 2, dtype=torch.int64)
-    pairs = numbers.random_(-(2**63), None, generator=source).numpy()
-    halves = np.stack([pairs >> 32 & 0xFFFFFFFF, pairs & 0xFFFFFFFF], axis=1).reshape(-1)[:count]
-    ahead = halves % np.arange(n, n - count, -1)
-    moved: dict[int, int] = {}
-    found = []
-    for place, step in enumerate(ahead.tolist()):
-        other = place + step
-        found.append(moved.get(other, other))
-        moved[other] = moved.get(place, place)
-    return np.asarray(found, dtype=np.int64)

@@ -81,10 +81,10 @@ class ReplayStore:
         Raises:
             ValueError: names, shapes or types that differ from the first batch's.
         """
-        batch = (whole(ids), whole(targets), whole(positions), task)
-        keys = batch[0]
+        keys = np.asarray(ids, dtype=np.int64)
         if self.world.size == 1 and self._begun is None:
             return self._add_alone(keys, targets, positions, task, rows)
+        batch = (keys, whole(targets), whole(positions), task)
         bounds = share(len(keys), self.world.size)
         low, high = int(bounds[self.world.rank]), int(bounds[self.world.rank + 1])
         self._check(rows, high - low)
