@@ -176,7 +176,7 @@ class Reservoir(Buffer):
 
         entering = rows[chosen]
         slots = self._replace(evicted, len(entering))
-        columns = (ids[entering], targets[entering], positions[entering], task)
+        columns: tuple[Ints | int, ...] = (ids[entering], targets[entering], positions[entering], task)
         for column, values in zip((self.ids, self.targets, self.positions, self.tasks), columns, strict=True):
             column[slots] = values
         self._quota.enter(groups[chosen].tolist(), keys[chosen].tolist(), slots.tolist())
