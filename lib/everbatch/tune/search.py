@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.progress import Board
 from everbatch.tune.record import freeze, read
 from everbatch.tune.seal import Seal, guard, scrub
+from everbatch.tune.spaces import is_rule
+from everbatch.tune.stream import flat
 
 __all__ = ["Search", "body_of", "identity", "search"]
 
@@ -83,9 +86,11 @@ def run(plan: Plan, resources: Resources, folder: Path, title: str) -> None:
 
 
 def identity(options: SearchOptions) -> dict[str, Any]:
-    """The options of a search that its results depend on."""
+    """The options of a search that its results depend on, a space by path however it was written."""
     free = {field.name for field in fields(Resources)} | {"data", "output"}
-    return {name: value for name, value in json.loads(canonical(asdict(options))).items() if name not in free}
+    by_path = {name: flat(given, is_rule) if isinstance(given, Mapping) else given for name, given in options.space.items()}
+    known = asdict(replace(options, space=by_path))
+    return {name: value for name, value in json.loads(canonical(known)).items() if name not in free}
 
 
 def settle(folder: Path, options: SearchOptions) -> None:
