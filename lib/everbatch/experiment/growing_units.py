@@ -36,8 +36,7 @@ class Units:
         if job.goes_on:
             runs.together(job.world, job.folder, lambda: None if job.world.rank else self._check_same())
         job.begin()
-        if job.world.rank == 0:
-            dump(options, job.folder / "config.yaml")
+        runs.together(job.world, job.folder, lambda: None if job.world.rank else dump(options, job.folder / "config.yaml"))
 
     def kept(self, seed: int, arm: str) -> Found | None:
         """What an arm that has ended gave; None for one that is still to run. Collective."""
@@ -45,9 +44,10 @@ class Units:
         return found if found is None else (found["accuracy"], found["epochs"], found["steps"])
 
     def keep(self, seed: int, arm: str, accuracy: list[float], epochs: list[int], steps: int) -> Found:
-        """Write what an arm gave, and give it back."""
-        if self.job.world.rank == 0:
-            write_json(self._path(seed, arm), {"accuracy": accuracy, "epochs": epochs, "steps": steps})
+        """Write what an arm gave, and give it back. Collective."""
+        found = {"accuracy": accuracy, "epochs": epochs, "steps": steps}
+        runs.together(self.job.world, self.job.folder,
+                      lambda: None if self.job.world.rank else write_json(self._path(seed, arm), found))
         return accuracy, epochs, steps
 
     def side_by_side(self) -> int:
@@ -76,7 +76,7 @@ class Units:
             return None
         try:
             found: dict[str, Any] = json.loads(self._path(seed, arm).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (OSError, ValueError):  # as of a seed's results: what cannot be read is run again
             return None
         return found
 
