@@ -100,6 +100,7 @@ SPACES: list[tuple[dict[str, Any], str]] = [
     ({"space": {"er": {"data": [{"sources": ["other.npz"]}]}}}, "the protocol sets it"),
     ({"space": {"er": {"optimizer": ["mine.yaml"]}}}, "be the options themselves"),
     ({"space": {"er": {"replay": [{"capacity": 50}]}}}, "it belongs to the scenario"),
+    ({"space": {"er": {"replay.alpha": [0.1, 0.5]}}}, "replay.alpha in the space of er, must be left out; no effect: "),
     ({"gtep": "icral"}, "did you mean 'icarl'?"),
     ({"gtep": "icarl"}, "unknown key 'T'"),
     ({"ranks": 2}, "with engine.kind=plain, must be 1"),

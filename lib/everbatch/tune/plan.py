@@ -125,17 +125,19 @@ class Plan:
                   "it belongs to the scenario: both phases have the same memory")
             if self.options.searcher == "random":
                 self.values[method] = draw_all(space, self.options.seed, self.options.trials)
-                for values in self.values[method]:
-                    self.check_options(method, values)
+                idle = [self.check_options(method, values) for values in self.values[method]]
+                for path in flat(self.options.space.get(method, {}), is_rule):
+                    why = [found.get(path) for found in idle]
+                    check(not all(why), "tune", f"{path} in the space of {method}", "be left out", f"no effect: {why[0]}")
                 continue
             for path, choices in space.items():  # what will be proposed is not known yet
                 for value in choices if isinstance(choices, tuple) else ():
                     self.check_options(method, {path: value})
 
-    def check_options(self, method: str, values: Mapping[str, Any]) -> None:
-        """Refuse options of a configuration before it runs."""
+    def check_options(self, method: str, values: Mapping[str, Any]) -> Mapping[str, str]:
+        """Refuse options of a configuration before it runs; gives those that have no effect, and why."""
         known = {path: value for path, value in values.items() if path != "-"}
-        check_options([self.scenario, method_of(method).options, known], self.increments)
+        return check_options([self.scenario, method_of(method).options, known], self.increments)
 
     def trial(self, method: str, i: int, values: Mapping[str, Any], orders: Sequence[int]) -> Trial:
         """One configuration with some of its orders."""

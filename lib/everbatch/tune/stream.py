@@ -101,19 +101,22 @@ def built(options: Sequence[Mapping[str, Any]], increments: list[int], order: in
     return config.build(StreamOfOrder, *options, whole)
 
 
-def check_options(options: Sequence[Mapping[str, Any]], increments: Sequence[int]) -> None:
+def check_options(options: Sequence[Mapping[str, Any]], increments: Sequence[int]) -> Mapping[str, str]:
     """Refuse options of a stream before it runs; what was looked at before in this process is not looked at again.
+
+    Returns:
+        Paths of the options that have no effect beside these, and why.
 
     Raises:
         ValueError: as `built`.
     """
-    _checked(canonical([list(options), list(increments)]))
+    return _checked(canonical([list(options), list(increments)]))
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(text: bytes) -> None:
+def _checked(text: bytes) -> Mapping[str, str]:
     options, increments = json.loads(text)
-    built(options, increments, 0, "digits", "")
+    return built(options, increments, 0, "digits", "").unused()
 
 
 def unit(
