@@ -68,6 +68,7 @@ def main(*words: str) -> float:
         opt = cls(model, **{**DEFAULTS.get(base, {}), **options})
     except TypeError as error:  # an option that nobody has, or that is of another type
         raise ValueError(f"{error}; given: {', '.join(f'{k}={v!r}' for k, v in options.items())}") from None
+    opt.task_samples = len(digits)  # for VCL alone
     for rows in [r for _ in range(4) for r in torch.randperm(len(digits)).split(64)]:
         x, y = digits.fetch(rows).float() / 16, digits.targets[rows]
 
