@@ -18,8 +18,7 @@ from rotation import When
 
 OTHERS = [name for name in named.names() if name not in ("finetune", "refresh", "joint")]
 CONTINUAL = [name for name in OTHERS if any(
-    named.ROOM in methods.TABLE[key] or methods.load(key).makes is not None
-    for key in methods.TABLE if name in named.made_by(key))]
+    named.ROOM in methods.TABLE[key] for key in methods.TABLE if name in named.made_by(key))]
 """Those that keep something of earlier tasks, or are made to stand beside what does."""
 
 
