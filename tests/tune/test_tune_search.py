@@ -25,6 +25,7 @@ from everbatch.tune.trial import Trial
 from processes import ROOT
 from tuning import command, prepared
 
+pytestmark = pytest.mark.distributed  # Ray's processes, started once for the file
 SPACE = {"er": {"optimizer.lr": [0.05, 1e30], "replay.beta": [0.5, 1.0], "replay.replay_batch": [8]}}
 WORDS = ("methods=[er]", "trials=5", "seed=3", "cpus=2", f"space={json.dumps(SPACE)}")
 
