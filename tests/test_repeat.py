@@ -22,7 +22,7 @@ from everbatch.distributed import World
 from everbatch.experiment import Experiment, Finished, GrowingData, repeat, run
 from everbatch.experiment.base import Result
 from everbatch.experiment.repeat import sum_up, told
-from everbatch.experiment.side_by_side import side_by_side
+from everbatch.experiment.side_by_side import _environment, side_by_side
 from everbatch.train import StepRecord, Trainer, TrainerMixin
 from experiment_worker import experiment
 from processes import ENVIRONMENT, ROOT, Zygote
@@ -305,3 +305,13 @@ def test_an_arm_of_growing_data_that_has_ended_is_not_run_again(tmp_path: Path, 
     assert ran == [(1, "fresh"), (1, "warm")] and len(kept) == 2 and kept.items() <= files(tmp_path / "seeds").items()
     assert found["seeds"] == [0, 1] and found["estimates"]["warm"]["count"] == 2
     assert found["gaps"]["fresh_minus_warm"]["low"] < found["gaps"]["fresh_minus_warm"]["mean"]
+
+
+def test_seeds_beside_each_other_are_ranks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the command was started by torchrun, as its only rank: its seeds must not meet in its store."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "ROLE_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("RANKING", "mine")
+    found = _environment(0, 2)
+    assert "RANK" not in found and not {n for n in found if n.startswith(("MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_"))}
+    assert found["RANKING"] == "mine"

@@ -11,7 +11,7 @@ import torch
 import learning
 from everbatch.composition import compose
 from everbatch.problems import Classification, Regression
-from everbatch.train import ErAce, Replay, StepRecord, Trainer, TrainerMixin
+from everbatch.train import ErAce, LwF, Replay, StepRecord, Trainer, TrainerMixin
 from everbatch.train.memory.er_ace import asymmetric_losses
 
 
@@ -63,3 +63,13 @@ def test_it_is_for_labels_alone() -> None:
     learner: Any = type("Learner", (ErAce, Trainer), {})
     with pytest.raises(ValueError, match=r"ErAce: problem=Regression, must be cross-entropy of labels"):
         learner(learning.net(smooth=True), optimizer, problem=Regression(), device="cpu")
+
+
+class WithLwF(ErAce, LwF, Trainer):
+    """Both change the stream's loss."""
+
+
+def test_losses_of_one_head_by_task_are_refused() -> None:
+    """LwF numbers a task's classes anew there, and the batch's classes are the stream's."""
+    with pytest.raises(ValueError, match=r"^ErAce: LwF\(heads='by_task'\), must be heads='joint'"):
+        WithLwF(learning.net(), learning.OPTIMIZER, "plain", config=Trainer.Config(batch_size=4), device="cpu", heads="by_task")

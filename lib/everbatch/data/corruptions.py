@@ -29,7 +29,7 @@ def corrupt(images: Tensor, family: str, severity: int = 5, *, seed: int = 0) ->
     photographs, so accuracies compare within this library only.
 
     Args:
-        images: uint8 in [0, 255], or floating in [0, 1]; 1 or 3 channels for jpeg.
+        images: uint8 in [0, 255], or floating in [0, 1], on any device; 1 or 3 channels for jpeg. The work is done on the CPU.
         family: one of `CORRUPTIONS`.
         severity: 1 to 5.
         seed: of all random numbers; the same images, family, severity and seed give the same result.
@@ -48,14 +48,15 @@ def corrupt(images: Tensor, family: str, severity: int = 5, *, seed: int = 0) ->
     check(pictures, who, f"jpeg of {images.shape[1]} channels", "have 1 or 3")
     whole = images.dtype == torch.uint8
     check(whole or images.is_floating_point(), who, f"images of {images.dtype}", "be uint8 or floating")
-    x = images.float() / 255 if whole else images.float()
+    x = images.cpu().float() / 255 if whole else images.cpu().float()
     if not len(x):
         return images
     inside = bool((x.min() >= 0) & (x.max() <= 1))
     check(inside, who, "floating images outside of [0, 1]", "be pixels in [0, 1], before normalisation")
     drawn = seeds.generator(seed, who, family, severity)
     made = CORRUPTIONS[family](x, severity - 1, drawn).clamp(0, 1)
-    return (made * 255).round().to(torch.uint8) if whole else made.to(images.dtype)
+    made = (made * 255).round() if whole else made
+    return made.to(images.device, images.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from everbatch.processes import end_with_parent
 
 __all__ = ["FOLLOWS", "follow", "side_by_side"]
 
+LAUNCHED = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(GROUP|ROLE|MASTER|TORCHELASTIC)_.*")
+"""Names of what a launcher sets for its ranks."""
 FOLLOWS = "EVERBATCH_FOLLOWS"
 """Process that a run which was started here ends with."""
 POLL_S = 0.1
@@ -95,9 +98,10 @@ def _start(options: Any, seed: int, place: int, at_once: int, script: Path) -> s
 
 
 def _environment(place: int, at_once: int) -> dict[str, str]:
-    """A share of the cores, and one of the GPUs."""
+    """A share of the cores, and one of the GPUs; nothing of a launcher, for each seed is one rank of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = {"OMP_NUM_THREADS": str(max(1, cores // at_once)), **os.environ, FOLLOWS: str(os.getpid())}
+    given = {name: value for name, value in os.environ.items() if not LAUNCHED.fullmatch(name)}
+    found = {"OMP_NUM_THREADS": str(max(1, cores // at_once)), **given, FOLLOWS: str(os.getpid())}
     devices = torch.cuda.device_count()
     if devices > 1:
         visible = found.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from everbatch.data import Batch
 from everbatch.errors import check
 from everbatch.problems import Problem
+from everbatch.train.memory.lwf import LwF
 from everbatch.train.mixin import TrainerMixin
 
 __all__ = ["ErAce", "asymmetric_losses"]
@@ -37,7 +38,7 @@ class ErAce(TrainerMixin):
     Args (Config): see the fields.
 
     Raises:
-        ValueError: at construction: a problem that is not cross-entropy of labels.
+        ValueError: at construction: a problem that is not cross-entropy of labels; LwF with heads="by_task".
 
     Cost: a second cross-entropy of the batch, over fewer columns.
     Order: any. Limits: cross-entropy of labels.
@@ -69,6 +70,9 @@ class ErAce(TrainerMixin):
         problem = getattr(self, "problem", None)
         check(problem is not None and problem.cross_entropy, "ErAce", f"problem={type(problem).__name__}",
               "be cross-entropy of labels", "leave it out, or set a trainer's problem=Classification()")
+        beside = self.configs.get(LwF)
+        check(beside is None or beside.heads == "joint", "ErAce", "LwF(heads='by_task')", "be heads='joint'",
+              "one loss is over the task's own numbers of its classes, the other over the stream's")
         return super().configure_model(model)  # type: ignore[misc, no-any-return]
 
     def augment_batch(self, parts: list[Batch]) -> list[Batch]:
