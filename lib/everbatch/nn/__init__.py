@@ -1,5 +1,14 @@
 """Layers and small networks."""
 
+from everbatch.nn.adapter_values import AdapterLayout, flat_adapters, load_adapters, reading_adapters
+from everbatch.nn.adapters import (
+    AdaptedBlock,
+    BottleneckAdapter,
+    UnsupportedAdapterTarget,
+    adapters_of,
+    attach_adapters,
+    detach_adapters,
+)
 from everbatch.nn.heads import PartsHead, grow_head
 from everbatch.nn.small_conv import SmallConv
 from everbatch.nn.split_bn import SplitBatchNorm, branch_parameters, convert_split_bn, split_branch, strip_split_bn
@@ -8,7 +17,8 @@ from everbatch.nn.unmix import UnMixTNS
 from everbatch.nn.unmix_convert import convert_unmix_tns, restore_batch_norm, unmix_layers, unmix_mode
 
 __all__ = [
-    "PartsHead", "SmallConv", "SplitBatchNorm", "UnMixTNS", "bn_recalibrate", "branch_parameters", "convert_split_bn",
-    "convert_unmix_tns", "frozen_statistics", "grow_head", "restore_batch_norm", "split_branch", "strip_split_bn",
-    "unmix_layers", "unmix_mode",
+    "AdaptedBlock", "AdapterLayout", "BottleneckAdapter", "PartsHead", "SmallConv", "SplitBatchNorm", "UnMixTNS",
+    "UnsupportedAdapterTarget", "adapters_of", "attach_adapters", "bn_recalibrate", "branch_parameters", "convert_split_bn",
+    "convert_unmix_tns", "detach_adapters", "flat_adapters", "frozen_statistics", "grow_head", "load_adapters",
+    "reading_adapters", "restore_batch_norm", "split_branch", "strip_split_bn", "unmix_layers", "unmix_mode",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from golden.comparison import Comparison, Vectors
 from golden.families import (
+    adapters,
     buffers,
     conadv,
     gtep,
@@ -50,6 +51,8 @@ FAMILIES: dict[str, Family] = {
     "lb_lars": trust.check,
     "lb_looksam": large_batch.check,
     "lb_sam": large_batch.check,
+    "mos_adapter_forward": adapters.check_adapter,
+    "mos_vit_features": adapters.check_network,
     "osft_analytic": subspace.check_osft,
     "refresh_derpp": refresh.check,
     "regularizers": regularizers.check,

@@ -1,0 +1,68 @@
+"""`mos_adapter_forward` and `mos_vit_features`: an adapter alone, and adapters in a vision transformer."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from everbatch.nn import BottleneckAdapter, attach_adapters, load_adapters
+from golden.comparison import Array, Comparison, Vectors
+
+__all__ = ["check_adapter", "check_network"]
+
+PARTS = {"down.weight": "down_proj_weight", "down.bias": "down_proj_bias", "up.weight": "up_proj_weight",
+         "up.bias": "up_proj_bias"}
+NORM = {"norm.weight": "adapter_layer_norm_before_weight", "norm.bias": "adapter_layer_norm_before_bias"}
+
+
+def check_adapter(file: Vectors, compare: Comparison) -> None:
+    """Without a layer norm, and with one of what comes in and of what goes out."""
+    x = _t(file["x"])
+    for norm in ("none", "in", "out"):
+        adapter = BottleneckAdapter(x.shape[-1], file.integer("bottleneck"), scale=float(file["scale"]), norm=norm)
+        adapter = adapter.double().eval()
+        taken = PARTS | (NORM if norm != "none" else {})
+        adapter.load_state_dict({ours: _t(file[f"{norm}_{theirs}"]) for ours, theirs in taken.items()})
+        compare.close(f"y_{norm}_noresidual", _n(adapter(x)), file[f"y_{norm}_noresidual"])
+        compare.close(f"y_{norm}_residual", _n(x + adapter(x)), file[f"y_{norm}_residual"])
+
+
+def check_network(file: Vectors, compare: Comparison) -> None:
+    """Features of the class token with and without adapters, and logits."""
+    x = _t(file["x"])
+    classes, width = file["base_head_weight"].shape
+    size, patch = x.shape[-1], file.integer("patch_size")
+    model = VisionTransformer(
+        img_size=size, patch_size=patch, embed_dim=width, depth=file.integer("depth"), num_heads=file.integer("heads"),
+        mlp_ratio=float(file["mlp_ratio"]), num_classes=classes).double().eval()
+    compare.close("ln_eps", model.norm.eps, file["ln_eps"])
+    model.load_state_dict({name: _weight(file, name) for name in model.state_dict()})
+    compare.close("features_no_adapter", _n(_features(model, x)), file["features_no_adapter"])
+    rank = file["ad_0_down_proj_bias"].shape[0]
+    blocks = attach_adapters(model, rank, scale=float(file["adapter_scale"]))
+    vector = torch.cat([_t(file[f"ad_{k}_{part}"]).flatten() for k in range(len(blocks)) for part in PARTS.values()])
+    load_adapters(model, vector)
+    compare.close("features_adapter", _n(_features(model, x)), file["features_adapter"])
+    compare.close("logits_adapter", _n(model(x)), file["logits_adapter"])
+
+
+def _weight(file: Vectors, name: str) -> Tensor:
+    """timm's tensor of this name; queries, keys and values are one layer there."""
+    key = "base_" + name.replace(".", "_").replace("mlp_", "")
+    if "attn_qkv" in key:
+        return torch.cat([_t(file[key.replace("qkv", f"{part}_proj")]) for part in "qkv"])
+    return _t(file[key])
+
+
+def _features(model: VisionTransformer, x: Tensor) -> Tensor:
+    found: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
+    return found
+
+
+def _n(tensor: Tensor) -> Array:
+    return tensor.detach().numpy()
+
+
+def _t(array: Array) -> Tensor:
+    return torch.from_numpy(array.copy())
