@@ -11,6 +11,7 @@ EVERBATCH_ROUND=N fixes the round, EVERBATCH_ROUND=all runs every turn. `Coverag
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import random
@@ -24,6 +25,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "EVERBATCH_ROUND"
+SEVERAL = "mark.distributed"
+"""What a file says that has tests of several ranks."""
 Round = int | None
 """None: every turn is due."""
 
@@ -54,6 +57,7 @@ def parse_round(text: str | None) -> Round:
 ROUND = parse_round(os.environ.get(VARIABLE))
 
 
+@functools.cache
 def turn(round: int, turns: int) -> int:
     """The turn that is due. Every `turns` rounds make a cycle in which each turn comes once, in an order of the cycle's own: so
     whoever runs every second or every seventh round only meets all of them as well."""
@@ -111,17 +115,26 @@ def split(items: Iterable[pytest.Item], round: Round = ROUND) -> tuple[list[pyte
     return now, later
 
 
+def unread(path: Path, wanted: str) -> bool:
+    """Whether only tests of several ranks are wanted (`-m`) and a file has none, as its text tells: it need not be imported."""
+    if not (wanted.endswith("and distributed") and path.match("test_*.py")):
+        return False
+    return SEVERAL not in path.read_text()
+
+
 class Coverage:
     """When each rotated test last ran: a JSON file of {test: {"round", "when", "outcome"}}, or null for one that never did.
 
     Args:
         path: of the file; what it holds stays.
-        prune: drop tests that were not met, since all there are were.
+        prune: drop tests that were not met, since all there are were, but for those of files that are `unread`.
+        wanted: see `unread`.
     """
 
-    def __init__(self, path: Path, *, prune: bool = False) -> None:
+    def __init__(self, path: Path, *, prune: bool = False, wanted: str = "") -> None:
         self.path = path
         self.prune = prune
+        self.wanted = wanted
         self.known: set[str] = set()
         """Rotated tests that were met, whether they are due or not."""
         self.ran: dict[str, dict[str, str | int]] = {}
@@ -137,7 +150,7 @@ class Coverage:
         """Bring the file up to date; returns what it says in a line."""
         kept = json.loads(self.path.read_text()) if self.path.exists() else {}
         if self.prune and self.known:
-            kept = {test: last for test, last in kept.items() if test in self.known}
+            kept = {test: last for test, last in kept.items() if test in self.known or self._unread(test)}
         now = {test: None for test in self.known} | kept | self.ran
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
@@ -145,6 +158,11 @@ class Coverage:
         os.replace(partial, self.path)
         never = sum(last is None for last in now.values())
         return f"{len(self.ran)} of {len(now)} rotated tests ran, {never} never did so far; see {self.path}"
+
+
+    def _unread(self, test: str) -> bool:
+        path = ROOT / test.partition("::")[0]
+        return path.exists() and unread(path, self.wanted)
 
 
 class Rotation:
@@ -155,7 +173,10 @@ class Rotation:
         folder = config.rootpath / ".pytest_cache"
         if config.pluginmanager.has_plugin("cacheprovider"):
             folder = config.cache.mkdir("everbatch")
-        self.coverage = Coverage(folder / "rotation.json", prune=everything)
+        self.coverage = Coverage(folder / "rotation.json", prune=everything, wanted=config.option.markexpr)
+
+    def pytest_ignore_collect(self, collection_path: Path, config: pytest.Config) -> bool | None:
+        return unread(collection_path, config.option.markexpr) or None
 
     def pytest_report_header(self) -> str:
         told = "all" if ROUND is None else str(ROUND)
@@ -165,6 +186,10 @@ class Rotation:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self.coverage.meet(items)  # before -m and -k take some away
+        several = (item for item in items if item.get_closest_marker("distributed"))
+        silent = sorted({item.path for item in several if unread(item.path, "and distributed")})
+        if silent:
+            raise pytest.UsageError(f"tests of several ranks in files without the words {SEVERAL}: {silent}")
         items[:], later = split(items)
         if later:
             config.hook.pytest_deselected(items=later)

@@ -45,7 +45,7 @@ def plain() -> str:
     return python("own_loop.py")
 
 
-@pytest.mark.rotated(0, 2)
+@pytest.mark.rotated(0, 4)
 def test_own_loop_learns_the_digits(plain: str) -> None:
     assert "SharpSGD = ClipGradNorm > SAM > SGD on plain, 1 rank" in plain and "passes per step    2" in plain
     assert len(losses(plain)) == 4 and accuracy(plain) > 90.0
@@ -59,7 +59,7 @@ def test_own_loop_is_short() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.rotated(1, 2)
+@pytest.mark.rotated(1, 4)
 @pytest.mark.parametrize(("name", "host"), [("own_loop.py", "DDP, 2 ranks"),
                                             ("own_deepspeed.py", "ZeRO stage 2 (fp32), 2 ranks")])
 def test_other_engines_take_the_same_steps(plain: str, zygote: Zygote, name: str, host: str) -> None:
@@ -71,7 +71,7 @@ def test_other_engines_take_the_same_steps(plain: str, zygote: Zygote, name: str
     assert len(losses(out)) == 4 and accuracy(out) > 90.0
 
 
-@pytest.mark.rotated(1, 2)
+@pytest.mark.rotated(2, 4)
 def test_replay_in_a_trainer_of_ones_own() -> None:
     """Fine-tuning forgets the first task, the same trainer with replay does not."""
     matrix: dict[str, list[list[float]]] = {"MyTrainer": [], "Mine": []}

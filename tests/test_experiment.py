@@ -121,6 +121,7 @@ def test_an_experiment_without_a_stream(tmp_path: Path) -> None:
         run(Experiment(output=str(tmp_path)))
 
 
+@pytest.mark.rotated(0, 3)
 def test_weights_are_digested(tmp_path: Path) -> None:
     """The comparison of the tests above sees a difference."""
     first = run(experiment("plain", tmp_path / "a"))

@@ -33,10 +33,10 @@ def words(key: str) -> str:
 
 
 KEYS = [key for key, part in methods.optimizer_mixins().items() if not part.in_code]
-ALONE = [When(place, 4).param(words(key)) for place, key in enumerate(KEYS)]
+ALONE = [When(place, 8).param(words(key)) for place, key in enumerate(KEYS)]
 MIXES = ["ClipGradNorm EMA", "LARS weight_decay=1e-4 trust_coeff=0.1", "Refresh gamma=0.0001",
          "DynamicSparsity density=0.5 update_every=10", "ClipGradNorm DynamicSparsity StaleSAM density=0.5 rho=0.02"]
-MIXED = [When(place, 2).param(mix) for place, mix in enumerate(MIXES)]
+MIXED = [When(place, 4).param(mix) for place, mix in enumerate(MIXES)]
 
 
 @pytest.mark.parametrize("words", [*ALONE, *MIXED])

@@ -54,9 +54,9 @@ def write(folder: Path, sources: list[str]) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("half", [When(i, 2).param(i) for i in range(2)])
-def test_blocks_of_one_process_run(half: int, tmp_path: Path) -> None:
-    sources = PYTHON[False][half::2]
+@pytest.mark.parametrize("quarter", [When(i, 4).param(i) for i in range(4)])
+def test_blocks_of_one_process_run(quarter: int, tmp_path: Path) -> None:
+    sources = PYTHON[False][quarter::4]
     paths = write(tmp_path, sources)
     assert len(PYTHON[False]) >= 4
     ended = subprocess.run([sys.executable, "-W", "error", "-c", ONE_AFTER_THE_OTHER, *map(str, paths)], cwd=tmp_path,

@@ -21,6 +21,7 @@ from everbatch.experiment import MIXINS, TRAINER_MIXINS, Data, Engine, Factory, 
 from everbatch.experiment.job import recorded, restarted
 from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
 from everbatch.train import Replay, Trainer, TrainerMixin
+from rotation import When
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def test_no_mixin_is_left_out() -> None:
     assert set(MIXINS.values()) == every - {OptimizerMixin, SubspaceProjection}
 
 
-@pytest.mark.parametrize("key", MIXINS)
+@pytest.mark.parametrize("key", [When(place, 4).param(key) for place, key in enumerate(MIXINS)])
 def test_each_takes_two_steps(key: str) -> None:
     base = ["optimizer.base=adamw"] if key == "lamb" else ["optimizer.momentum=0.9"]
     chosen = options(f"optimizer.{key}={{}}", "optimizer.weight_decay=0.01", *base)

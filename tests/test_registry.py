@@ -23,6 +23,7 @@ from everbatch.experiment.data import Data
 from everbatch.experiment.options import Parts
 from everbatch.optim import OptimizerMixin
 from everbatch.train import TrainerMixin
+from rotation import When
 
 ROOT = Path(__file__).parents[1]
 LIB = ROOT / "lib" / "everbatch"
@@ -157,7 +158,10 @@ class Recipe(Parts):
     """Every method by its key."""
 
 
-@pytest.mark.parametrize("key", [key for key in methods.TABLE if not methods.load(key).in_code])
+NAMED = [key for key in methods.TABLE if not methods.load(key).in_code]
+
+
+@pytest.mark.parametrize("key", [When(place, 4).param(key) for place, key in enumerate(NAMED)])
 def test_a_recipe_takes_every_value_of_a_search_space(key: str) -> None:
     space = methods.search_space([key])
     for turn in range(max((len(v) for v in space.values() if isinstance(v, tuple)), default=0)):

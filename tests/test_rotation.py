@@ -13,6 +13,7 @@ import pytest
 
 import rotation
 from processes import ROOT
+from rotation import When
 
 
 @pytest.mark.parametrize("turns", [2, 3, 4, 8])
@@ -41,6 +42,20 @@ def test_all_means_all_and_anything_else_is_refused() -> None:
     assert rotation.parse_round("") == rotation.parse_round(None) == rotation.default_round() >= 0
     with pytest.raises(pytest.UsageError, match="EVERBATCH_ROUND='-1', must be a whole number or all"):
         rotation.parse_round("-1")
+
+
+def test_files_that_have_none_of_what_is_wanted_are_not_read_and_not_forgotten(tmp_path: Path) -> None:
+    several, wanted = ROOT / "tests" / "distributed" / "test_runs.py", "not slow and distributed"
+    assert not rotation.unread(several, wanted) and not rotation.unread(ROOT / "tests" / "conftest.py", wanted)
+    one = ROOT / "tests" / "test_seeds.py"
+    assert rotation.unread(one, wanted) and not rotation.unread(one, "not slow and not distributed")
+    file = tmp_path / "rotation.json"
+    names = [f"tests/{path}::test[0]" for path in ("test_seeds.py", "distributed/test_runs.py", "test_gone.py")]
+    file.write_text(json.dumps(dict.fromkeys(names)))
+    coverage = rotation.Coverage(file, prune=True, wanted=wanted)
+    coverage.known.add("tests/distributed/test_runs.py::test[1]")
+    coverage.write()
+    assert list(json.loads(file.read_text())) == ["tests/distributed/test_runs.py::test[1]", names[0]]
 
 
 TESTS = """
@@ -74,7 +89,8 @@ def run(folder: Path, told: str, *words: str) -> tuple[str, dict[str, Any]]:
     return ended.stdout, json.loads(file.read_text()) if file.exists() else {}
 
 
-@pytest.mark.parametrize("words", [[], ["-n", "2"]], ids=["alone", "beside"])
+@pytest.mark.parametrize(
+    "words", [When(0, 3).param([], id="alone"), When(1, 3).param(["-n", "2"], id="beside")])
 def test_a_run_says_its_round_and_what_ran_when(tmp_path: Path, words: list[str]) -> None:
     (place,) = (p for p in range(4) if rotation.due(p, 4, 6))
     out, kept = run(tmp_path, "6", *words)
@@ -87,6 +103,7 @@ def test_a_run_says_its_round_and_what_ran_when(tmp_path: Path, words: list[str]
     assert run(tmp_path, "6", "--collect-only")[1] == kept
 
 
+@pytest.mark.rotated(2, 3)
 def test_every_turn_fills_the_file_and_a_test_that_went_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / ".pytest_cache" / "d" / "everbatch" / "rotation.json"
     file.parent.mkdir(parents=True)

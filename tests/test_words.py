@@ -85,6 +85,7 @@ def test_wrong_words_for_one_method_are_one_line(words: list[str], text: str, mo
     assert "python recipes/one_method.py SAM rho=0.1" in one_method.usage() and "mixins: AGEM, ASAM" in one_method.usage()
 
 
+@pytest.mark.rotated(1, 4)
 def test_one_method_explains_itself(tmp_path: Path) -> None:
     done = said(sys.executable, ROOT / "recipes" / "one_method.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and "mixins: AGEM, ASAM, ClipGradNorm" in done.stdout

@@ -144,6 +144,7 @@ print("RESULT" + json.dumps([differs, sorted(fields ^ zero_config._ZERO), absent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra `deepspeed`")
+@pytest.mark.rotated(3, 4)
 def test_our_defaults_are_deepspeeds_but_for_the_named_ones() -> None:
     run = subprocess.run(
         [sys.executable, "-c", COMPARE], capture_output=True, text=True, timeout=300,

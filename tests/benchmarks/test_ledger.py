@@ -45,6 +45,7 @@ def lines(path: Path) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------------- cells
+@pytest.mark.rotated(0, 4)
 def test_a_killed_run_goes_on_and_runs_no_finished_cell_twice(tmp_path: Path) -> None:
     """The last three of six wait for what comes after the kill, so that it always meets some at work."""
     store, wanted = Store(tmp_path), ledger_toy.cells(6, held=3)
@@ -65,6 +66,7 @@ def test_a_killed_run_goes_on_and_runs_no_finished_cell_twice(tmp_path: Path) ->
     assert run_cells(wanted, store, jobs=2).ran == 0
 
 
+@pytest.mark.rotated(2, 4)
 def test_two_runs_at_once_share_the_cells(tmp_path: Path) -> None:
     """None ends before both have begun one."""
     wanted = ledger_toy.cells(8, runs=2)

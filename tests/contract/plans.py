@@ -1,7 +1,7 @@
 """Which case runs on which host, and when: in every round, in turn, or with the wide matrix.
 
-Each run has every case: eight on two of four hosts each, all four in two runs, the others on one of them; and every other host
-with one case, in turn; the checks about hosts as well. `--wide` adds, in turn, the rest of the matrix.
+Each run has eight cases on two of four hosts each, all four in two runs; half of the others on one of them; and every other
+host with one case, in turn; the checks about hosts as well. `--wide` adds, in turn, the rest of the matrix.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ RING = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]
 ACROSS = (("zero3", "fsdp2"), ("ddp", "zero2"))
 """Moves of the cases outside the core."""
 HALVES, TURNS, LONG_TURNS, WIDE_TURNS = 2, 4, 8, 8
-"""Rounds after which everything has run: cases of the core on FEW; other cases there; what else the default plan has, and the
-wide one."""
+"""Rounds after which everything has run: cases of the core on FEW; other numbers of ranks; what else the default plan has, the
+other cases on FEW among it; and the wide one."""
 
 LIFE = ("absent", "parity", "resume", "skipped")
 HOST_CHECKS = ("restore", "residue", "interrupted", "collectives", "accumulation", "dropout", "statistics", "skipped_buffers",
@@ -106,7 +106,9 @@ def _default_lives(lives: dict[Life, When]) -> None:
         lives[host, case, BY_CASE[case].bases[0]] = _shifted(CORE, case, columns, host, turns)
     others = [c.name for c in CASES if c.name not in CORE]
     for case, host in itertools.product(others, FEW):
-        lives[host, case, BY_CASE[case].bases[0]] = _shifted(others, case, FEW, host, TURNS)
+        # Neighbours in other rounds, and a case on one host after the other: four rounds of eight have it.
+        place = others.index(case) + LONG_TURNS // len(FEW) * FEW.index(host)
+        lives[host, case, BY_CASE[case].bases[0]] = When(place % LONG_TURNS, LONG_TURNS)
     more = [(MIX, "adamw"), (MOVED[-1], "adamw"), *UNREACHED]
     for (case, base), host in itertools.product(more, FP32):
         lives[host, case, base] = _shifted(more, (case, base), FP32, host, LONG_TURNS)

@@ -86,19 +86,26 @@ def run(key: str, host: str, *, on: bool = True, listed: bool = True, folder: Pa
     return made
 
 
+@functools.cache
+def bare(host: str) -> tuple[int, dict[str, torch.Tensor]]:
+    """Steps and end of a trainer without any mixin: the same run, whichever mixin it is compared with."""
+    t = run("replay", host, listed=False)
+    return t.step, learning.whole(t)
+
+
 def live(record: Record, store: Path, key: str, host: str) -> None:
     """Every check of one mixin on one host; on "plain" first, which leaves in `store` what the others are compared with."""
     folder = store / f"{key}-{host}-{World.current().size}"
-    without = run(key, host, listed=False)
+    steps, without = bare(host)
     with record.check(f"absent/{host}/{key}") as found:
         quiet = run(key, host, on=False)
-        found.require(quiet.step == without.step == 12, f"{quiet.step} and {without.step} steps")
-        found.same_bits(learning.whole(quiet), learning.whole(without), "at off, against a trainer without it")
+        found.require(quiet.step == steps == 12, f"{quiet.step} and {steps} steps")
+        found.same_bits(learning.whole(quiet), without, "at off, against a trainer without it")
     expected = run(key, host, folder=folder / "whole")
     with record.check(f"acts/{host}/{key}") as found:
-        pairs = zip(learning.whole(expected).values(), learning.whole(without).values(), strict=True)
+        pairs = zip(learning.whole(expected).values(), without.values(), strict=True)
         if methods.load(key).observes:
-            found.same_bits(learning.whole(expected), learning.whole(without), "it only looks")
+            found.same_bits(learning.whole(expected), without, "it only looks")
             found.require(any(bool(v.isfinite().any()) for v in learning.kept(expected).values()), "it saw nothing")
         else:
             found.require(any(not torch.equal(*pair) for pair in pairs), "its example does nothing")

@@ -27,6 +27,7 @@ from everbatch.nn import (
     split_branch,
     strip_split_bn,
 )
+from rotation import When
 
 ADV = "adversarial"
 
@@ -60,7 +61,8 @@ def moved(model: nn.Module, size: int) -> None:
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "small": (small, 8), "resnet18": (lambda: zoo("resnet18"), 32), "regnetx_002": (lambda: zoo("regnetx_002"), 32),
 }
-every_model = pytest.mark.parametrize("name", MODELS)
+WHEN = {"small": When(), "resnet18": When(0, 2), "regnetx_002": When(1, 2)}
+every_model = pytest.mark.parametrize("name", [WHEN[name].param(name) for name in MODELS])
 
 
 @functools.cache

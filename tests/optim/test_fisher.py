@@ -16,6 +16,7 @@ from everbatch.errors import UnsupportedHost
 from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
 from everbatch.optim.memory.fisher import ESTIMATORS
 from everbatch.optim.memory.importance import slices
+from rotation import When
 
 SGD = compose(base=torch.optim.SGD)
 G = torch.Generator().manual_seed(3)
@@ -225,7 +226,10 @@ def test_frozen_and_tied_parameters() -> None:
     torch.testing.assert_close(got["first.weight"], total.detach(), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", [*ESTIMATORS, "sensitivity"])
+KINDS = [*ESTIMATORS, "sensitivity"]
+
+
+@pytest.mark.parametrize("kind", [When(place, 4).param(kind) for place, kind in enumerate(KINDS)])
 def test_a_mean_over_many_equal_rows_in_bf16_is_that_of_one(kind: Any) -> None:
     """All numbers are powers of two, or 300 times one: no sum rounds in fp32; in bf16 it would stop at 256 terms."""
     model = nn.Linear(1, 2, bias=False).bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -219,12 +220,17 @@ def test_schedules() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ accounting
+@functools.cache
+def resnet50() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        return torchvision.models.resnet50()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(("density", "published", "plain"),
                          [(0.2, 0.42, 0.23), (0.1, 0.24, 0.13), (0.05, 0.12, 0.08), (0.035, 0.09, None)])
 def test_flops_of_resnet50_are_the_published_ones(density: float, published: float, plain: float | None) -> None:
-    torchvision = pytest.importorskip("torchvision")
-    with torch.device("meta"):
-        model, x = torchvision.models.resnet50(), torch.empty(1, 3, 224, 224)
+    model, x = resnet50(), torch.empty(1, 3, 224, 224, device="meta")
     shapes = maskable({n: tuple(p.shape) for n, p in model.named_parameters()}, model)
     got = account(model, x, layer_densities(shapes, density))
     assert len(shapes) == 54 and got.dense == 2 * 4_089_184_256 and got.rest == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.optim import SAM, ClipGradNorm, DynamicSparsity
+from rotation import When
 
 
 class SGD(DynamicSparsity, torch.optim.SGD): ...
@@ -77,10 +79,12 @@ def shown(opt: Any, model: nn.Module, task: int) -> Tensor:
         return logits(model)
 
 
+GROWN = list(itertools.product(CASES, ("gradient", "random", "random_unfired"), ("allow", "prefer")))
+
+
 @pytest.mark.filterwarnings("ignore:DynamicSparsity. .* layers have fewer free weights")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("grow", ["gradient", "random", "random_unfired"])
-@pytest.mark.parametrize("used", ["allow", "prefer"])
+@pytest.mark.parametrize(
+    ("case", "grow", "used"), [When(place, 4).param(*one) for place, one in enumerate(GROWN)])
 def test_nothing_is_forgotten(case: str, grow: str, used: str) -> None:
     opt, model = build(case, grow=grow, grow_into_used=used)
     seen = {}
@@ -301,10 +305,13 @@ FREEZES = {  # steps at which the parameters are frozen and trained again, of th
     "from the start": (0, 6), "through the second task": (6, 12), "in the second task": (9, 18), "in the first": (3, 9)}
 
 
+LAYERS = (("3.weight",), ("0.weight", "3.bias", "4.weight"), ("6.weight",))
+FROZEN = list(itertools.product(LAYERS, FREEZES, (0.0, 0.3)))
+
+
 @pytest.mark.filterwarnings("ignore:DynamicSparsity. .* layers have fewer free weights")
-@pytest.mark.parametrize("drop_fraction", [0.0, 0.3])
-@pytest.mark.parametrize("when", FREEZES)
-@pytest.mark.parametrize("names", [("3.weight",), ("0.weight", "3.bias", "4.weight"), ("6.weight",)])
+@pytest.mark.parametrize(
+    ("names", "when", "drop_fraction"), [When(place, 4).param(*one) for place, one in enumerate(FROZEN)])
 def test_what_is_frozen_for_a_while_is_not_forgotten(names: tuple[str, ...], when: str, drop_fraction: float) -> None:
     opt, model = build(density=0.2, drop_fraction=drop_fraction, densities={"6.weight": 1.0})
     seen, (begin, end) = {}, FREEZES[when]

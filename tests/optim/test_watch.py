@@ -13,6 +13,7 @@ from torch.nn.modules import module as torchs
 
 from everbatch import compose
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity
+from rotation import When
 
 Sharp: Any = compose(SAM, base=torch.optim.SGD)
 X, Y = torch.rand(8, 6), torch.arange(8) % 3
@@ -113,7 +114,7 @@ MIXES: dict[str, tuple[tuple[type, ...], dict[str, Any], int]] = {
 HOW = [(mix, "wrapped") for mix in MIXES] + [("all", "in place"), ("all", "parameters")]
 
 
-@pytest.mark.parametrize("mix, how", HOW)
+@pytest.mark.parametrize("mix, how", [When(place, 2).param(*one) for place, one in enumerate(HOW)])
 def test_a_compiled_module_stays_compiled(mix: str, how: str) -> None:
     """As many graphs as the method has kinds of passes, over 100 steps and a task that begins in between, and no break."""
     mixins, options, most = MIXES[mix]

@@ -84,7 +84,7 @@ def only_child() -> Any:
     return child
 
 
-@pytest.mark.rotated(0, 2)
+@pytest.mark.rotated(0, 6)
 def test_a_process_costs_few_files_and_ends_with_the_trainer() -> None:
     """Also a model of many tensors, more than a process may hold files open; closed in the middle it starts anew."""
     before, deep = len(os.listdir("/proc/self/fd")), nn.Sequential(*[nn.Linear(6, 6) for _ in range(60)], nn.Linear(6, 3))
