@@ -72,6 +72,16 @@ def test_masked_rows_and_a_few_bad_ones_are_left_out() -> None:
         moment.update(x)
 
 
+def test_an_update_does_not_wait_for_the_device() -> None:
+    """Other devices: nothing is read back in an update; too many bad rows are refused when a number is asked for."""
+    moment, x = SecondMoment(7, device="meta"), torch.ones(300, 7, device="meta")
+    moment.update(x)  # a meta tensor raises wherever its number is read
+    moment.update(x, torch.ones(300, dtype=torch.bool, device="meta"))
+    SecondMoment(7, centred=True, device="meta").update(x)
+    with pytest.raises(RuntimeError, match="meta"):
+        _ = moment.count
+
+
 def test_low_rank_is_exact_within_its_rank_and_always_in_its_trace() -> None:
     g = torch.Generator().manual_seed(0)
     low = torch.randn(90, 3, generator=g, dtype=torch.float64) @ torch.randn(3, 7, generator=g, dtype=torch.float64)
