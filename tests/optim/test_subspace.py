@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from quadratics import same, small_net, train, weights
 from torch import Tensor, nn
 
-from everbatch import compose
-from everbatch.errors import CompositionError
+from everbatch import checkpoint, compose
+from everbatch.distributed import World
+from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity, Projection, Subspace, SubspaceProjection
+from everbatch.optim import state as optimizer_state
 from everbatch.optim.subspace.transforms import damped, high_block, inverse, null_space, rows, window_damped
 
 
@@ -133,6 +136,8 @@ def test_bad_maps() -> None:
 # -------------------------------------------------------------------------------------------------------- optimizer
 NULL = {"0.weight": Projection(right=null_space(basis(6, 3, dtype=torch.float32)))}
 
+NULL_OF_FIVE = Projection(right=null_space(basis(5, 1, dtype=torch.float32)))
+
 
 def moved(model: nn.Module, start: list[Tensor]) -> Tensor:
     """How far the first weight has moved along the protected directions."""
@@ -212,6 +217,44 @@ def test_a_resumed_run_has_the_same_projections(space: str) -> None:
     assert same(weights(model), weights(twin)) and list(other.projections) == ["0.weight"]
     opt.set_projections({})
     assert opt.projections == {} and copy.deepcopy(other).projections.keys() == {"0.weight"}
+
+
+def test_bases_are_tensors_of_the_state_and_text_of_old_ones_is_read() -> None:
+    model, maps = small_net(), {**NULL, "2.weight": high_block(small_net()[2].weight, 1)}
+    opt = Sub(model, lr=0.3, projections=maps)
+    saved = opt.state_dict(weights=True)
+    meta, tensors = saved["everbatch"]["meta"], saved["everbatch"]["tensors"]
+    assert torch.equal(tensors["SubspaceProjection.bases/0.weight/right.basis"], opt.projections["0.weight"].right.basis)
+    assert len(json.dumps(meta["mixins"])) < 600  # base64 of these bases alone would be 700
+    # What was written before bases were tensors: outlines with the bases in them, as text.
+    old = {k: t for k, t in tensors.items() if not k.startswith("SubspaceProjection")}
+    then = {**meta, "mixins": {"SubspaceProjection": {"factors": {"by_name": {n: p.encode() for n, p in maps.items()}}}}}
+    twins = [small_net(5), small_net(6)]
+    ends = [Sub(twins[0], lr=0.3), Sub(twins[1], lr=0.3, projections={"2.weight": NULL_OF_FIVE})]
+    ends[0].load_state_dict({"everbatch": {"meta": json.loads(json.dumps(meta)), "tensors": tensors}})
+    ends[1].load_state_dict({"everbatch": {"meta": json.loads(json.dumps(then)), "tensors": old}})
+    for net, one in [(model, opt), *zip(twins, ends, strict=True)]:
+        train(net, one, 0, 3)
+    assert same(weights(twins[0]), weights(model)) and same(weights(twins[1]), weights(model))
+    assert ends[1].state_dict()["everbatch"]["tensors"].keys() == opt.state_dict()["everbatch"]["tensors"].keys()
+    lost = {k: t for k, t in tensors.items() if not k.endswith("right.scale")}
+    with pytest.raises(CheckpointMismatch, match=r"tensors \['0.weight/right.scale', '2.weight/right.scale'\] of Sub"):
+        ends[0].load_state_dict({"everbatch": {"meta": meta, "tensors": lost}})
+
+
+def test_a_checkpoint_holds_bases_once_as_tensors(tmp_path: Path) -> None:
+    maps = {"0.weight": Projection(right=null_space(rows([basis(6, k, k, torch.float32) for k in (1, 0, 2, 3, 1)]))),
+            "2.weight": Projection(right=null_space(basis(5, 0, dtype=torch.float32)))}
+    model, twin = small_net(), small_net(5)
+    opt, other = Sub(model, lr=0.3, projections=maps), Sub(twin, lr=0.3)
+    pieces, meta = optimizer_state.pieces(opt)
+    checkpoint.save(tmp_path, 3, pieces, {"optimizer": meta}, world=World())
+    kept = checkpoint.latest(tmp_path, world=World())
+    assert kept is not None and "SubspaceProjection.bases/0.weight/right.basis" in kept.names()
+    optimizer_state.load_pieces(other, kept, kept.meta["optimizer"])
+    train(model, opt, 0, 2)
+    train(twin, other, 0, 2)
+    assert same(weights(model), weights(twin)) and other.projections["2.weight"].identity
 
 
 def test_stale_momentum_can_be_projected() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ByName", "Scratch", "Shard", "Sums", "Vector", "count_bad", "inner", "masters_of", "step_length", "wide"]
+__all__ = ["ByName", "Scratch", "Shard", "Sums", "Vector", "Whole", "count_bad", "inner", "masters_of",
+           "step_length", "wide"]
 
 
 def wide(t: Tensor) -> torch.dtype:
@@ -388,3 +389,7 @@ class ByName(dict[str, Tensor]):
     def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
         """Copies and pickles hold the tensors alone."""
         return type(self), (dict(self),)
+
+
+class Whole(dict[str, Tensor]):
+    """State of a mixin that every rank holds whole: tensors by a key of the mixin's own, saved once."""

@@ -7,7 +7,7 @@ the masters; so does `state_dict` where they are not the model's own weights, wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.contract import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.engines.host import plain_name
-from everbatch.engines.shards import ByName, Shard
+from everbatch.engines.shards import ByName, Shard, Whole
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim import state_checks
 from everbatch.optim.composed import Composed
@@ -34,6 +34,8 @@ def pieces(opt: Composed) -> tuple[list[Piece], dict[str, Any]]:
     writer = host.rank == 0 if not host.sharded else host.rank < host.world // host.replicas
     for kind, held in _held(opt).items():
         tensors += [_piece(f"{kind}/{s.name}", s, value) for s, value in held]
+    if host.rank == 0:  # who writes whatever the host is
+        tensors += [Piece(name, tuple(t.shape), 0, t) for name, t in _whole(opt).items()]
     with host.frozen_too():
         scalars = {s.name: _scalars(opt, s) for s in host.shards}
     merged: dict[str, Any] = {}
@@ -57,7 +59,7 @@ def load_pieces(opt: Composed, checkpoint: Checkpoint, meta: dict[str, Any]) -> 
     check_pieces(opt, checkpoint, meta)
     known = set(checkpoint.names())
     _restore(opt, meta, lambda key, s: checkpoint.read(f"{key}/{s.name}", s.start, s.numel)
-             if f"{key}/{s.name}" in known else None, {n.split("/", 1)[0] for n in known})
+             if f"{key}/{s.name}" in known else None, {n.split("/", 1)[0] for n in known}, checkpoint.whole)
 
 
 def state_dict(opt: Composed, *, weights: bool | None = None) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def state_dict(opt: Composed, *, weights: bool | None = None) -> dict[str, Any]:
             dtypes = {n: getattr(torch, layout[kind][n]) for n in host.names if n in layout[kind]}
             whole.update({f"{kind}/{n}": t for n, t in host.gather(slices.get(kind, []), list(dtypes), dtypes).items()})
         numbers = {s.name: _scalars(opt, s) for s in host.shards}
+    whole |= {name: t.detach().clone() for name, t in _whole(opt).items()}
     for other in World.current().gather(numbers) if host.sharded else [numbers]:
         scalars.update(other)  # type: ignore[call-overload]
     result: dict[str, Any] = {"everbatch": {"tensors": whole, "meta": {"scalars": scalars, **_plain(opt)}}}
@@ -132,7 +135,7 @@ def load_state_dict(
         whole = tensors.get(f"{key}/{s.name}")
         return None if whole is None else whole.reshape(-1)[s.start : s.start + s.numel]
 
-    _restore(opt, meta, read, {n.split("/", 1)[0] for n in tensors}, grown=grown)
+    _restore(opt, meta, read, {n.split("/", 1)[0] for n in tensors}, tensors.__getitem__, grown=grown)
 
 
 def _plain(opt: Composed) -> dict[str, Any]:
@@ -164,8 +167,16 @@ def _held(opt: Composed) -> dict[str, list[tuple[Shard, Tensor]]]:
     return result
 
 
+def _whole(opt: Composed) -> dict[str, Tensor]:
+    """Mixin state that every rank holds whole, by kind/key."""
+    return {f"{part.__name__}.{name}/{key}": t for part, state in opt.states.items()
+            for name, value in _fields(state).items() if isinstance(value, Whole)
+            for key, t in value.items()}
+
+
 def _restore(
-    opt: Composed, meta: dict[str, Any], read: Any, kinds: set[str], *, grown: bool = False,
+    opt: Composed, meta: dict[str, Any], read: Any, kinds: set[str],
+    whole: Callable[[str], Tensor], *, grown: bool = False,
 ) -> None:
     host = opt.host
     with host.frozen_too():
@@ -212,6 +223,10 @@ def _restore(
             elif isinstance(count, dict) and count.keys() == {"list"}:
                 setattr(fields, name, [_read_by_name(shards, f"{part.__name__}.{name}.{i}", read)
                                        for i in range(count["list"])])
+            elif isinstance(value, Whole) and count is not None:
+                keys = count["whole"]
+                setattr(fields, name, Whole({
+                    k: whole(f"{part.__name__}.{name}/{k}").to(host.device, copy=True) for k in keys}))
             elif name in meta["mixins"][part.__name__]:
                 setattr(fields, name, _decode(meta["mixins"][part.__name__][name], host.device))
     host.touch()
@@ -239,8 +254,10 @@ def _read_by_name(shards: list[Shard], key: str, read: Any) -> ByName:
 
 
 def _encode(value: Any) -> Any:
-    """A plain value as it is; the length of a list of per-element state; a small replicated tensor (a multiplier, a
-    covariance's count) as numbers."""
+    """A plain value as it is; the length of a list of per-element state; the keys of tensors that are saved whole; a small
+    replicated tensor (a multiplier, a covariance's count) as numbers."""
+    if isinstance(value, Whole):
+        return {"whole": list(value)}
     if _is_history(value):
         return {"list": len(value)}
     if isinstance(value, Tensor):

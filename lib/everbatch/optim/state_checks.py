@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everbatch.checkpoint.files import CODES
 from everbatch.contract import base_of, parts_of
-from everbatch.engines.shards import ByName
+from everbatch.engines.shards import ByName, Whole
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim.composed import Composed
 
@@ -106,9 +106,11 @@ def _same_weights(
                                  "model to load_state_dict, or save with state_dict(weights=True)")
     with host.frozen_too():
         every = {n: tuple(shape) for n, (_, shape) in host.master_layout().items()}
+    whole = {f"{part.__name__}.{field.name}" for part, state in opt.states.items()
+             for field in dataclasses.fields(state) if isinstance(getattr(state, field.name), Whole)}
     for key, shape in shapes.items():
         kind, _, name = key.partition("/")
-        if kind.split(".")[0] in {"moment", *meta["class"]} and every.get(name, shape) != shape:
+        if kind not in whole and kind.split(".")[0] in {"moment", *meta["class"]} and every.get(name, shape) != shape:
             raise CheckpointMismatch(f"{who}: {key} has shape {shape} in the state, the parameter has {every[name]}")
 
 
@@ -184,6 +186,11 @@ def _mixins(opt: Composed, saved: Any, shapes: Shapes) -> None:
             if field.name not in theirs or isinstance(present, ByName):
                 continue
             value = theirs[field.name]
+            if isinstance(present, Whole):
+                lacking = [k for k in value["whole"] if f"{key}/{k}" not in shapes]
+                if lacking:
+                    raise CheckpointMismatch(f"{who}: the tensors {lacking[:5]} of {key} are missing in the state")
+                continue
             if isinstance(value, dict) and value.keys() == {"list"}:
                 count = value["list"]
                 if type(count) is not int or not 0 <= count <= max(64, len(shapes)):

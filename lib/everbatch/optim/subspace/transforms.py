@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,13 +141,32 @@ class Projection:
         away = g - self.left.right(g.T).T
         return g - (away - self.right.right(away))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Bases and scales by side: what a checkpoint keeps beside `outline`."""
+        sides = {"left": self.left, "right": self.right}
+        return {f"{name}.{part}": getattr(side, part) for name, side in sides.items() if side is not None
+                for part in ("basis", "scale")}
+
+    def outline(self) -> dict[str, Any]:
+        """The rest of it, JSON-able: what each side does off its basis."""
+        rests = {name: None if side is None else side.rest for name, side in (("left", self.left), ("right", self.right))}
+        return {**rests, "joint": self.joint}
+
+    @classmethod
+    def of(cls, outline: dict[str, Any], tensors: Mapping[str, Tensor]) -> Projection:
+        """What `outline` and `tensors` gave."""
+        sides = {name: None if outline[name] is None else
+                 Subspace(tensors[f"{name}.basis"], tensors[f"{name}.scale"], outline[name])
+                 for name in ("left", "right")}
+        return cls(left=sides["left"], right=sides["right"], joint=outline["joint"])
+
     def encode(self) -> dict[str, Any]:
-        """Plain values that hold every bit: JSON-able."""
+        """Plain values that hold every bit: JSON-able, and a third larger than `tensors`."""
         return {"left": _encode(self.left), "right": _encode(self.right), "joint": self.joint}
 
     @classmethod
     def decode(cls, plain: dict[str, Any], device: torch.device | str = "cpu") -> Projection:
-        """What `encode` gave."""
+        """What `encode` gave: checkpoints once held this."""
         return cls(left=_decode(plain["left"], device), right=_decode(plain["right"], device), joint=plain["joint"])
 
 
