@@ -20,6 +20,17 @@ from everbatch.tune.two_phase import TwoPhase
 from processes import ROOT
 
 
+@pytest.mark.parametrize(("name", "path"), [
+    ("gdumb", "gdumb.capacity"), ("agem", "episodic.capacity"), ("icarl", "nearest_mean.capacity"),
+    ("er+sam", None), ("lwf", None), ("er_ace", None)])
+def test_every_memory_holds_as_much_as_replay_does(name: str, path: str | None) -> None:
+    found = Method(name)
+    assert found.capacities == ([] if path is None else [path])
+    shared = {} if path is None else {path: 20}
+    assert found.within({"replay.capacity": 20}) == {**shared, **found.options}
+    assert found.within({"replay.capacity": 20, **dict.fromkeys(found.capacities, 7)}) == found.options
+
+
 def plan(options: SearchOptions, folder: Path) -> Plan:
     return Plan(options, dict(SCENARIO), [2, 1, 1, 1], [0, 1], "digits", "0" * 64, folder)
 

@@ -137,11 +137,11 @@ class Plan:
     def check_options(self, method: str, values: Mapping[str, Any]) -> Mapping[str, str]:
         """Refuse options of a configuration before it runs; gives those that have no effect, and why."""
         known = {path: value for path, value in values.items() if path != "-"}
-        return check_options([self.scenario, method_of(method).options, known], self.increments)
+        return check_options([self.scenario, method_of(method).within(self.scenario), known], self.increments)
 
     def trial(self, method: str, i: int, values: Mapping[str, Any], orders: Sequence[int]) -> Trial:
         """One configuration with some of its orders."""
-        layers = [dict(self.scenario), dict(method_of(method).options), dict(values)]
+        layers = [dict(self.scenario), method_of(method).within(self.scenario), dict(values)]
         keys = [(order, self.key(method, values, order)) for order in orders]
         return Trial(method=method, id=i, options=layers, increments=self.increments, units=keys, data=self.data,
                      data_sha256=self.data_sha256, seal=self.seal, ledger=str(self.ledger.resolve()), ranks=self.options.ranks,
@@ -149,7 +149,7 @@ class Plan:
 
     def key(self, method: str, values: Mapping[str, Any], order: int) -> str:
         """Of a unit: configurations with the same values share it."""
-        whole = {**method_of(method).options, **values}
+        whole = {**method_of(method).within(self.scenario), **values}
         return unit_key(whole, order, {**self.scenario, "increments": self.increments}, self.data_sha256)
 
     # ---------------------------------------------------------------------------------------------------------------- rounds

@@ -10,6 +10,7 @@ from typing import Any
 
 from everbatch import methods
 from everbatch.config.strict_yaml import load_text
+from everbatch.contract import option_names
 from everbatch.declared import Range
 from everbatch.errors import check, nearest
 from everbatch.experiment import named
@@ -34,6 +35,7 @@ class Method:
         name: as given.
         options: what makes it this method, by the path of an option.
         space: what its parts declare to be worth searching and the method leaves open, and `BASE`.
+        capacities: paths of the capacities of memories that it has in place of a replay memory.
 
     Raises:
         ValueError: a name that is none, with the nearest.
@@ -46,13 +48,23 @@ class Method:
         memory = {} if tree.get("replay") is not None else {"replay": None}  # which a class-incremental run has by itself
         self.options: dict[str, Any] = {**memory, **given}
         self.space: dict[str, Values] = dict(BASE)
+        self.capacities: list[str] = []
+        callers = {methods.load(key).called_by for key in methods.TABLE if _at(tree, methods.path_of(key)) is not None}
         for key in methods.TABLE:
             part: Any = methods.load(key)
             own = _at(tree, methods.path_of(key))
+            if key != "replay" and (own is not None or key in callers) and "capacity" in option_names(part):
+                self.capacities.append(f"{methods.path_of(key)}.capacity")
             if own is not None and not part.in_code:
                 idle, declared = part.idle(part.Config(**own)), methods.search_space([key])
                 self.space |= {option: values for option, values in declared.items()
                                if option not in self.options and option.rpartition(".")[2] not in idle}
+
+    def within(self, scenario: Mapping[str, Any]) -> dict[str, Any]:
+        """`options` in a scenario: each memory holds as many samples as the replay memory of the other methods does."""
+        capacity = scenario.get("replay.capacity")
+        shared = {} if capacity is None else {path: capacity for path in self.capacities if path not in scenario}
+        return {**shared, **self.options}
 
 
 @functools.lru_cache(maxsize=256)
