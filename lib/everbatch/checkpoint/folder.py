@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from everbatch.distributed import World
 from everbatch.errors import check
 
-__all__ = ["FILES", "FOLDERS", "PARTS", "claimed", "set_aside", "try_writing"]
+__all__ = ["FILES", "FOLDERS", "PARTS", "claimed", "set_aside", "try_writing", "whoever_holds"]
 
 OWNER = ".owner"
 FOLDERS = ("checkpoints", "figures", "tensorboard", "seeds")
@@ -198,6 +198,27 @@ def try_writing(folder: Path, world: World, *, checkpoints: bool = True) -> None
     together(world, folder, first)
     if checkpoints:
         together(world, folder, lambda: _try(folder / "checkpoints", world.rank))
+
+
+@contextmanager
+def whoever_holds(file: Path) -> Iterator[Iterator[bool]]:
+    """Turns at a piece of work that several processes may begin, by a lock on `file`, which is made and stays.
+
+    Gives an iterator: False about every second while another process has the lock, then True. Where the file system has no
+    locks it is True at once. The lock is let go of at the end of the block, or with the process.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def turns() -> Iterator[bool]:
+        while _lock(handle) is False:
+            yield False
+            time.sleep(1.0)
+        yield True
+
+    try:
+        yield turns()
+    finally:
+        os.close(handle)
 
 
 def together(world: World, folder: Path, action: Callable[[], Any]) -> list[Any]:

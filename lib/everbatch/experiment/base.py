@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from everbatch.data import Stream
 from everbatch.distributed import World
@@ -126,6 +126,11 @@ class Experiment(Parts):
         stream = self.stream()
         sample = sample_of(stream)
         serve(role, self.model.build(sample, stream.num_classes, self.trainer.seed))
+
+    def begun(self, model: nn.Module, stream: Stream, world: World) -> nn.Module:
+        """The bare model, on the CPU, as a run begins with it: with what it has learned before. Not asked for a dry run.
+        Collective."""
+        return model
 
     def before(self, trainer: Trainer, stream: Stream) -> Any:
         """What is measured before the first step, for `finish`. Collective."""

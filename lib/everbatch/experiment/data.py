@@ -34,6 +34,10 @@ class Data:
     """huggingface:PATH: names of the image and of the label; null: its one column of images and its one of ClassLabel."""
     image_size: int | None = None
     """Side of the images in pixels; by default the size the data has."""
+    leaf_classes: bool = False
+    """Of a folder of images: a class is every folder that holds images itself, as Omniglot's alphabet/character."""
+    channels: int | None = None
+    """Of the images of a folder: 1 (grey) or 3 (colour); null: 3, and what they have in other data sets."""
     download: bool = False
     """Let torchvision download."""
     augment: Literal["none", "crop", "crop_flip", "auto", "rand"] = "none"
@@ -99,7 +103,8 @@ class Data:
         return [self._opened(source) for source in self.sources or (self.source,)]
 
     def _opened(self, source: str) -> tuple[Source, Source]:
-        options: dict[str, Any] = {"image_size": self.image_size, "download": self.download, "columns": self.columns}
+        options: dict[str, Any] = {"image_size": self.image_size, "download": self.download, "columns": self.columns,
+                                   "leaf_classes": self.leaf_classes, "channels": self.channels}
         return load(source, train=True, **options), load(source, train=False, **options)
 
     def scale(self, inputs: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from everbatch import seeds
 from everbatch.errors import check, nearest
+from everbatch.experiment.timm_cache import cached_weights
 from everbatch.nn import SmallConv, grow_head
 from everbatch.nn.probe import check_input
 
@@ -92,6 +93,8 @@ class Model:
         cure = f"set data.image_size or model.options.img_size; inputs are {tuple(sample.shape)}"
         if self.pretrained:
             cure = "where there is no internet, weights must be in the cache (HF_HOME); they must fit model.options"
+            if (file := cached_weights(self.name)) is not None:  # what is here is taken without asking the network
+                given["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
         with _told("model", shown, "be built by timm", cure):
             try:
                 return timm.create_model(self.name, **({**given, "img_size": side} if sized else given))

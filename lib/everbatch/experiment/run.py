@@ -105,6 +105,7 @@ def build(options: Experiment, job: Job, stream: Stream) -> tuple[Trainer, Any]:
     factory = Factory(model=options.model, shape=tuple(sample.shape), num_classes=classes)
     made_of = learner({**options.more_mixins(job.world), **options.mixins()}, factory=factory)
     model = options.model.build(sample, classes, options.trainer.seed)
+    model = model if options.dry_run else options.begun(model, stream, job.world)
     trainer = made_of(
         job.start(model),
         replace(options.optimizer, lr=options.peak_lr).build(factory),
