@@ -40,7 +40,7 @@ def fit_head(
             for features, labels in batches:
                 logits = functional.linear(features, weight, bias)[:, :seen]
                 optimizer.zero_grad()
-                functional.cross_entropy(logits, labels).backward()
+                functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
     return weight.detach(), None if bias is None else bias.detach()
 
@@ -50,4 +50,4 @@ def drawn(sampler: Sampler, epochs: int, count: int, generator: torch.Generator)
     for _ in range(epochs):
         features, labels = sampler.draw(count, generator)
         order = torch.randperm(len(labels), generator=generator)
-        yield list(zip(features[order].split(count), labels[order].split(count), strict=True))
+        yield list(zip(torch.split(features[order], count), torch.split(labels[order], count), strict=True))

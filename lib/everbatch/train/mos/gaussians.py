@@ -163,6 +163,6 @@ def _root(matrix: Tensor, label: int) -> Tensor:
     for ridge in (0.0, 1e-4, 1e-3, 1e-2):
         factor, failed = torch.linalg.cholesky_ex(matrix + ridge * eye)
         if not int(failed):
-            return factor
+            return factor  # type: ignore[no-any-return]
     raise NonFiniteStatistics(f"MOS: the covariance of class {label} is not positive definite, also with 1e-2 I added; look at "
                               "the features of its samples")
