@@ -6,7 +6,8 @@ import difflib
 import math
 from collections.abc import Iterable
 
-__all__ = ["CheckpointMismatch", "CompositionError", "UnsupportedHost", "check", "check_real", "check_whole", "nearest"]
+__all__ = ["CheckpointMismatch", "CompositionError", "NoNormalizationLayers", "NoSourceStatistics", "UnsupportedHost", "check",
+           "check_real", "check_whole", "nearest"]
 
 
 class CompositionError(TypeError):
@@ -21,10 +22,20 @@ class CheckpointMismatch(RuntimeError):
     """A checkpoint that is damaged, or that belongs to another model, configuration or data set."""
 
 
-def check(good: bool, who: str, got: str, must: str, cure: str = "") -> None:
-    """Raise `ValueError` "who: got, must ...; cure" unless `good`."""
+class NoNormalizationLayers(ValueError):
+    """A model without the normalisation layers that a method works on."""
+
+
+class NoSourceStatistics(ValueError):
+    """A batch norm that has kept no running statistics of what it was trained on."""
+
+
+def check(
+    good: bool, who: str, got: str, must: str, cure: str = "", *, error: type[ValueError] = ValueError,
+) -> None:
+    """Raise `error` "who: got, must ...; cure" unless `good`."""
     if not good:
-        raise ValueError(f"{who}: {got}, must {must}" + (f"; {cure}" if cure else ""))
+        raise error(f"{who}: {got}, must {must}" + (f"; {cure}" if cure else ""))
 
 
 def check_real(

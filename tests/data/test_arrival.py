@@ -21,6 +21,7 @@ from everbatch.data import (
     growing,
     iid,
     online,
+    ordered,
     permuted,
     task_free,
     task_incremental,
@@ -180,3 +181,20 @@ def test_a_hundred_tasks_are_made_in_no_time() -> None:
     began = time.process_time()
     far = domain_incremental(permuted(odd, odd, 100))
     assert len(far) == 100 and far.fingerprint() and time.process_time() - began < 2
+
+
+def test_an_ordered_stream_comes_as_it_is_named() -> None:
+    plain = domain_incremental([(samples(2, 5), samples(2, 1)), (samples(2, 5, -1), samples(2, 1))])
+    first, turned = list(range(10)), list(range(10))[::-1]
+    stream = ordered(plain, [first, turned])
+    assert manner(stream) == "domain, online, ordered" and stream.fingerprint() != plain.fingerprint()
+    assert ordered(plain).tasks == plain.tasks and stream.fingerprint() != ordered(plain).fingerprint()
+    for task, order in zip(stream.tasks, (first, turned), strict=True):
+        ids = [Loader(stream, task, 4, 1, 0, World(rank, 2), start=1).batch(step).ids.tolist()
+               for step in range(2) for rank in range(2)]
+        expected = plain.tasks[task.id].train_ids[order].tolist()
+        assert sum(ids, []) == expected[:8]  # the incomplete last batch is left out
+    with pytest.raises(ValueError, match="ordered: 1 orders of 2 tasks, must be one for each"):
+        ordered(plain, [first])
+    with pytest.raises(ValueError, match="an order of 9 places for task 1, must be a permutation of .* 10 training samples"):
+        ordered(plain, [first, first[:9]])

@@ -1,6 +1,6 @@
 """Data: sources of samples, streams of tasks over them, batches, and memories for replay."""
 
-from everbatch.data.arrival import blurry, online, task_free
+from everbatch.data.arrival import blurry, online, ordered, task_free
 from everbatch.data.batch import Batch
 from everbatch.data.buffers import Buffer, ClassBalanced, Reservoir, Ring, Slots
 from everbatch.data.correlated import dirichlet_order
@@ -41,6 +41,6 @@ __all__ = [
     "StreamName", "SubsetSource",
     "Task", "TensorSource", "TransformedSource", "as_source", "as_stream", "balancoir_index", "blurry",
     "class_incremental", "corrupt", "dirichlet_order", "domain_incremental", "evaluation_batches", "group_quotas", "growing",
-    "iid", "largest", "load", "make_stream", "online", "permuted", "pilot_increments", "reservoir_index", "ring_index",
+    "iid", "largest", "load", "make_stream", "online", "ordered", "permuted", "pilot_increments", "reservoir_index", "ring_index",
     "rotated", "share", "stratified_split", "task_free", "task_incremental", "validation",
 ]

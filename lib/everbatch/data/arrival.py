@@ -1,10 +1,11 @@
-"""How the samples of a stream arrive: mixed among its tasks, once, or without a sign of where a task ends.
+"""How the samples of a stream arrive: mixed among its tasks, once, in an order, or without a sign of where a task ends.
 
 Each function takes a stream and gives the same stream in another manner; they may follow each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from everbatch.data.tasks import Stream, finished
 from everbatch.errors import check, check_real
 from everbatch.seeds import generator
 
-__all__ = ["blurry", "online", "task_free"]
+__all__ = ["blurry", "online", "ordered", "task_free"]
 
 
 def blurry(stream: Stream, share: float = 0.1, seed: int = 0) -> Stream:
@@ -94,6 +95,33 @@ def online(stream: Stream) -> Stream:
     check(stream.kind != "growing", "online", "a stream of kind 'growing'", "show each sample once",
           "every round trains on all that has arrived")
     return replace(stream, one_pass=True)
+
+
+def ordered(stream: Stream, orders: Sequence[Sequence[int]] | None = None) -> Stream:
+    """The same stream, whose training samples come once and in order: what a model that is in use predicts.
+
+    Args:
+        stream: any but a growing one.
+        orders: for each task a permutation of the places of its training samples, such as `dirichlet_order` gives; None: as the
+            source has them.
+
+    The samples of an incomplete last batch of a task are left out, up to batch_size - 1 of each.
+
+    Raises:
+        ValueError: a growing stream, which shows earlier samples again; orders that are no permutations.
+    """
+    stream, who = online(stream), "ordered"
+    if orders is None:
+        return replace(stream, ordered=True)
+    check(len(orders) == len(stream), who, f"{len(orders)} orders of {len(stream)} tasks", "be one for each")
+    tasks = []
+    for task, order in zip(stream.tasks, orders, strict=True):
+        places = torch.as_tensor(order, dtype=torch.int64)
+        whole = torch.equal(places.sort().values, torch.arange(len(task.train_ids)))
+        check(whole, who, f"an order of {len(places)} places for task {task.id}", "be a permutation of the places of its "
+              f"{len(task.train_ids)} training samples")
+        tasks.append(replace(task, train_ids=task.train_ids[places]))
+    return replace(stream, tasks=tuple(tasks), ordered=True)
 
 
 def task_free(stream: Stream) -> Stream:

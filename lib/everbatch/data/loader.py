@@ -60,7 +60,8 @@ def _arrived(batch: Batch | ValueError) -> Batch:
 class Loader:
     """This rank's batches of one task.
 
-    Each epoch is one permutation of the task's training samples, keyed by (seed, "order", task, epoch). Global batch b
+    Each epoch is one permutation of the task's training samples, keyed by (seed, "order", task, epoch), but of an ordered
+    stream, whose samples come as the task has them. Global batch b
     of an epoch is rows b*G to (b+1)*G of it, and rank r of W takes the r-th of W equal contiguous parts, so the union
     over ranks does not depend on W. The incomplete last batch of an epoch is left out; its samples are shuffled into
     the next.
@@ -118,8 +119,9 @@ class Loader:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             ids = self.task.train_ids
-            order = torch.randperm(len(ids), generator=generator(self.seed, "order", self.task.id, epoch))
-            self._order = (epoch, ids[order])
+            if not getattr(self.stream, "ordered", False):
+                ids = ids[torch.randperm(len(ids), generator=generator(self.seed, "order", self.task.id, epoch))]
+            self._order = (epoch, ids)
         return self._order[1][index * self.global_batch :][: self.global_batch]
 
     def global_rows(self, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,6 +56,8 @@ class Stream:
     """Every sample comes once; see `everbatch.data.online`."""
     boundaries: bool = True
     """Whether a method may know where tasks begin and end; see `everbatch.data.task_free`."""
+    ordered: bool = False
+    """Training samples come as `train_ids` name them, not shuffled; see `everbatch.data.ordered`."""
 
     def __post_init__(self) -> None:
         kinds = typing.get_args(Kind)
@@ -137,6 +139,7 @@ def manner(stream: Stream) -> str:
     words += [f"blurry {stream.blur:g}"] if getattr(stream, "blur", 0.0) else []
     words += ["online"] if getattr(stream, "one_pass", False) else []
     words += [] if bounded(stream) else ["task-free"]
+    words += ["ordered"] if getattr(stream, "ordered", False) else []
     return ", ".join(words)
 
 

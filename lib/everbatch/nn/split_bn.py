@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from everbatch.errors import check
+from everbatch.nn.batch_norms import Converted
 
 __all__ = ["SplitBatchNorm", "branch_parameters", "convert_split_bn", "split_branch", "strip_split_bn"]
 
@@ -91,8 +92,8 @@ def convert_split_bn(model: nn.Module, branches: Sequence[str] = ("adversarial",
         How many layers are split afterwards; 0 for a model without batch norm, which is unchanged and needs no split.
 
     Raises:
-        ValueError: no names, "main", one that is no identifier or taken by `nn.ModuleDict`, a lazy layer that has run no forward.
-            Nothing is changed then.
+        ValueError: no names, "main", one that is no identifier or taken by `nn.ModuleDict`, a lazy layer that has run no forward,
+            a batch norm that normalises in another way now. Nothing is changed then.
 
     Cost: a walk over the modules, and per branch a copy of the layers' state. No collective: ranks that agree still do.
     Source: section 3 of arXiv 1911.09665; three branches as in the released code of ConAdv (arXiv 2106.00221).
@@ -102,6 +103,9 @@ def convert_split_bn(model: nn.Module, branches: Sequence[str] = ("adversarial",
     for name in branches:
         good = isinstance(name, str) and name.isidentifier() and name != MAIN and not hasattr(nn.ModuleDict(), name)
         check(good, who, f"branch {name!r}", "be an identifier other than 'main' and the attributes of nn.ModuleDict")
+    other = [type(m).__name__ for m in model.modules() if isinstance(m, Converted)]
+    check(not other, who, f"a model with {other[:1]} in place of batch norms", "have batch norms to split",
+          "undo it first: restore_batch_norm, restore_adapted")
     held = {id(b) for m in model.modules() if isinstance(m, SplitBatchNorm) for b in m.branches.values()}
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and id(m) not in held]
     for layer in layers:

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+
+from everbatch.nn.batch_norms import Converted, finished
 
 __all__ = ["UnMixTNS", "momentum_of"]
 
@@ -25,7 +27,7 @@ def momentum_of(momentum: float, batch_size: int, batch_size_max: int) -> float:
     return -math.expm1(batch_size / batch_size_max * math.log1p(-momentum))
 
 
-class UnMixTNS(nn.Module):
+class UnMixTNS(Converted):
     """A batch norm whose statistics are those of each sample, mixed with K components; made by `convert_unmix_tns`.
 
     With m_b, v_b the mean and biased variance of sample b over its positions, by channel:
@@ -57,7 +59,6 @@ class UnMixTNS(nn.Module):
     whose layers have no modes. `total_variance` adds p (1 - p) (m_b - mu_k)^2 to s_bk, which stands there as a comment.
     """
 
-    original: type[nn.Module]
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor
@@ -88,10 +89,7 @@ class UnMixTNS(nn.Module):
                 result = self._unmixed(input)
         else:
             result = self._unmixed(input)
-        for name in ("drop", "act"):  # timm's BatchNormAct
-            if name in self._modules:
-                result = self._modules[name](result)  # type: ignore[misc]
-        return result
+        return finished(self, result)
 
     def _unmixed(self, input: Tensor) -> Tensor:
         x = input.to(self.component_means.dtype)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from everbatch import seeds
 from everbatch.errors import check, check_real, check_whole
-from everbatch.nn.statistics import TORCH_FORWARDS
+from everbatch.nn.batch_norms import batch_norms, put_back
 from everbatch.nn.unmix import COMPONENTS, Mode, UnMixTNS, momentum_of
 
 __all__ = ["convert_unmix_tns", "restore_batch_norm", "unmix_layers", "unmix_mode"]
@@ -50,8 +47,10 @@ def convert_unmix_tns(
         Names of the layers converted.
 
     Raises:
-        ValueError: options out of range; no batch norm to convert; one without running statistics, without shape, split
-            (`convert_split_bn`) or with a forward of its own. Nothing is changed then.
+        NoNormalizationLayers: no batch norm to convert.
+        NoSourceStatistics: one without running statistics.
+        ValueError: options out of range; a batch norm without shape, split (`convert_split_bn`), made `BatchAdapted` or with a
+            forward of its own. Nothing is changed then.
 
     Cost: 3KC numbers per layer. No collective.
     """
@@ -61,7 +60,7 @@ def convert_unmix_tns(
     check_real(who, "alpha", alpha, 0.0, 1.0)
     check_real(who, "temperature", temperature, 0.0, open_low=True)
     check(not isinstance(exclude, str), who, f"exclude={exclude!r}", "be a sequence of patterns")
-    layers = _to_convert(model, exclude, who)
+    layers = batch_norms(model, exclude, who)
     for name, layer in layers.items():
         momentum = 0.1 if layer.momentum is None else float(layer.momentum)
         dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)  # type: ignore[union-attr]
@@ -94,10 +93,7 @@ def restore_batch_norm(model: nn.Module) -> list[str]:
         for name in (*COMPONENTS, "skipped"):
             delattr(layer, name)
         layer._non_persistent_buffers_set.discard("skipped")
-        original = layer.original
-        for name in ADDED:
-            layer.__dict__.pop(name, None)
-        layer.__class__ = original  # type: ignore[assignment]
+        put_back(layer, ADDED)
     return list(layers)
 
 
@@ -122,34 +118,3 @@ def unmix_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for layer, kept in before:
             layer.mode = kept
-
-
-def _to_convert(model: nn.Module, exclude: Sequence[str], who: str) -> dict[str, _BatchNorm]:
-    """Layers by name, all of which can be converted."""
-    result: dict[str, _BatchNorm] = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, _BatchNorm) or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-            continue
-        lazy = isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params()
-        kind = type(layer).__name__
-        check(not lazy, who, f"{name!r}, a {kind} without shape,", "be initialised", "run one forward before")
-        check(_known_forward(layer), who, f"{name!r}, a {kind} with a forward of its own,",
-              "be torch's batch norm or timm's BatchNormAct",
-              "undo split batch norms first (strip_split_bn), or exclude=['NAME']")
-        known = layer.running_mean is not None and layer.running_var is not None
-        check(known, who, f"{name!r}, a {kind} without running statistics,", "have the source's statistics",
-              "build the model with track_running_stats=True, or exclude=['NAME']")
-        result[name] = layer
-    found = bool(result) or bool(unmix_layers(model))
-    check(found, who, f"a {type(model).__name__} without batch norms", "have one to convert",
-          "layers that normalise each sample for itself, such as LayerNorm, need no un-mixing")
-    return result
-
-
-def _known_forward(layer: _BatchNorm) -> bool:
-    """Whether the layer is a plain batch norm, or timm's with drop and activation behind it."""
-    if "forward" in layer.__dict__:
-        return False
-    forward: Any = type(layer).forward
-    timms = forward.__module__ == "timm.layers.norm_act" and {"drop", "act"} <= set(layer._modules)
-    return forward in TORCH_FORWARDS or timms
