@@ -34,6 +34,14 @@ class Given:
     """Which of them each sample reads: (n,)."""
 
 
+@dataclass
+class Shared:
+    """What of a forward the first block's adapter does not change: kept by one pass, taken by others."""
+
+    attended: Tensor | None = None
+    without: Tensor | None = None
+
+
 class BottleneckAdapter(nn.Module):
     """A small branch that begins as zero.
 
@@ -171,6 +179,8 @@ class AdaptedBlock(nn.Module):
     drop_path2: nn.Module
     adapter: BottleneckAdapter
     original: type[nn.Module]
+    shared: Shared | None = None
+    """Filled by a forward where it is empty, else taken in place of the block's input."""
 
     def start(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> tuple[Tensor, Tensor]:
         """What does not depend on the adapter: h, and h with its MLP branch."""
@@ -179,7 +189,13 @@ class AdaptedBlock(nn.Module):
         return h, h + self.drop_path2(self.ls2(self.mlp(self.norm2(h))))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        h, without = self.start(x, attn_mask, is_causal)
+        shared = self.shared
+        if shared is None or shared.attended is None or shared.without is None:
+            h, without = self.start(x, attn_mask, is_causal)
+        else:
+            h, without = shared.attended, shared.without
+        if shared is not None:
+            shared.attended, shared.without = h, without
         adapted: Tensor = self.adapter(h)
         return without + adapted
 

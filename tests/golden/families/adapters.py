@@ -1,15 +1,17 @@
-"""`mos_adapter_forward` and `mos_vit_features`: an adapter alone, and adapters in a vision transformer."""
+"""`mos_adapter_forward`, `mos_vit_features`, `mos_retrieval`: an adapter, adapters in a network, and which one to take."""
 
 from __future__ import annotations
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
-from everbatch.nn import BottleneckAdapter, attach_adapters, load_adapters
+from everbatch.nn import BottleneckAdapter, attach_adapters, load_adapters, retrieve
+from everbatch.nn.retrieval import MOST
 from golden.comparison import Array, Comparison, Vectors
 
-__all__ = ["check_adapter", "check_network"]
+__all__ = ["check_adapter", "check_network", "check_retrieval"]
 
 PARTS = {"down.weight": "down_proj_weight", "down.bias": "down_proj_bias", "up.weight": "up_proj_weight",
          "up.bias": "up_proj_bias"}
@@ -45,6 +47,37 @@ def check_network(file: Vectors, compare: Comparison) -> None:
     load_adapters(model, vector)
     compare.close("features_adapter", _n(_features(model, x)), file["features_adapter"])
     compare.close("logits_adapter", _n(model(x)), file["logits_adapter"])
+
+
+class Table:
+    """A trunk that looks its features up: rows, tasks, width."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    def first(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features[inputs, 0], inputs
+
+    def again(self, start: Tensor, tasks: Tensor) -> Tensor:
+        return self.features[start, tasks]
+
+
+def check_retrieval(file: Vectors, compare: Comparison) -> None:
+    """Scores and paths, of all rows together and of each alone."""
+    features, weight, bias = (_t(file[key]) for key in ("features", "head_weight", "head_bias"))
+    tasks, each = file.integer("num_tasks"), file.integer("classes_per_task")
+    cls2task = torch.arange(file.integer("total_classes")) // each
+    compare.close("max_iter", MOST * torch.ones(()).long().numpy(), file["max_iter"])
+    labels = _t(file["labels"])
+    for rows in (torch.arange(len(features)), *torch.arange(len(features)).unsqueeze(1)):
+        found = retrieve(Table(features), rows, lambda f: F.linear(f, weight, bias), _t(file["prototypes"]), cls2task, tasks,
+                         ensemble=bool(file.integer("ensemble")))
+        compare.close("outputs", _n(found.scores), file["outputs"][rows.numpy()])
+        compare.close("adapter_path", _n(found.path), file["adapter_path"][rows.numpy()])
+        best = found.scores.topk(file["topk_pred"].shape[1], 1).indices
+        compare.close("topk_pred", _n(best), file["topk_pred"][rows.numpy()])
+        hits, want = (best == labels[rows, None]).sum(1), (file["topk_pred"] == file["labels"][:, None]).sum(1)
+        compare.close("labels", _n(hits), want[rows.numpy()])
 
 
 def _weight(file: Vectors, name: str) -> Tensor:
