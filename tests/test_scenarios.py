@@ -14,7 +14,7 @@ import torch
 from everbatch import config
 from everbatch.data import STREAMS, as_stream, class_incremental, load, make_stream, task_incremental
 from everbatch.data.tasks import manner
-from everbatch.experiment import ClassIncremental, run
+from everbatch.experiment import ClassIncremental, Data, run
 from everbatch.experiment.split import Split
 from processes import ROOT, Zygote
 from rotation import When
@@ -115,6 +115,17 @@ def test_options_that_cannot_be_are_refused_before_anything(
     with pytest.raises(SystemExit):
         parsed(*words)
     assert re.search(text, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    ({"scenario": "iid"}, "scenario=iid is one task"),
+    ({"split": Split(increments=(5, 5))}, "split.increment, or increments, says the classes of each"),
+    ({"scenario": "domain", "split": Split(domains="rotated", degrees=(0.0, 9.0))}, "split.degrees has one for each task"),
+    ({"data": Data(sources=("digits", "digits"))}, "each of data.sources is a task")])
+def test_a_number_of_tasks_that_would_be_ignored_is_refused_in_python_too(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=f"tasks has no effect here: 7 of a stream of [12], must be left out; {text}"):
+        ClassIncremental(tasks=7, **given)
+    assert ClassIncremental(**given).tasks == ClassIncremental.tasks
 
 
 def test_options_make_the_streams_they_say(tmp_path: Path) -> None:

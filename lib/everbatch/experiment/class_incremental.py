@@ -48,6 +48,11 @@ class ClassIncremental(Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("class_incremental", "tasks", self.tasks)
+        # The command line refuses any number beside what says it; here a default is not told from what was given.
+        count = self.split.count(self.scenario, len(self.data.sources))
+        check(count is None or self.tasks in (count, ClassIncremental.tasks), "class_incremental",
+              f"tasks has no effect here: {self.tasks} of a stream of {count}", "be left out",
+              self.split.unused(self.scenario, len(self.data.sources)).get("tasks", ""))
         check(self.model.head == "fixed" or not self.trainer.eval_future, "class_incremental", "trainer.eval_future=true with "
               "model.head=growing", "be false", "the head has no logits of classes to come")
         check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",

@@ -70,6 +70,15 @@ class Split:
             class_order=self.class_order, blur=self.blur, one_pass=self.online, hidden=self.task_free, domains=self.domains,
             degrees=self.degrees)
 
+    def count(self, scenario: StreamName, sources: int) -> int | None:
+        """Number of tasks, where something else than `tasks` says it, whatever the data; else None."""
+        if sources > 1:
+            return sources
+        if STREAMS[scenario].base == "iid":
+            return 1
+        sizes = self.increments if self.increments is not None else self.degrees
+        return None if sizes is None else len(sizes)
+
     def passes_once(self, scenario: StreamName) -> bool:
         """Whether samples come once."""
         return self.online or STREAMS[scenario].one_pass
