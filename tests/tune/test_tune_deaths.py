@@ -100,6 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(tmp_path_factory.mktemp("deaths"), scenario=LONG)
 
 
+@pytest.mark.rotated(0, 3)
 def test_a_killed_driver_goes_on_and_runs_nothing_twice(run: Path, tmp_path: Path) -> None:
     """Killed within a second of a finished unit, others in mid-stream; a second driver is refused before."""
     with started(*words(run, tmp_path)) as driver:
@@ -133,6 +134,7 @@ def _same_as_alone(run: Path, folder: Path) -> None:
             assert kept is not None and kept["accuracies"] == alone["accuracies"]
 
 
+@pytest.mark.rotated(1, 3)
 def test_a_killed_trial_is_started_again_and_goes_on(run: Path, tmp_path: Path) -> None:
     with started(*words(run, tmp_path)) as driver:
         pid = until(lambda: at_work(tmp_path))[0]
@@ -144,6 +146,7 @@ def test_a_killed_trial_is_started_again_and_goes_on(run: Path, tmp_path: Path) 
     _same_as_alone(run, tmp_path)
 
 
+@pytest.mark.rotated(2, 3)
 def test_a_ctrl_c_is_one_line_and_blames_no_trial(run: Path, tmp_path: Path) -> None:
     with started(*words(run, tmp_path), mark=str(tmp_path)) as driver:
         until(lambda: at_work(tmp_path))
@@ -159,6 +162,7 @@ def test_a_ctrl_c_is_one_line_and_blames_no_trial(run: Path, tmp_path: Path) -> 
     _same_as_alone(run, tmp_path)
 
 
+@pytest.mark.rotated(2, 3)
 def test_a_hung_trial_ends_at_its_limit_and_its_neighbour_does_not(run: Path, tmp_path: Path) -> None:
     space = {"er": {**SPACE["er"], "trainer.epochs": [2, 1_000_000]}}
     began = time.monotonic()
@@ -171,6 +175,21 @@ def test_a_hung_trial_ends_at_its_limit_and_its_neighbour_does_not(run: Path, tm
     assert time.monotonic() - began < 400
 
 
+@pytest.mark.rotated(1, 3)
+def test_a_stopped_trial_is_ended_from_outside_and_the_others_are_not(run: Path, tmp_path: Path) -> None:
+    """Its process hears no exception, no signal but the last one, and no clock of its own."""
+    with started(*words(run, tmp_path, time_limit=60)) as driver:
+        pid = until(lambda: at_work(tmp_path))[0]
+        os.kill(pid, signal.SIGSTOP)
+        said = driver.communicate(timeout=400)[0]
+    assert driver.returncode == 0, said
+    assert not alive(pid)
+    er = verify(read(tmp_path / "record.json"))["methods"]["er"]
+    assert [(row["failed"], row["cause"]) for row in er["failures"]] == [("time_limit", "over 60 s")]
+    assert sorted(row["status"] for row in er["configurations"]) == ["complete", "complete", "failed"]
+
+
+@pytest.mark.rotated(0, 3)
 def test_two_ranks_agree_with_one_and_a_killed_rank_is_started_again(run: Path, tmp_path: Path) -> None:
     two = prepared(tmp_path, scenario={**LONG, "engine.kind": "ddp", "trainer.epochs": 30})
     one = command(*words(two, tmp_path / "one", trials=1))

@@ -9,19 +9,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from everbatch.tune.drive import Resources, _check_nodes, _list_death, cluster
 from everbatch.tune.ledger import Ledger
+from everbatch.tune.overdue import GRACE_S, Overdue
 from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.progress import Board
 from everbatch.tune.record import read, verify
 from everbatch.tune.seal import LeakageError, Seal
 from everbatch.tune.search import settle
 from everbatch.tune.stream import failure, unit
-from everbatch.tune.trial import Trial
+from everbatch.tune.trial import Trial, plain, run_trial, told
 from processes import ROOT
 from tuning import command, prepared
 
@@ -132,6 +134,35 @@ def test_a_stream_that_hangs_ends_with_its_process_and_is_listed(tmp_path: Path)
     assert Ledger(tmp_path).read("k") == {"key": "k", "failed": "time_limit", "cause": "over 0.2 s"}
 
 
+def test_a_trial_that_stands_still_is_listed_and_killed_once(run: Path, tmp_path: Path) -> None:
+    plan, now, killed = plan_of(run, tmp_path), [0.0], list[str]()
+    trials = [plan.trial("er", i, plan.values["er"][i], [0, 1]) for i in range(2)]
+    running = [SimpleNamespace(trial_id=str(i), config={"trial": plain(replace(trial, time_limit=100.0 * (i + 1)))},
+                               temporary_state=SimpleNamespace(ray_actor=f"actor {i}")) for i, trial in enumerate(trials)]
+    overdue = Overdue(killed.append, lambda: now[0])
+    for one in running:
+        overdue.start(one)
+    done = {"order": 0, "avg_acc": 0.5, "acc": 0.5, "accuracies": [0.5], "seconds": 1.0, "cpu_seconds": 1.0}
+    Ledger(tmp_path).write({"key": trials[0].units[0][1], **done})
+    now[0] = 100.0 + GRACE_S
+    overdue.look()
+    assert killed == []
+    for now[0] in (101.0 + GRACE_S, 102.0 + GRACE_S):
+        overdue.look()
+        assert killed == ["actor 0"]
+    row = Ledger(tmp_path).read(trials[0].units[1][1])
+    assert row is not None and (row["failed"], row["cause"], row["order"]) == ("time_limit", "over 100 s", 1)
+    assert all(Ledger(tmp_path).read(key) is None for _, key in trials[1].units)
+    overdue.start(running[0])  # what Tune does then, and what it finds
+    reports: list[dict[str, Any]] = []
+    run_trial(told(running[0].config), reports.append)
+    assert reports[-1] == {"orders_done": 1, "failed": 1}
+    overdue.end(running[1])
+    now[0] = 1000.0
+    overdue.look()
+    assert killed == ["actor 0", "actor 0"]
+
+
 DIED = """ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
 The actor died because its node has died."""
 FULL = """ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory."""
@@ -210,6 +241,7 @@ def test_without_ray_a_search_says_what_to_install(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(1, 2)
 def test_the_recipe_runs_all_phases_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     output = tmp_path / "run"

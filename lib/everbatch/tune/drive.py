@@ -14,6 +14,7 @@ from typing import Any
 from everbatch.errors import check, check_real, check_whole
 from everbatch.tune.ledger import Ledger
 from everbatch.tune.nodes import check_address, check_nodes_see
+from everbatch.tune.overdue import ender
 from everbatch.tune.progress import Board, reporter
 from everbatch.tune.trial import Trial, plain, trainable
 
@@ -41,7 +42,8 @@ class Resources:
     gpus: float = 0.0
     """GPUs of a rank."""
     time_limit: float = 3600.0
-    """Seconds that a trial may take with all its orders; one that takes longer is ended and listed."""
+    """Seconds that a trial may take with all its orders; one that takes longer is ended and listed, from outside where its
+    process stands still."""
     again: bool = False
     """Try streams that failed before once more."""
 
@@ -142,7 +144,7 @@ def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Bo
                 reuse_actors=resources.ranks == 1, trial_dirname_creator=_short, trial_name_creator=_short),
             run_config=tune.RunConfig(
                 name=f"run-{time.time_ns()}", storage_path=os.path.abspath(folder / "ray"), verbose=0,
-                callbacks=[reporter(board)], failure_config=tune.FailureConfig(max_failures=1)))
+                callbacks=[reporter(board), ender()], failure_config=tune.FailureConfig(max_failures=1)))
         deaths = {result.config["trial"]["method"] + f" #{result.config['trial']['id']}": str(result.error)
                   for result in tuner.fit() if result.error is not None and result.config}
         for trial in left:

@@ -15,7 +15,7 @@ from typing import Any
 
 from everbatch.tune.ledger import Ledger
 
-__all__ = ["Trial", "run_trial", "trainable"]
+__all__ = ["Trial", "late_row", "run_trial", "told", "trainable"]
 
 OVER_LIMIT = 75
 """Exit code of a trial's process that was over its time."""
@@ -54,8 +54,7 @@ def trainable(config: Mapping[str, Any]) -> None:
     """A function trainable of Tune: reports after each order."""
     from ray import tune
 
-    trial = Trial(**{**config["trial"], "units": [tuple(unit) for unit in config["trial"]["units"]]})
-    run_trial(trial, tune.report)
+    run_trial(told(config), tune.report)
 
 
 def run_trial(trial: Trial, report: Callable[[dict[str, Any]], None]) -> None:
@@ -79,9 +78,7 @@ def run_trial(trial: Trial, report: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _filled(trial: Trial, ledger: Ledger, order: int, key: str, seconds: float) -> dict[str, Any]:
-    about = {"key": key, "options": {p: v for layer in trial.options for p, v in layer.items()}, "order": order}
-    cause = {"failed": "time_limit", "cause": f"over {trial.time_limit:g} s"}
-    late: dict[str, Any] = {**about, **cause, "seconds": trial.time_limit, "cpu_seconds": 0.0}
+    late = late_row(trial, order, key)
     if seconds <= 0:
         ledger.write(late)
         return late
@@ -98,6 +95,13 @@ def _filled(trial: Trial, ledger: Ledger, order: int, key: str, seconds: float) 
     ledger.write(row)
     shutil.rmtree(folder, ignore_errors=True)
     return row
+
+
+def late_row(trial: Trial, order: int, key: str) -> dict[str, Any]:
+    """The unit of a stream in which its trial's time ran out."""
+    about = {"key": key, "options": {p: v for layer in trial.options for p, v in layer.items()}, "order": order}
+    cause = {"failed": "time_limit", "cause": f"over {trial.time_limit:g} s"}
+    return {**about, **cause, "seconds": trial.time_limit, "cpu_seconds": 0.0}
 
 
 class _watched:
@@ -148,3 +152,8 @@ def check_data(trial: Trial) -> None:
 def plain(trial: Trial) -> dict[str, Any]:
     """As Ray carries it."""
     return {**asdict(trial), "units": [list(unit) for unit in trial.units]}
+
+
+def told(config: Mapping[str, Any]) -> Trial:
+    """What `plain` made a trial of Tune's carry."""
+    return Trial(**{**config["trial"], "units": [tuple(unit) for unit in config["trial"]["units"]]})
