@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs everything tests need and runs them side by side: first those of one process, then those of several ranks.
 # Some take turns, each in one of two to twelve runs; EVERBATCH_ROUND=N repeats round N, and the run says which one it is.
-#   --slow   the slow ones too, an eighth of the contract suite's wide matrix among them, and those of one process once more
+#   --slow   the slow ones too, a sixteenth of the contract suite's wide matrix among them, and those of one process once more
 #            with the vector instructions of lesser processors
 #   --whole  everything, whosever turn it is
 # Other arguments go to pytest.

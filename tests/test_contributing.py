@@ -85,7 +85,7 @@ def forked(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("hosts", [When(1, 4).param(FEW, id="few"), When(slow=True).param(ALL, id="all")])
+@pytest.mark.parametrize("hosts", [When(1, 4).param(FEW, id="few"), When(0, 2, slow=True).param(ALL, id="all")])
 def test_a_file_and_a_line_are_all(copy: Path, forked: Any, tmp_path: Path, hosts: tuple[str, ...]) -> None:
     before = contents(copy)
     todo = copy / "tests" / "distributed" / "jobs.py"

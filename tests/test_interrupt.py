@@ -15,11 +15,13 @@ import pytest
 from everbatch import checkpoint
 from everbatch.distributed import World
 from processes import ENVIRONMENT, ROOT, Zygote, free_port
+from rotation import When
 
 RECIPE = ROOT / "recipes" / "class_incremental.py"
 SHORT = ("tasks=2", "trainer.epochs=8", "trainer.checkpoint_every=10", "data.augment=none", "trainer.schedule.kind=constant")
 START = ROOT / "launch" / "start.py"
 TORCHRUN = ["-m", "torch.distributed.run"]
+LAUNCHERS: dict[str, list[str]] = {"alone": [], "start.py": [str(START)], "torchrun": TORCHRUN}
 
 pytestmark = pytest.mark.distributed
 
@@ -110,8 +112,9 @@ def test_ctrl_c_during_the_imports(tmp_path: Path, launcher: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], [str(START)], TORCHRUN], ids=["alone", "start.py", "torchrun"])
-@pytest.mark.parametrize("kind", ["deepspeed", "ddp"])
+@pytest.mark.parametrize(("kind", "launcher"), [
+    When(i + j, 3).param(kind, words, id=f"{kind}-{name}")
+    for i, (name, words) in enumerate(LAUNCHERS.items()) for j, kind in enumerate(("deepspeed", "ddp"))])
 def test_ctrl_c_under_launchers(tmp_path: Path, launcher: list[str], kind: str) -> None:
     if kind == "ddp" and not launcher:
         kind = "plain"
@@ -131,7 +134,7 @@ def test_ctrl_c_under_launchers(tmp_path: Path, launcher: list[str], kind: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], [str(START)], TORCHRUN], ids=["alone", "start.py", "torchrun"])
+@pytest.mark.parametrize("launcher", [When(i, 3).param(words, id=name) for i, (name, words) in enumerate(LAUNCHERS.items())])
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, launcher: list[str]) -> None:
     """A step that takes a minute is under way, and a rank that waits for another."""
     script = tmp_path / "slow.py"
@@ -166,7 +169,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[str(START)], TORCHRUN], ids=["start.py", "torchrun"])
+@pytest.mark.parametrize("launcher", [When(0, 2).param([str(START)], id="start.py"), When(1, 2).param(TORCHRUN, id="torchrun")])
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, launcher: list[str]) -> None:
     job = begin(RECIPE, *SHORT, "engine.kind=ddp", "trainer.workers=1", f"output={tmp_path}", launcher=launcher)
     wait_for(tmp_path, job)
@@ -179,7 +182,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path, launche
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["stop", "kill"])
+@pytest.mark.parametrize("way", [When(0, 2).param("stop"), When(1, 2).param("kill")])
 def test_no_process_outlives_a_run_that_fails(tmp_path: Path, way: str) -> None:
     """Stopped adversaries, processes that load data, and their trackers: after an error of the run, and when it is killed.
 

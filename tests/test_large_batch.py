@@ -94,6 +94,7 @@ def test_resumed_is_uninterrupted(finished: tuple[Path, Job], zygote: Zygote, tm
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.rotated(1, 2)
 def test_the_default_run_prints_what_the_readme_shows(tmp_path: Path) -> None:
     shown = re.search(r"<!-- output:large_batch -->\n```text\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert shown is not None

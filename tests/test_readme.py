@@ -139,6 +139,7 @@ def test_kubernetes_job_speaks_the_launchers_language() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(0, 2)
 @pytest.mark.distributed
 def test_main_job_prints_what_the_readme_shows(tmp_path: Path) -> None:
     """The same lines and, on another processor, whose sums round otherwise, the same figures within three points."""

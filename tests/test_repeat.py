@@ -213,6 +213,7 @@ os.kill({os.getpid()}, signal.SIGTERM)
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(0, 2)
 def test_growing_data_side_by_side_gives_the_numbers_of_seeds_in_turn(tmp_path: Path) -> None:
     words = ["seeds=2", "trainer.epochs=1", "trainer.batch_size=32", "optimizer.lr=0.01", "width=4", "arms=[warm,fresh]"]
     found = []
@@ -228,6 +229,7 @@ def test_growing_data_side_by_side_gives_the_numbers_of_seeds_in_turn(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(1, 2)
 def test_the_recipe_side_by_side_killed_and_resumed(tmp_path: Path) -> None:
     """Its runs end with it; what had ended stays, and the numbers are those of seeds in turn."""
     words = [*QUICK, "trainer.epochs=6", "trainer.checkpoint_every=5", "engine.kind=plain"]

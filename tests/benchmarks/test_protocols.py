@@ -183,6 +183,7 @@ SHORT = {"image_size": 8, "samples": 200, "epochs": 2, "warmup_epochs": 1.0, "ba
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(1, 2)
 def test_conadv_that_was_cut_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("sklearn", "timm", "matplotlib"):
         pytest.importorskip(package)
@@ -209,6 +210,7 @@ def test_conadv_that_was_cut_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(0, 2)
 def test_every_arm_of_conadv_and_validation(tmp_path: Path) -> None:
     for package in ("sklearn", "timm"):
         pytest.importorskip(package)

@@ -29,7 +29,7 @@ RING = [(FP32[i - 4], FP32[i]) for i in range(len(FP32))]
 """Moves between hosts four apart: another engine and, mostly, another stage."""
 ACROSS = (("zero3", "fsdp2"), ("ddp", "zero2"))
 """Moves of the cases outside the core."""
-HALVES, TURNS, LONG_TURNS, WIDE_TURNS = 2, 4, 8, 8
+HALVES, TURNS, LONG_TURNS, WIDE_TURNS = 2, 4, 8, 16
 """Rounds after which everything has run: cases of the core on FEW; other numbers of ranks; what else the default plan has, the
 other cases on FEW among it; and the wide one."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from processes import ROOT, Zygote, torchrun
+from rotation import When
 
 pytestmark = pytest.mark.distributed
 RECIPE = ROOT / "recipes" / "class_incremental.py"
@@ -76,8 +77,11 @@ def test_a_requeued_job_of_which_one_node_knows(tmp_path: Path) -> None:
         assert job.codes == [0] and said in job.out, job
 
 
+WRONG = ("--help", "trainer.epoch=2", "data.source=imagefolder:/nowhere", "resume=true")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--help"], ["trainer.epoch=2"], ["data.source=imagefolder:/nowhere"], ["resume=true"]])
+@pytest.mark.parametrize("words", [When(i, 4).param([word]) for i, word in enumerate(WRONG)])
 def test_under_the_real_launcher(tmp_path: Path, words: list[str]) -> None:
     script = tmp_path / "wrapped.py"
     script.write_text(WRAPPER.format(change=f"sys.argv += {words!r}", recipe=str(RECIPE)))

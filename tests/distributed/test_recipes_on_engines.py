@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from everbatch.report.recorder import read_scalars
 from needs import needs
 from processes import ENVIRONMENT, ROOT, Zygote, end_launch, free_port
+from rotation import When
 
 needs("deepspeed", "timm", "sklearn")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
@@ -99,7 +100,7 @@ def at(zygote: Zygote, name: str, folder: Path, *words: str) -> dict[str, Any]:
     return numbers(folder)
 
 
-@pytest.mark.parametrize("name", WORDS)
+@pytest.mark.parametrize("name", [When(i, 3).param(name) for i, name in enumerate(WORDS)])
 def test_a_recipe_gives_the_same_numbers(zygote: Zygote, tmp_path: Path, name: str) -> None:
     engine, tolerance = "engine.kind=deepspeed", NORMALISED if name == "large_batch" else WEIGHTS
     first = at(zygote, name, tmp_path / "zero1", engine, "engine.stage=1")
@@ -112,7 +113,7 @@ def test_a_recipe_gives_the_same_numbers(zygote: Zygote, tmp_path: Path, name: s
     same(numbers(folder), first, f"{name} under two agents at ZeRO 2", tolerance)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [When(i, 4).param(method) for i, method in enumerate(METHODS)])
 def test_a_method_gives_the_same_numbers(zygote: Zygote, tmp_path: Path, method: str) -> None:
     words = (f"method={method}", "trainer.epochs=2", "optimizer.lr=0.01")
     first, third = (at(zygote, "class_incremental", tmp_path / f"zero{stage}", *words, f"engine.stage={stage}")
@@ -120,6 +121,7 @@ def test_a_method_gives_the_same_numbers(zygote: Zygote, tmp_path: Path, method:
     same(third, first, f"{method} at ZeRO 3")
 
 
+@pytest.mark.rotated(0, 4)
 def test_the_language_recipe_prints_the_same_numbers(zygote: Zygote) -> None:
     needs("transformers")
     script, words = ROOT / "recipes" / "language.py", ("--methods", "er", "--epochs", "1", "--rows", "100")

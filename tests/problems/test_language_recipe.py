@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from processes import ENVIRONMENT, ROOT, torchrun
+from rotation import When
 
 pytest.importorskip("transformers")
 
@@ -44,9 +45,12 @@ def test_it_learns_each_text_and_rehearsal_keeps_the_first(
     assert found["er", "licences"][0] < found["none", "licences"][0] - 0.5
 
 
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [When(i, 4).param(engine) for i, engine in enumerate(ENGINES)])
 def test_whole_runs_agree_on_every_engine(engine: str) -> None:
     one = on_one_process(*SMALL, "--methods", "er")
     job = torchrun(2, RECIPE, *SMALL, "--methods", "er", "--engine", engine, limit=300)

@@ -36,7 +36,7 @@ def planned() -> dict[Key, When]:
             ("placements", "resume", "one forward", "off", *(f"parity {name}" for name in FEW)))):
         found[host, check, False] = When(TURNS // 2 * i + place, TURNS)
     for i, host in enumerate(HOSTS):
-        wide = When(i, 3, slow=True)
+        wide = When(i, len(HOSTS), slow=True)
         found |= {(host, f"parity {name}", True): wide for name in COMPARED}
         if host not in DEFAULT:
             found |= {(host, check, True): wide for check in ("placements", "resume", "one forward", "off")}

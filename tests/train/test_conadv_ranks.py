@@ -34,7 +34,7 @@ def leftovers() -> str:
 
 
 @pytest.mark.parametrize(("host", "ranks", "adversaries"), [
-    When(0, 4).param("ddp", 3, 1), When(slow=True).param("fsdp2", 3, 1), When(slow=True).param("ddp", 4, 2)])
+    When(0, 4).param("ddp", 3, 1), When(0, 4, slow=True).param("fsdp2", 3, 1), When(1, 4, slow=True).param("ddp", 4, 2)])
 def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, adversaries: int) -> None:
     job, found = launch(tmp_path, "same", host, ranks=ranks, adversaries=adversaries)
     assert job.codes == [0] and "Traceback" not in job.err, job.err[-3000:]
@@ -55,7 +55,7 @@ def test_other_ranks_craft_the_same_bits(tmp_path: Path, host: str, ranks: int, 
     assert leftovers() == ""
 
 
-@pytest.mark.parametrize("mode", [When(2, 4).param("clean"), When(slow=True).param("inline")])
+@pytest.mark.parametrize("mode", [When(2, 4).param("clean"), When(2, 4, slow=True).param("inline")])
 def test_trainers_go_on_when_their_adversary_is_killed(tmp_path: Path, mode: str) -> None:
     job, found = launch(tmp_path, mode)
     assert job.codes == [0], job.err[-3000:]
@@ -68,6 +68,7 @@ def test_trainers_go_on_when_their_adversary_is_killed(tmp_path: Path, mode: str
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(3, 4)
 def test_a_run_may_end_with_its_adversary(tmp_path: Path) -> None:
     job, _ = launch(tmp_path, "stop")
     assert job.codes != [0] and job.seconds < 90

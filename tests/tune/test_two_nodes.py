@@ -58,6 +58,7 @@ def units(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (folder / "units").glob("*.json")}
 
 
+@pytest.mark.rotated(0, 3)
 def test_what_cannot_work_is_one_line_before_the_first_trial(nodes: Nodes, tuning: Path, tmp_path: Path) -> None:
     """A folder that each process sees as another, as a disk of its own would be; and resources that no node has."""
     for words, said in (
@@ -72,6 +73,7 @@ def test_what_cannot_work_is_one_line_before_the_first_trial(nodes: Nodes, tunin
     assert not any(units(folder) for folder in (tmp_path / "out", tmp_path / "a", tmp_path / "b"))
 
 
+@pytest.mark.rotated(1, 3)
 def test_two_ranks_on_two_nodes(nodes: Nodes, tuning: Path, tmp_path: Path) -> None:
     """Each node has one core: both take part."""
     done = tune("search", f"data={tuning}", f"address={nodes.address}", *ONE, "ranks=2", "spread=true", "trials=2",
@@ -83,6 +85,7 @@ def test_two_ranks_on_two_nodes(nodes: Nodes, tuning: Path, tmp_path: Path) -> N
     assert ranks == {2}
 
 
+@pytest.mark.rotated(2, 3)
 def test_a_node_that_is_killed_loses_no_trial(nodes: Nodes, tuning: Path, tmp_path: Path) -> None:
     """Its trial runs on the other node; what had ended is not run again. Last: one node is left."""
     words = [f"data={tuning}", f"address={nodes.address}", *ONE, "trials=4", f"output={tmp_path}"]
