@@ -58,6 +58,7 @@ TABLE: dict[str, str] = {
     "nearest_mean": "everbatch.train.memory.nearest_mean:NearestMean",
     "gdumb": "everbatch.train.memory.gdumb:GDumb",
     "joint": "everbatch.train.memory.joint:Joint",
+    "mos": "everbatch.train.mos.mixin:MOS",
     "episodic": "everbatch.train.memory.episodic:EpisodicMemory",
     "consolidate": "everbatch.train.consolidate:Consolidate",
     "warm_start": "everbatch.train.warm_start:WarmStart",

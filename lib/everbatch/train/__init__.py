@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.train.memory.lwf import LwF as LwF
     from everbatch.train.memory.nearest_mean import NearestMean as NearestMean
     from everbatch.train.memory.replay import Replay as Replay
+    from everbatch.train.mos.mixin import MOS as MOS
     from everbatch.train.plasticity import Plasticity as Plasticity
     from everbatch.train.warm_start import WarmStart as WarmStart
     # </methods>

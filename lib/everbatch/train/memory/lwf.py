@@ -46,13 +46,14 @@ class LwF(TrainerMixin):
 
     Cost: one forward of each training sample before a task; old classes * 4 bytes for each, over all ranks' CPUs; in a step one
     all-to-all of the batch's rows.
-    Order: left of mixins that change weights when a task begins (WarmStart); right of those that craft from the stream.
+    Order: left of mixins that change weights when a task begins (WarmStart), or the stream's loss (MOS); right of those that
+    craft from the stream.
     Limits: of the stream's own samples, not of those that other mixins add.
     Source: Li and Hoiem 2017, arXiv 1606.09282, eq. 2 and 3; defaults of aimagelab/mammoth, which has no factor
     temperature^2 either. Differs: the head is not trained alone first.
     """
 
-    left_of = ("WarmStart",)
+    left_of = ("WarmStart", "MOS")
     between_tasks = True
     example = {"strength": 0.5, "rows": 6}
     off = {"strength": 0.0}

@@ -23,7 +23,7 @@ def identity_contrast(features: Tensor, means: Tensor) -> Tensor:
         features: (n, d), with a graph.
         means: (k, d), constants; k may be 0.
     """
-    rows = torch.cat([means.to(features), features])
+    rows = torch.cat([means.to(features), features]) if len(means) else features
     return functional.cross_entropy(rows @ rows.T / TEMPERATURE, torch.arange(len(rows), device=rows.device))
 
 
