@@ -187,7 +187,11 @@ def kept(t: Any) -> dict[str, Tensor]:
     """Tensors that trainer mixins keep beside a memory of samples."""
     fields = [(f"state/{part.__name__}.{f.name}", getattr(state, f.name)) for part, state in getattr(t, "states", {}).items()
               for f in dataclasses.fields(state)]
-    return {name: value.clone() for name, value in fields if isinstance(value, Tensor)}
+    found = {name: value.clone() for name, value in fields if isinstance(value, Tensor)}
+    for name, value in fields:
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": inner.clone() for key, inner in value.items() if isinstance(inner, Tensor)}
+    return found
 
 
 def everything(t: Any) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ TABLE: dict[str, str] = {
     "cpr": "everbatch.train.memory.cpr:CPR",
     "replay": "everbatch.train.memory.replay:Replay",
     "er_ace": "everbatch.train.memory.er_ace:ErAce",
+    "same": "everbatch.train.same.same:SAME",
     "nearest_mean": "everbatch.train.memory.nearest_mean:NearestMean",
     "gdumb": "everbatch.train.memory.gdumb:GDumb",
     "joint": "everbatch.train.memory.joint:Joint",

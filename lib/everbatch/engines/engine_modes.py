@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from everbatch.contract import Contract
 from everbatch.engines.shards import Shard
 from everbatch.errors import UnsupportedHost
 
-__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "in_leaf", "refuse_modes"]
+__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "in_leaf", "refuse_modes",
+           "refuse_moe"]
 
 TESTED = "0.19.8"
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -58,6 +61,17 @@ def clear_stale(zero: Any, late: Mapping[str, Any], shards: Sequence[Shard]) -> 
     for shard in shards:
         if shard.name in late and shard.grad is not None:
             shard.grad.zero_()
+
+
+def refuse_moe(who: str, model: nn.Module) -> None:
+    """Refuse layers of DeepSpeed's own mixture of experts, by name, before there is an engine: a name means another expert on
+    every rank, and all state here is kept by name."""
+    for name, layer in model.named_modules():
+        kind = type(layer)
+        if kind.__module__.startswith("deepspeed.moe"):
+            raise UnsupportedHost(f"{who}: {name!r}, a {kind.__name__} of DeepSpeed's mixture of experts, is not supported: its "
+                                  "experts differ by rank; leave it out, or put experts into linear layers with "
+                                  "everbatch.train.SAME")
 
 
 def refuse_modes(engine: Any) -> None:

@@ -57,7 +57,7 @@ class MoELoRALinear(nn.Linear):
     frozen: tuple[int, ...]
     """Experts that get no gradient."""
     masked: bool
-    """Whether those are left out of the routing as well, in passes with gradients."""
+    """Whether those are left out of the routing as well."""
     prior: Tensor | None
     """(E,): see `routing`."""
     keep: bool
@@ -109,13 +109,11 @@ class MoELoRALinear(nn.Linear):
         weights = self.weigh(x)
         if self.keep:
             self.last = weights.detach()
-        training = torch.is_grad_enabled()
-        left_out = self.frozen if self.masked and training else ()
+        left_out = self.frozen if self.masked else ()
         chosen = [i for i in range(self.num_experts) if i not in left_out]
         # One product for all experts: their matrices are small.
-        still = self.frozen if training else ()
-        downs = torch.cat([_held(getattr(self, f"down_{i}"), i in still) for i in chosen])
-        ups = torch.cat([_held(getattr(self, f"up_{i}"), i in still) for i in chosen], dim=1)
+        downs = torch.cat([_held(getattr(self, f"down_{i}"), i in self.frozen) for i in chosen])
+        ups = torch.cat([_held(getattr(self, f"up_{i}"), i in self.frozen) for i in chosen], dim=1)
         inner = functional.linear(x, downs)
         inner = inner.view(*inner.shape[:-1], len(chosen), self.rank)
         shares = weights[..., chosen].to(inner.dtype).unsqueeze(-1)
@@ -136,7 +134,7 @@ class MoELoRALinear(nn.Linear):
         elif self.routing == "sample" and x.ndim > 2:
             inner = tuple(range(1, x.ndim - 1))
             weights = weights.mean(inner, keepdim=True)
-        if self.masked and self.frozen and torch.is_grad_enabled():
+        if self.masked and self.frozen:
             there = torch.ones(self.num_experts, dtype=weights.dtype, device=weights.device)
             there[list(self.frozen)] = 0.0
             weights = weights * there

@@ -287,8 +287,8 @@ class OptimizerMixin(Contract):
 
     def hold(self, names: Iterable[str]) -> None:
         """Leave these parameters and their moments as they are in the next step's update: no term of its loss reaches them, and
-        neither decay nor momentum shall move them. Adam's count of steps goes on."""
-        self._held = frozenset(names)
+        neither decay nor momentum shall move them. Adam's count of steps goes on. Called twice before a step, it holds both."""
+        self._held |= frozenset(names)
 
     def replace_update(self, reason: str) -> None:
         """Apply the step without the base optimizer's update (a topology change, say)."""

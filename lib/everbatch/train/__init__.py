@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.train.memory.replay import Replay as Replay
     from everbatch.train.mos.mixin import MOS as MOS
     from everbatch.train.plasticity import Plasticity as Plasticity
+    from everbatch.train.same.same import SAME as SAME
     from everbatch.train.warm_start import WarmStart as WarmStart
     # </methods>
 else:

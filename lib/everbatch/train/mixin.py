@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -75,6 +76,11 @@ class TrainerMixin(Contract):
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             reject_unknown(type(self), rest, set(parameters) - {"self"} | option_names(type(self)))
         super().__init__(*args, **rest)
+
+    def for_optimizer(self, optimizer: functools.partial[Any]) -> functools.partial[Any]:
+        """Called of each part by `Trainer`, before anything is built: the optimizer's class and options, with what the part needs
+        of it. No verb: parts do not call super()."""
+        return optimizer
 
     def before_fit(self) -> None:
         """Called of each part by `Trainer.fit`, before anything of a run that begins anew. No verb: parts do not call super()."""

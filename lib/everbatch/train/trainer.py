@@ -128,6 +128,8 @@ class Trainer(Stepper):
         problem: Problem | None = None, grown: Build | None = None,
     ) -> None:
         check_optimizer(optimizer)
+        for part in parts_of(type(self)):
+            optimizer = part.for_optimizer(self, optimizer)  # type: ignore[attr-defined]
         check_output(output)
         check_ddp(ddp, engine)
         check_arguments(model, config, engine, device)

@@ -1,0 +1,265 @@
+"""SAME: what it sums up, who rests, what it promises, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import learning
+from everbatch import compose
+from everbatch.distributed import World
+from everbatch.errors import CompositionError
+from everbatch.nn import UnknownTarget
+from everbatch.optim import EMA, SAM, ClipGradNorm, SubspaceProjection
+from everbatch.optim.subspace.splits import NoFreeSubspace, NonFiniteStatistics
+from everbatch.train import MOS, SAME, Trainer
+from everbatch.train.same.freezing import resting
+from everbatch.train.same.moments import TaskSums, draw_of, reduced
+from everbatch.train.same.options import SAMEOptions
+from everbatch.train.same.rules import sketched
+from processes import Zygote
+from rotation import When
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "contract")]
+
+import same_jobs  # noqa: E402
+from same_jobs import Learner, learner, net  # noqa: E402
+
+
+def sums_of(*batches: tuple[Tensor, Tensor | None], draw: Tensor | None = None) -> Any:
+    """What one layer of 6 inputs and 2 experts has seen."""
+    held = TaskSums(World())
+    held.begin("a", 6, 2, probes=3, draw=draw, dtype=torch.float64, device=torch.device("cpu"))
+    for x, mask in batches:
+        held.add("a", x, mask)
+        held.weigh("a", x, torch.stack([x.new_full(x.shape[:-1], 0.25), x.new_full(x.shape[:-1], 0.75)], -1), mask)
+    return held
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_sums_leave_out_padding_and_what_is_not_finite() -> None:
+    x, mask = drawn(2, 200, 6), torch.ones(2, 200)
+    mask[0, 3:9] = 0
+    x[0, 4], x[1, 7] = float("nan"), float("inf")
+    good = x[(mask > 0) & x.isfinite().all(-1)]
+    found = reduced(sums_of((x, mask)).layers["a"], World(), name="a", task=0)
+    torch.testing.assert_close(found["second"], good.T @ good, rtol=1e-12, atol=1e-12)
+    assert found["numbers"].tolist() == pytest.approx([393, float(good.square().sum()), 1, 393])
+    torch.testing.assert_close(found["load"], 393 * torch.tensor([0.25, 0.75], dtype=torch.float64))
+    torch.testing.assert_close(found["importance"], float(good.square().sum()) * torch.tensor([0.25, 0.75], dtype=torch.float64))
+    x[1, :9] = float("nan")
+    with pytest.raises(NonFiniteStatistics, match=r"SAME: layer 'a', task 2: 9 of 394 inputs are not finite"):
+        reduced(sums_of((x, mask)).layers["a"], World(), name="a", task=2)
+    with pytest.raises(ValueError, match=r"a mask of shape \(2, 199\)"):
+        sums_of((x, mask[:, 1:]))
+
+
+def test_sums_of_other_ranks_go_into_a_checkpoint_and_add_up_at_another_number_of_ranks() -> None:
+    one, two = sums_of((drawn(5, 6), None)), sums_of((drawn(7, 6, seed=1), None))
+    parts = [held.state_dict() for held in (one, two)]
+    assert parts[0]["rows"].keys() == {f"a/{key}" for key in ("second", "numbers", "load", "importance", "inputs")}
+    both = {"index": {"slots": [0, 1]}, "start": 0, "rows": {
+        key: torch.cat([part["rows"][key] for part in parts]) for key in parts[0]["rows"]}}
+    for rank, whole in enumerate((one, two)):
+        again = TaskSums(World(rank, 2))
+        again.load_state_dict(both)
+        assert all(torch.equal(value, whole.layers["a"][key]) for key, value in again.layers["a"].items())
+    alone, third = TaskSums(World()), TaskSums(World(2, 3))
+    alone.load_state_dict(both)
+    third.load_state_dict(both)
+    torch.testing.assert_close(alone.layers["a"]["second"], one.layers["a"]["second"] + two.layers["a"]["second"])
+    assert not third.layers["a"]["second"].any() and third.layers["a"]["numbers"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_sketch_is_exact_to_its_rank_and_knows_what_it_leaves_out() -> None:
+    assert draw_of(1024, 128, "a", 0) is None
+    draw = draw_of(1025, 128, "a", 0)
+    assert draw is not None and draw.shape == (1025, 256)
+    basis = torch.linalg.qr(drawn(40, 5)).Q
+    x = drawn(300, 5, seed=1) * torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]) @ basis.T
+    c = x.T @ x / len(x)
+    config = SAMEOptions(delta=1.0, wide_rank=5)
+    split = sketched(c @ drawn(40, 10, seed=2), drawn(40, 10, seed=2), config, float(c.trace()))
+    values, vectors = torch.linalg.eigh(c)
+    torch.testing.assert_close(split.values, values[-5:].flip(0), rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(split.basis @ split.basis.T, vectors[:, -5:] @ vectors[:, -5:].T, rtol=0.0, atol=1e-5)
+    noisy = c + 0.05 * torch.eye(40, dtype=torch.float64)
+    split = sketched(noisy @ drawn(40, 10, seed=2), drawn(40, 10, seed=2), config, float(noisy.trace()))
+    exact = float(torch.linalg.eigvalsh(noisy)[-5:].sum() / noisy.trace())
+    assert split.rank == 5 and exact - 0.03 < split.share <= exact < 0.98  # it keeps less, never more, than the best five
+
+
+def test_who_rests() -> None:
+    use, past = torch.tensor([[0.5, 0.1, 0.4], [0.3, 0.3, 0.4]]), torch.tensor([[9.0, 1.0, 5.0], [1.0, 2.0, 1.0]])
+    # Scores: 1 - 1, 0 - 0, 0.75 - 0.5; 0 - 0, 0 - 1, 1 - 0.
+    assert resting(use, past, 0.1, 1).tolist() == [[True, True, False], [True, True, False]]
+    assert resting(use, past, -0.5, 1).tolist() == [[False, False, False], [False, True, False]]
+    assert resting(use, past, 1.0, 2).sum(1).tolist() == [1, 1]
+    assert resting(torch.full((1, 4), 0.25), torch.ones(1, 4), 0.1, 1).sum() == 3  # all alike: all but one
+
+
+class Recomputed(nn.Module):
+    """Its first part runs again in the backward."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.net, self.reentrant = net(), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Any = checkpoint(self.net[:4], x.requires_grad_(), use_reentrant=self.reentrant)  # type: ignore[index]
+        return self.net[4:](first)  # type: ignore[index, no-any-return]
+
+
+WAYS: dict[str, Callable[[], tuple[nn.Module, tuple[type, ...], int]]] = {
+    "plain": lambda: (net(), (), 1), "recomputed": lambda: (Recomputed(False), (), 1), "sam": lambda: (net(), (SAM,), 1),
+    "reentrant": lambda: (Recomputed(True), (), 1), "micro": lambda: (net(), (), 2)}
+
+
+@pytest.mark.parametrize("way", [When(place, len(WAYS)).param(way) for place, way in enumerate(WAYS)])
+def test_tokens_count_once(way: str) -> None:
+    """Under activation checkpointing, with a second pass in a step, in micro-batches, and beside evaluations."""
+    model, parts, micros = WAYS[way]()
+    start = "net." if isinstance(model, Recomputed) else ""
+    made: Any = Learner(
+        model, functools.partial(compose(*parts, base=torch.optim.SGD), lr=0.01), num_tasks=3, prepare=learning.scale,
+        config=Trainer.Config(batch_size=8, accumulation=micros), device="cpu", layers=(f"{start}1",), trained=(f"{start}5.*",),
+        statistics="float64")
+    made.fit(learning.stream())
+    history = made.states[SAME].history
+    assert history[f"{start}1/numbers"].tolist()[0::2] == [96, 0]
+    images = torch.cat([learning.stream().fetch(task.train_ids) for task in learning.stream().tasks])
+    rows = learning.scale(images).flatten(1).double()
+    torch.testing.assert_close(history[f"{start}1/second"], rows.T @ rows, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("action", [When(place, 2).param(action) for place, action in enumerate(("grad", "mask"))])
+def test_a_resting_expert_keeps_its_bits_for_the_task_and_all_learn_again(action: str) -> None:
+    """Under AdamW with decay, whose momentum would move it."""
+    made = learner("plain", tau=1.0, min_active=1, warmup_tokens=1, action=action, experts=3)
+    steps: list[tuple[int, dict[str, Tensor], tuple[int, ...]]] = []
+
+    def watched(batch: Any, inner: Any = made.training_step, made: Any = made, steps: Any = steps) -> Any:
+        layer = made.module[1]
+        before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+        record = inner(batch)
+        steps.append((made.task_index, before, layer.frozen))
+        return record
+
+    made.training_step = watched
+    made.fit(learning.stream())
+    first = [frozen for task, _, frozen in steps if task == 0]
+    assert set(first) == {()} and made.module[1].frozen == () and not made.module[1].masked
+    for task in (1, 2):
+        inside = [(before, frozen) for index, before, frozen in steps if index == task]
+        frozen = inside[1][1]
+        assert len(frozen) == 2 and all(other == frozen for _, other in inside[1:])
+        # Decided after the first step: from the second on nothing of them moves, and the third expert does.
+        for i in range(3):
+            same = torch.equal(inside[1][0][f"down_{i}"], inside[-1][0][f"down_{i}"])
+            assert same == (i in frozen), (action, task, i)
+    assert [sorted(row["resting"]) for row in made.states[SAME].log] == [[], ["1", "3"], ["1", "3"]]
+
+
+@pytest.mark.rotated(1, 3)
+def test_the_promise_of_each_rule() -> None:
+    """null keeps old routing, soft moves it less than no rule does, and the printed rule does not protect it."""
+    drift = {}
+    for router in ("null", "soft", "paper", "free"):
+        made = learner("plain", router=router, refresh=3, start_step=2)
+        made.fit(learning.stream())
+        drift[router] = made.states[SAME].log[1]["drift"]["0"]
+        assert ("router" in str(made.describe())) and made.report() is not None
+    assert drift["null"]["variation"] < 1e-6 and drift["soft"]["variation"] < 0.3 * drift["free"]["variation"]
+    assert drift["paper"]["variation"] > 0.5 * drift["free"]["variation"]
+    assert drift["null"]["overlap"] == 1.0
+
+
+def test_the_projection_is_put_where_it_belongs() -> None:
+    config = SAMEOptions()
+    from everbatch.train.same.setting import projecting
+
+    given = functools.partial(compose(EMA, ClipGradNorm, base=torch.optim.AdamW), lr=0.1)
+    made: Any = projecting(given, config.space)
+    assert [part.__name__ for part in made.func.__bases__] == ["EMA", "ClipGradNorm", "SubspaceProjection", "AdamW"]
+    assert made.keywords == {"lr": 0.1, "subspaceprojection_space": "update"}
+    own = functools.partial(compose(SubspaceProjection, base=torch.optim.SGD), lr=0.1, space="update")
+    assert projecting(own, "update") is own
+    with pytest.raises(ValueError, match="space='grad' and SubspaceProjection in space='update', must be the same"):
+        projecting(own, "grad")
+
+    class Mine(SAM, torch.optim.SGD):
+        def edit_gradient(self) -> None:
+            super().edit_gradient()
+
+    with pytest.raises(ValueError, match="Mine, which defines edit_gradient itself, must list SubspaceProjection"):
+        projecting(functools.partial(Mine, lr=0.1), "update")
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "rank=0": {"rank": 0}, "experts=0": {"experts": 0}, "delta=0.0": {"delta": 0.0}, "delta=1.5": {"delta": 1.5},
+    "mu_rel=0.0": {"mu_rel": 0.0}, "tau=1.5": {"tau": 1.5}, "power=0": {"power": 0}, "top_k=9": {"top_k": 9},
+    "router='strict'": {"router": "strict"}, "space='weights'": {"space": "weights"}, "action='drop'": {"action": "drop"},
+    "routing='batch'": {"routing": "batch"}, "heads='two'": {"heads": "two"}, "min_active=5": {"min_active": 5},
+    "statistics='bfloat16'": {"statistics": "bfloat16"}, "layers='x'": {"layers": "x"}, "warmup_tokens=0": {"warmup_tokens": 0},
+    "released=True in space='update'": {"released": True}, "alpha=-1.0": {"alpha": -1.0}, "wide_rank=0": {"wide_rank": 0}}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_options_that_cannot_be(words: str) -> None:
+    with pytest.raises(ValueError, match=rf"SAME: {words}") as told:
+        SAME.Config(**BAD[words])
+    assert "must be" in str(told.value)
+
+
+def test_what_is_refused() -> None:
+    refused: dict[str, Callable[[], Any]] = {
+        r"layers=\['\*.mlp.fc1'\]: '\*.mlp.fc1' fits nothing": lambda: learner("plain", layers=("*.mlp.fc1",)),
+        r"trained=\['6.\*'\]: '6.\*' fits no parameter": lambda: learner("plain", trained=("6.*",)),
+        "rank=65 in '1', must be at most the width of its inputs, 64": lambda: learner("plain", rank=65)}
+    for words, make in refused.items():
+        with pytest.raises(ValueError, match=words) as told:
+            make()
+        assert isinstance(told.value, UnknownTarget) or "rank" in words
+    with pytest.raises(ValueError, match="SAME: compile=True, must be false"):
+        Learner(net(), functools.partial(compose(base=torch.optim.SGD), lr=0.1), config=Trainer.Config(compile=True),
+                layers=("1",), trained=())
+    with pytest.raises(ValueError, match="heads='by_task' on a stream of kind 'class', must be task-incremental"):
+        learner("plain", heads="by_task").fit(learning.stream())
+    with pytest.raises(NoFreeSubspace, match="SAME: layer '3', before task 2: free_split: delta=1.0 needs 160 of 160"):
+        learner("plain", pinned=True, min_free=1, statistics="float32").fit(learning.stream())
+    with pytest.raises(NonFiniteStatistics, match="SAME: layer '1', task 0: 3 of 96 inputs are not finite"):
+        spoilt = learner("plain")
+        spoilt.prepare = lambda raw: torch.where(raw[:, :1, 2:3, 2:3] > 14, float("nan"), learning.scale(raw))
+        spoilt.fit(learning.stream())
+
+
+def test_mos_does_not_stand_beside_it() -> None:
+    with pytest.raises(CompositionError, match="MOS and SAME both own the adapters"):
+        compose(MOS, SAME, base=Trainer)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("hosts", [*(When(2 * place, 12).param([host]) for place, host in enumerate(
+    ("ddp", "zero3", "fsdp2", "zero2", "zero1", "zero0"))), pytest.param(
+        ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"], marks=pytest.mark.slow, id="all")])
+def test_the_promise_on_every_engine(zygote: Zygote, tmp_path: Path, hosts: list[str]) -> None:
+    """Old tokens' router logits stay, statistics are those of one process, a run goes on bit for bit inside of a task."""
+    start = Path(same_jobs.__file__)
+    found = zygote.found(start, tmp_path / "plain.json", str(tmp_path), "null:plain", ranks=1, limit=200)
+    mixed = [f"moe:{host}" for host in hosts if host in ("zero2", "zero3")]
+    found |= zygote.found(start, tmp_path / "out.json", str(tmp_path), *(f"null:{host}" for host in hosts), *mixed, limit=600)
+    checks = [f"{check}/{host}" for host in ("plain", *hosts) for check in ("null", "moments", "gradients", "resume")]
+    checks += [f"moe/{word.partition(':')[2]}" for word in mixed]
+    for check in checks:
+        assert found[check]["passed"], f"{check}: error {found[check]['error']:.3g}: {found[check]['problem']}"
