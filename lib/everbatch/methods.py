@@ -36,6 +36,7 @@ TABLE: dict[str, str] = {
     "vcl": "everbatch.optim.memory.vcl:VCL",
     "shrink_perturb": "everbatch.optim.restart.shrink_perturb:ShrinkPerturb",
     "subspace_projection": "everbatch.optim.subspace.projection:SubspaceProjection",
+    "osft": "everbatch.optim.subspace.osft:OSFT",
     "sam": "everbatch.optim.sharpness.sam:SAM",
     "asam": "everbatch.optim.sharpness.sam:ASAM",
     "gsam": "everbatch.optim.sharpness.gsam:GSAM",

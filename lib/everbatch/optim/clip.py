@@ -26,7 +26,7 @@ class ClipGradNorm(OptimizerMixin):
     Source: the rule of `torch.nn.utils.clip_grad_norm_`, its 1e-6 included.
     """
 
-    left_of = ("DynamicSparsity", "SubspaceProjection")
+    left_of = ("DynamicSparsity", "projection")
 
     minimizes = False
     example = {"max_norm": 0.3}

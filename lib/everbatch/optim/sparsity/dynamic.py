@@ -64,7 +64,7 @@ class DynamicSparsity(OptimizerMixin):
     """
 
     owns = ("masks",)
-    left_of = ("SubspaceProjection", "Refresh")
+    left_of = ("projection", "Refresh")
 
     minimizes = False
     example = {"density": 0.3, "update_every": 2}

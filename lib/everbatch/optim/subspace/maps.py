@@ -11,14 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from everbatch.contract import parts_of
 from everbatch.distributed import World
 from everbatch.engines.host import Host
 from everbatch.engines.local import LocalHost
 from everbatch.engines.shards import Shard, Whole
-from everbatch.errors import check, nearest
+from everbatch.errors import CompositionError, check, nearest
 from everbatch.optim.subspace.transforms import Projection
 
-__all__ = ["Maps", "agreed", "gathered"]
+__all__ = ["Maps", "agreed", "averages_after", "gathered"]
 
 BUCKET = 1 << 26
 """Elements gathered by one all-reduce at most."""
@@ -134,6 +135,14 @@ class Maps:
                     shard, t = mine[name]
                     new = _blend(whole, known[name].apply(whole), strength).reshape(-1)
                     t.copy_(new[shard.start : shard.start + t.numel()].view(t.shape))
+
+
+def averages_after(cls: type, part: str, space: str) -> None:
+    """Refuse EMA to the right of a part that projects updates."""
+    names = [p.__name__ for p in parts_of(cls)]
+    if space == "update" and "EMA" in names[names.index(part) :]:
+        raise CompositionError(f"{cls.__name__}: EMA must stand to the left of {part}, or it averages updates before they are "
+                               "projected")
 
 
 def gathered(host: Host, names: list[str], mine: dict[str, tuple[Shard, Tensor]]) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from everbatch import seeds
-from everbatch.contract import Cost, Made, parts_of
-from everbatch.errors import CompositionError, check, check_real
+from everbatch.contract import Cost, Made
+from everbatch.errors import check, check_real
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.subspace.maps import Maps
+from everbatch.optim.subspace.maps import Maps, averages_after
 from everbatch.optim.subspace.transforms import Projection, null_space
 
 __all__ = ["SubspaceProjection"]
@@ -53,11 +53,12 @@ class SubspaceProjection(OptimizerMixin):
     copy of the owned slices of the named matrices inside the step, and one more publication.
     Order: right of ClipGradNorm and DynamicSparsity, which act on what it leaves; left of LARS and LAMB, whose update it cuts.
     Limits: in gradient space only plain SGD keeps what it promises: Adam rescales each element, decay and stale momentum move
-    protected directions.
+    protected directions. OSFT and GRIP, which set projections by rules of their own, cannot stand beside it.
     Source: the surgery papers' common form; SAME (null, soft, curvature), GRIP (rows with bases of their own; Zhu et al. 2026,
     arXiv 2601.16905), OSFT (joint; Nayak et al. 2025, arXiv 2504.07097).
     """
 
+    owns = ("projection",)
     left_of = ("trust ratio",)
 
     minimizes = False
@@ -86,10 +87,7 @@ class SubspaceProjection(OptimizerMixin):
     def on_attach(self) -> None:
         """Set the first projections."""
         config: SubspaceProjection.Config = self.configs[SubspaceProjection]
-        names = [p.__name__ for p in parts_of(type(self))]
-        if config.space == "update" and "EMA" in names[names.index("SubspaceProjection") :]:
-            raise CompositionError(f"{type(self).__name__}: EMA must stand to the left of SubspaceProjection, or it averages "
-                                   "updates before they are projected")
+        averages_after(type(self), "SubspaceProjection", config.space)
         if config.projections:
             self.set_projections(config.projections)
 
