@@ -66,6 +66,19 @@ def test_importance_is_how_alike_inputs_and_outputs_are() -> None:
     assert not model[0]._forward_pre_hooks
 
 
+def test_what_is_no_linear_layer_counts_as_the_mean_of_the_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 3))
+    opt, rows = Adam(model, lr=0.1), [(torch.randn(8, 1, 4, 4),)]
+    names = ("0.weight", "2.weight", "3.weight")
+    whole = {n: p.detach().flatten(1) for n, p in model.named_parameters() if n in names}
+    got = layer_importance(opt.host, whole, rows, None)
+    assert list(got) == list(names) and got["0.weight"] == pytest.approx((got["2.weight"] + got["3.weight"]) / 2)
+    assert layer_importance(opt.host, {"0.weight": whole["0.weight"]}, rows, None) == {"0.weight": 1.0}
+    opt.consolidate_osft(rows)
+    assert opt.states[OSFT].on(opt.host.device).keys() == set(names)
+
+
 def test_padding_does_not_count() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

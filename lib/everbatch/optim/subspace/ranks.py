@@ -17,7 +17,7 @@ from everbatch.optim.subspace.options import OsftOptions
 from everbatch.optim.subspace.second_moment import SecondMoment
 from everbatch.optim.subspace.splits import NoFreeSubspace
 from everbatch.optim.subspace.transforms import Projection, high_block
-from everbatch.optim.subspace.visits import Rows, chosen, visit
+from everbatch.optim.subspace.visits import Rows, chosen, linear_weights, visit
 
 __all__ = ["kept_blocks", "kept_ranks", "layer_importance", "linear_cka", "target_sizes"]
 
@@ -43,9 +43,11 @@ def layer_importance(
 
         square:  mean over tokens of cos(x, W x)          else:  linear CKA of x and W x
 
+    Of what is no `nn.Linear` (convolutions, embeddings) the mean of the others; where there is none, 1.
+
     Cost: one forward pass per row; d^2 numbers for each matrix that is not square.
     """
-    names = list(weights)
+    names = linear_weights(host, list(weights))
     square = [name for name in names if weights[name].shape[0] == weights[name].shape[1]]
     sums = torch.zeros(len(square), 2, dtype=torch.float64, device=host.device)
     moments = {n: SecondMoment(weights[n].shape[1], centred=True, dtype=torch.float64, device=host.device)
@@ -67,7 +69,8 @@ def layer_importance(
     for name, moment in moments.items():
         moment.reduce(world)
         found[name] = linear_cka(moment.matrix, weights[name])
-    return {name: found[name] for name in names}
+    mean = sum(found.values()) / len(found) if found else 1.0
+    return {name: found.get(name, mean) for name in weights}
 
 
 def kept_ranks(importance: Mapping[str, float], sizes: Mapping[str, int], least: float, most: float) -> dict[str, int]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.distributed import World
-from everbatch.engines.host import Host, plain_name
+from everbatch.engines.host import Host, plain_name, unwrap
 from everbatch.errors import check, nearest
 from everbatch.optim.memory.replica import Factory, evaluating, replica, require_replica
 from everbatch.rows import Rows as Inputs
 from everbatch.rows import each, named
 
-__all__ = ["Rows", "See", "chosen", "visit"]
+__all__ = ["Rows", "See", "chosen", "linear_weights", "visit"]
 
 Rows = tuple[Any, ...]
 """(inputs, ...): inputs as the model takes them, one tensor or several by name. Of those with names, "attention_mask" says
@@ -38,6 +38,14 @@ def chosen(who: str, names: Iterable[str], option: str, patterns: Sequence[str])
         check(bool(here), who, f"{option} has {pattern!r}", "match a trained matrix", nearest(pattern, known))
         found.update(here)
     return [name for name in known if name in found]
+
+
+def linear_weights(host: Host, names: Sequence[str]) -> list[str]:
+    """Of these weights those of linear layers: they multiply the last dimension of what the layer is given."""
+    assert host.module is not None
+    modules = {plain_name(name): module for name, module in unwrap(host.module).named_modules()}
+    owners = {name: name.removesuffix(".weight") for name in names}
+    return [name for name, owner in owners.items() if owner != name and isinstance(modules.get(owner), nn.Linear)]
 
 
 @torch.no_grad()
