@@ -43,6 +43,10 @@ def searched(run: Path) -> subprocess.CompletedProcess[str]:
     return command("search", f"data={run / 'tuning'}", *WORDS, SECRET_PLACE=str(run / "evaluation"))
 
 
+of_the_search = pytest.mark.rotated(0, 2)
+"""Ray is started in one of two rounds."""
+
+
 def plan_of(run: Path, folder: Path, **options: Any) -> Plan:
     seal = Seal.read(run / "tuning" / "seal.json").body
     search = SearchOptions(**{"methods": ("er",), "trials": 5, "seed": 3, "space": SPACE, **options})
@@ -50,6 +54,7 @@ def plan_of(run: Path, folder: Path, **options: Any) -> Plan:
     return Plan(search, seal["scenario"], seal["increments"], seal["orders"], data, seal["data_sha256"], folder)
 
 
+@of_the_search
 def test_a_search_ends_by_freezing_a_record(searched: subprocess.CompletedProcess[str], run: Path) -> None:
     assert searched.returncode == 0, searched.stdout + searched.stderr
     record = read(run / "search" / "record.json")
@@ -66,6 +71,7 @@ def test_a_search_ends_by_freezing_a_record(searched: subprocess.CompletedProces
     assert not list((run / "search" / "work").iterdir())
 
 
+@of_the_search
 def test_its_progress_tells_done_running_failed_best_and_the_time_left(searched: subprocess.CompletedProcess[str]) -> None:
     lines = searched.stdout.splitlines()
     assert any(line.split()[:3] == ["method", "done", "running"] and line.endswith("best so far") for line in lines)
@@ -74,6 +80,7 @@ def test_its_progress_tells_done_running_failed_best_and_the_time_left(searched:
     assert any("gone, about" in line and line.endswith("left") for line in lines)
 
 
+@of_the_search
 def test_a_reused_process_gives_the_bits_of_another(
     searched: subprocess.CompletedProcess[str], run: Path, tmp_path: Path,
 ) -> None:
@@ -87,6 +94,7 @@ def test_a_reused_process_gives_the_bits_of_another(
     assert theirs is not None and ours["accuracies"] == theirs["accuracies"] and ours["avg_acc"] == theirs["avg_acc"]
 
 
+@of_the_search
 def test_nothing_that_the_search_wrote_names_the_evaluation_data(searched: subprocess.CompletedProcess[str], run: Path) -> None:
     """Records, ledger, and Ray's own files: pickled parameters, states, logs of trials."""
     needle = str(run / "evaluation").encode()
@@ -95,6 +103,7 @@ def test_nothing_that_the_search_wrote_names_the_evaluation_data(searched: subpr
     assert [path for path in files if needle in path.read_bytes() or needle.hex().encode() in path.read_bytes()] == []
 
 
+@of_the_search
 def test_the_same_command_does_nothing_twice_and_another_search_is_refused(
     searched: subprocess.CompletedProcess[str], run: Path,
 ) -> None:
