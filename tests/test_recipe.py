@@ -124,6 +124,7 @@ def test_dry_run(zygote: Zygote, tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.rotated(0, 2)
 def test_without_replay_the_first_task_is_forgotten(finished: tuple[Path, Job], zygote: Zygote, tmp_path: Path) -> None:
     job = zygote.run(RECIPE, *SHORT, "replay=null", "trainer.eval_future=true", f"output={tmp_path}", limit=200)
     assert job.codes == [0, 0], job.err
@@ -178,6 +179,7 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(finished: tuple[Pa
     same_end(tmp_path, finished[0])
 
 
+@pytest.mark.rotated(1, 2)
 def test_a_run_in_the_folder_of_another_begins_afresh(finished: tuple[Path, Job], zygote: Zygote, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -211,6 +213,7 @@ def pictures(root: Path, classes: int = 4, per_class: int = 12, *, empty: bool =
     return root
 
 
+@pytest.mark.rotated(1, 2)
 def test_own_images_and_a_timm_model(zygote: Zygote, tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures")
     job = zygote.run(RECIPE, f"data.source=imagefolder:{root}", "data.image_size=16", "model.name=resnet10t", "tasks=2",
