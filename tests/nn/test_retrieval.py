@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from everbatch.nn import AdapterLayout, AdapterTrunk, Retrieved, attach_adapters, flat_adapters, load_adapters, retrieve
+from processes import Zygote
+from rotation import When
 
 Case = tuple[VisionTransformer, Tensor, Callable[[Tensor], Tensor], Tensor, Tensor]
 
@@ -165,3 +168,20 @@ def test_refusals() -> None:
         AdapterTrunk(nn.Sequential(model), archive)
     with pytest.raises(ValueError, match="in training mode"):
         AdapterTrunk(model.train(), archive).first(images())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "hosts"), [
+    When(0, 6).param(2, ("fsdp2",)), When(3, 6).param(2, ("zero3",)),
+    pytest.param(3, ("zero3", "fsdp2", "ddp"), marks=pytest.mark.slow)])
+def test_ranks_that_need_different_numbers_of_rounds(
+    zygote: Zygote, tmp_path: Path, ranks: int, hosts: tuple[str, ...],
+) -> None:
+    """All run as many passes as the one that needs most; each has what one process has."""
+    jobs = Path(__file__).with_name("retrieval_ranks.py")
+    found = zygote.found(jobs, tmp_path / "found.json", *hosts, ranks=ranks, limit=240)
+    assert list(found) == list(hosts)
+    for told in found.values():
+        assert told["rows"] == [2 + rank for rank in range(ranks)]
+        assert told["rounds"] == [ranks - 1] * ranks and told["passes"] == [ranks] * ranks
+        assert all(told["paths"]) and all(told["as before"]) and max(told["off"]) < 1e-5
