@@ -13,8 +13,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"method": "finetune"}, "EWC": {"method": "ewc"}, "LwF": {"method": "lwf"},
     "A-GEM": {"method": "agem"}, "ER": {"method": "er", "replay": MEMORY},
     "DER++": {"method": "dark_er_pp", "replay": MEMORY},
-    "DER++ + refresh": {"method": "dark_er_pp+refresh", "replay": MEMORY}, "joint": {"method": "joint"}}
-"""At their defaults, but for the memory; none is tuned here."""
+    "DER++ + refresh": {"method": "dark_er_pp+refresh", "replay": MEMORY, "optimizer": {"refresh": {"gamma": 0.003}}},
+    "joint": {"method": "joint"}}
+"""At their defaults, but for the memory; none is tuned here. That of refresh is written out: cells of before had
+another (0.03)."""
 ARMS = {name: Arm(options={**options, **LOOKED_AT}) for name, options in METHODS.items()}
 RULE = (
     Contrast(says="ER minus fine-tuning", weights={"ER": 1, "fine-tuning": -1}),

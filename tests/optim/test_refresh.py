@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from everbatch.composition import compose
 from everbatch.errors import CompositionError
+from everbatch.experiment import Optimizer
 from everbatch.optim import EWC, SAM, Refresh
 from everbatch.optim.memory.unlearning import normalized_move, sde_move
 
@@ -66,6 +67,18 @@ def test_unlearning_raises_the_loss_by_the_preconditioned_slope() -> None:
     before, after = (0.5 * (A * w.square()).sum() for w in seen_by(opt, model))
     g = A * W
     assert ((after - before) / gamma).item() == pytest.approx((g * g / (F + 0.2)).sum().item(), rel=1e-4)
+
+
+def test_at_its_default_a_refreshed_step_still_learns() -> None:
+    """Beside the recipes' learning rate, where nothing is known of earlier tasks: a gamma as large as the rate takes back all
+    that the step learns."""
+    opt, model = quadratic(lr=Optimizer.lr)
+    assert len(seen_by(opt, model)) == 2
+    learnt = (W - model.weight.detach()) / (Optimizer.lr * A * W)
+    assert bool((learnt > 0.85).all()), learnt.tolist()
+    same, other = quadratic(lr=Optimizer.lr, gamma=Optimizer.lr)
+    seen_by(same, other)
+    torch.testing.assert_close(other.weight.detach(), W * (1 - (Optimizer.lr * A) ** 2), rtol=1e-12, atol=0)
 
 
 def test_normalized_moves_by_delta_of_the_norm() -> None:
