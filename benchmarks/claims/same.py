@@ -15,9 +15,9 @@ CLAIM = Claim(
     paper=Paper(authors="Xie et al.", year=2026, ref="arXiv 2602.01990", where="main results table (CoIN)"),
     says="Protecting the router's old inputs and scaling experts by curvature lowers forgetting of mixtures of LoRA experts.",
     protocol="CoIN, 8 tasks, LLaVA with experts on feed-forward projections; accuracy after the last task.",
-    scaled="Digits in quarter turns: a vision transformer of two blocks, trained on four of them, learns the others in 6 tasks of "
-    "4 classes by 4 experts of rank 4, the task known at test. The router's rule is the null space of old inputs, not the printed "
-    "one. Every arm with a rule of SAME's or none at its own rate, chosen by held-out samples.",
+    scaled="Digits in quarter turns: a vision transformer of two blocks, trained on four of them, learns the others in 6 tasks "
+    "of 4 classes by 4 experts of rank 4, the task known at test. The router's rule is the null space of old inputs, not the "
+    "printed one. Every arm with a rule of SAME's or none at its own rate, chosen by held-out samples.",
     run=forgets, scale=Scale(), seeds=4, shown=("forgetting", "learning", "routing"), minutes=6,
     arms={"plain, adamw": Arm(options={"base": "adamw", "lr": 2e-3, **PLAIN}),
           "null + curvature, adamw": Arm(options={"base": "adamw", "lr": 2e-3, "router": "null", "curvature": True}),

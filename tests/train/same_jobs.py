@@ -58,6 +58,7 @@ def null(record: Record, store: Path, host: str) -> None:
     folder = store / f"{host}-{World.current().size}"
     made = learner(host, folder / "whole")
     made.fit(learning.stream())
+    made.recorder.close()
     with record.check(f"null/{host}", 1e-6) as found:
         found.measure(moved(made))
     with record.check(f"moments/{host}", 1e-6) as found:
@@ -80,6 +81,7 @@ def null(record: Record, store: Path, host: str) -> None:
             pass
         again = learner(host, folder / "left")
         again.fit(learning.stream(), resume=True)
+        again.recorder.close()
         found.require(again.step == made.step == 3 * PER_TASK, f"{again.step} steps")
         found.same_bits(learning.everything(again) | held(again), learning.everything(made) | held(made), "resumed")
 

@@ -185,6 +185,29 @@ def test_the_promise_of_each_rule() -> None:
     assert drift["null"]["overlap"] == 1.0
 
 
+@pytest.mark.rotated(2, 3)
+def test_the_released_code_leaves_one_expert_per_task(tmp_path: Path) -> None:
+    """For comparison: routing by batch, masks that latch, and a run that goes on bit for bit inside a task."""
+    options: dict[str, Any] = {"released": True, "space": "grad", "tau": 0.1, "experts": 3}
+    made = learner("plain", tmp_path / "whole", **options)
+    made.fit(learning.stream())
+    state = made.states[SAME]
+    assert made.module[1].routing == "batch" and "nothing is promised" in made.describe()
+    assert [row["resting"]["1"] for row in state.log] == [[1, 2], [0, 2], [0, 1]]
+    maps = made.optimizer.projections
+    assert {f"1.down_{i}" for i in range(3)} | {"1.router"} <= set(maps)
+    assert maps["1.down_0"].right.rest == pytest.approx(1 / 0.9) and 0.8 <= float(maps["1.router"].right.scale.min()) <= 1
+    left = learner("plain", tmp_path / "left", same_jobs.PER_TASK + 7, **options)
+    with pytest.raises(learning.Abandoned):
+        left.fit(learning.stream())
+    again = learner("plain", tmp_path / "left", **options)
+    again.fit(learning.stream(), resume=True)
+    for done in (made, again):
+        done.recorder.close()
+    one, other = learning.everything(again), learning.everything(made)
+    assert one.keys() == other.keys() and all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one)
+
+
 def test_the_projection_is_put_where_it_belongs() -> None:
     config = SAMEOptions()
     from everbatch.train.same.setting import projecting

@@ -61,7 +61,7 @@ class MoELoRALinear(nn.Linear):
     prior: Tensor | None
     """(E,): see `routing`."""
     keep: bool
-    """Whether to keep the weights of each call in `last`, (..., E), detached."""
+    """Whether to keep the weights of each call in `last`, (..., E), detached; with routing="batch" those of each token."""
     last: Tensor | None
 
     def __init__(
@@ -107,8 +107,6 @@ class MoELoRALinear(nn.Linear):
         """(..., in_features) to (..., out_features)."""
         y = functional.linear(x, self.weight, self.bias)
         weights = self.weigh(x)
-        if self.keep:
-            self.last = weights.detach()
         left_out = self.frozen if self.masked else ()
         chosen = [i for i in range(self.num_experts) if i not in left_out]
         # One product for all experts: their matrices are small.
@@ -129,6 +127,7 @@ class MoELoRALinear(nn.Linear):
         released = self.routing == "batch"
         asked = released and not torch.is_grad_enabled()
         weights = (logits / self.num_experts if asked else logits).softmax(-1)
+        tokens = weights
         if released:
             weights = weights.reshape(-1, self.num_experts).mean(0)
         elif self.routing == "sample" and x.ndim > 2:
@@ -144,7 +143,10 @@ class MoELoRALinear(nn.Linear):
             weights = weights / weights.sum()
         if self.top_k is not None and (asked or not released):
             weights = leading(weights, self.top_k, 1e-8 if released else 0.0)
-        return weights.expand(*x.shape[:-1], self.num_experts)
+        weights = weights.expand(*x.shape[:-1], self.num_experts)
+        if self.keep:
+            self.last = (tokens if released else weights).detach()
+        return weights
 
     def extra_repr(self) -> str:
         """As a linear layer's, and the experts."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,20 @@ from torch import Tensor, nn
 from everbatch.data import Batch, Stream, Task
 from everbatch.distributed import World
 from everbatch.errors import check
-from everbatch.optim.subspace.transforms import Projection
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import Report, StepRecord
 from everbatch.train.same.drift import drift_of, gathered, logits_of, told
-from everbatch.train.same.freezing import resting
-from everbatch.train.same.moments import LayerSums, TaskSums, draw_of, reduced
+from everbatch.train.same.keeper import Keeper
+from everbatch.train.same.moments import LayerSums, TaskSums, reduced
 from everbatch.train.same.options import SAMEOptions
-from everbatch.train.same.rules import maps_of, mean_square, router_map, split_of
-from everbatch.train.same.setting import projecting, with_experts
-from everbatch.train.same.watch import Watch
+from everbatch.train.same.released_mode import ReleasedMode
+from everbatch.train.same.setting import projecting
 
 __all__ = ["SAME"]
+
+
+def _nobody() -> Tensor:
+    return torch.zeros(0, 0, dtype=torch.bool)
 
 
 class SAME(TrainerMixin):
@@ -77,14 +78,16 @@ class SAME(TrainerMixin):
         """Sums over all ranks and ended tasks, by "LAYER/FIELD"."""
         probes: dict[str, Tensor] = field(default_factory=dict)
         """Tokens of ended tasks, and how they were routed then."""
-        resting: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+        resting: Tensor = field(default_factory=_nobody)
         """(layers, experts): who rests in the present task; empty before it is decided."""
         begun: int = 0
         """Step at which the present task began."""
         ended: int = 0
         """Tasks."""
         log: list[dict[str, Any]] = field(default_factory=list)
-        """Load, drift, who rested, kept shares: of each ended task."""
+        """Load, drift and who rested, of each ended task."""
+        released: dict[str, Tensor] = field(default_factory=dict)
+        """Of released=True: factors and moving averages."""
 
     if TYPE_CHECKING:
         optimizer: Any
@@ -115,17 +118,13 @@ class SAME(TrainerMixin):
         """Put the experts in."""
         model = super().configure_model(model)  # type: ignore[misc]
         config: SAMEOptions = self.configs[SAME]
-        self._same_layers, self._same_names = {}, []
+        self._same: Keeper | None = None
         if not config.layers:
             return model
         compiled = getattr(getattr(self, "config", None), "compile", False)
         check(not compiled, "SAME", "compile=True", "be false", "its statistics are taken by hooks inside the network")
-        self._same_layers = with_experts(model, config, self.seed)
-        self._same_names = list(self._same_layers)
-        self._same_watch = Watch(self._same_layers)
-        self._same_draws = {name: draw_of(layer.in_features, config.wide_rank, name, self.seed)
-                            for name, layer in self._same_layers.items()}
-        self._same_applied: Tensor | None = None
+        self._same = Keeper(model, config, self.seed)
+        self._same_released = ReleasedMode(config.experts, config.tau, self.seed) if config.released else None
         self.states[SAME].open = TaskSums(self.world)
         return model
 
@@ -133,33 +132,43 @@ class SAME(TrainerMixin):
         """Set the maps that earlier tasks ask for, and begin to sum up."""
         super().on_task_start(task)  # type: ignore[misc]
         config: SAMEOptions = self.configs[SAME]
-        if not config.layers:
+        if self._same is None:
             return
-        kind = type(self.optimizer).__name__
+        kind, stream = type(self.optimizer).__name__, self.stream
         check(hasattr(self.optimizer, "set_projections"), "SAME", f"optimizer {kind}", "hold SubspaceProjection",
               f"compose it, with space={config.space!r}")
-        by_task = config.heads == "by_task"
-        stream = self.stream
-        check(not by_task or stream is None or stream.kind == "task", "SAME", f"heads='by_task' on a stream of kind "
-              f"{getattr(stream, 'kind', '')!r}", "be task-incremental", "use heads='joint', or task_incremental(...)")
+        known = stream is None or stream.kind == "task"
+        check(config.heads == "joint" or known, "SAME", f"heads='by_task' on a stream of kind {getattr(stream, 'kind', '')!r}",
+              "be task-incremental", "use heads='joint', or task_incremental(...)")
         state: SAME.State = self.states[SAME]
-        state.begun, state.resting = self.step, torch.zeros(0, 0, dtype=torch.bool)
-        for name, layer in self._same_layers.items():
-            state.open.begin(name, layer.in_features, config.experts, probes=config.probes, draw=self._same_draws[name],
-                             dtype=getattr(torch, config.statistics), device=self.device)
-        self.optimizer.set_projections(self.__maps(task), project_moments=True)
+        state.begun, state.resting = self.step, _nobody()
+        self._same.begin(state.open, self.device)
+        if self._same_released is not None:
+            state.released = self._same_released.begin(state.released)
+            maps = self._same_released.maps(state.released, 0)
+        else:
+            maps = self._same.maps(state.history, None, self.device, f"before task {task.id}")
+        self.optimizer.set_projections(maps, project_moments=True)
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
         """Let those rest that are to."""
         parts = super().draw_batch(parts)  # type: ignore[misc]
-        self.__rest(True)
+        config: SAMEOptions = self.configs[SAME]
+        if self._same is not None:
+            masked = config.released or config.action == "mask"
+            held = self._same.rest(self.states[SAME].resting, masked=masked)
+            if held and not config.released:  # there decay and momentum go on moving them
+                self.optimizer.hold(held)
         return parts
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum up what the stream's samples feed the layers, in the pass that is recorded."""
-        counts = self._same_layers and batch.part == "stream" and torch.is_grad_enabled() and getattr(
-            self.optimizer, "recording", True) and self.__sums.layers
-        with self._same_watch.counting(self.__given, self.__weighed, self.__mask(batch)) if counts else nullcontext():
+        counts = self._same is not None and batch.part == "stream" and torch.is_grad_enabled() and getattr(
+            self.optimizer, "recording", True)
+        if not counts or self._same is None or not self.__sums.layers:
+            return super().forward(batch)  # type: ignore[misc, no-any-return]
+        named = batch.inputs if isinstance(batch.inputs, dict) else {}
+        with self._same.watch.counting(self.__given, self.__weighed, named.get(self.configs[SAME].mask)):
             return super().forward(batch)  # type: ignore[misc, no-any-return]
 
     def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -175,47 +184,55 @@ class SAME(TrainerMixin):
 
     def after_step(self, record: StepRecord) -> None:
         """Decide who rests, once enough tokens were seen; decompose anew, where the printed rule asks for it."""
-        self.__rest(False)
-        super().after_step(record)  # type: ignore[misc]
         config: SAMEOptions = self.configs[SAME]
         state: SAME.State = self.states[SAME]
-        if not self.__sums.layers:
+        if self._same is not None:
+            self._same.rest(state.resting, masked=False)
+        super().after_step(record)  # type: ignore[misc]
+        if self._same is None or not self.__sums.layers:
             return
         step = self.step + 1 - state.begun
-        self.__decide(step)
+        if self._same_released is not None:
+            state.released, changed = self._same_released.after_step(state.released, self.world, step=step, task=state.ended)
+            if changed:
+                self.optimizer.set_projections(self._same_released.maps(state.released, step))
+            state.resting = self._same_released.resting(state.released, self._same.names)
+            return
+        again = bool(config.decide_every) and step % config.decide_every == 0
+        if state.ended and config.tau > -1.0 and (again or not state.resting.numel()):
+            found = self._same.decided(self.__sums, state.history, self.world, self.device)
+            state.resting = state.resting if found is None else found
         late = step - config.start_step
         if config.router == "paper" and late >= 0 and late % config.refresh == 0:
-            task = getattr(self, "task_index", state.ended)
-            found = {name: reduced(sums, self.world, name=name, task=task) for name, sums in self.__sums.layers.items()}
-            self.optimizer.set_projections(self.__maps(None, found))
+            where = f"step {step} of task {getattr(self, 'task_index', state.ended)}"
+            self.optimizer.set_projections(self._same.maps(state.history, self.__reduced(), self.device, where))
 
     def consolidate(self, task: Task) -> None:
         """Reduce the task's sums into the history, measure the drift of earlier tasks' routing, and keep some tokens."""
         super().consolidate(task)  # type: ignore[misc]
-        config: SAMEOptions = self.configs[SAME]
         state: SAME.State = self.states[SAME]
-        if not config.layers:
+        if self._same is None:
             return
-        routers = self.__routers()
-        row: dict[str, Any] = {"task": task.id, "drift": {str(k): v for k, v in drift_of(
-            state.probes, routers, config.top_k).items()}, "load": {}, "resting": self.__resting_names()}
+        routers = self._same.routers(self.optimizer.host)
+        drift = drift_of(state.probes, routers, self.configs[SAME].top_k)
+        row: dict[str, Any] = {"task": task.id, "drift": {str(k): values for k, values in drift.items()}, "load": {},
+                               "resting": self._same.resting(state.resting)}
         history, probes = dict(state.history), dict(state.probes)
-        for name, sums in self.__sums.layers.items():
-            found = reduced(sums, self.world, name=name, task=task.id)
+        for name, found in self.__reduced().items():
             row["load"][name] = (found["load"] / found["numbers"][3].clamp_min(1.0)).tolist()
             history |= {f"{name}/{key}": value.cpu() + history.get(f"{name}/{key}", 0.0) for key, value in found.items()}
-            x = gathered(sums["inputs"], self.world).cpu()
+            x = gathered(self.__sums.layers[name]["inputs"], self.world).cpu()
             key = f"{name}/{state.ended}"
             probes |= {f"{key}/inputs": x, f"{key}/logits": logits_of(x, routers[name])}
         state.history, state.probes, state.log = history, probes, [*state.log, row]
-        state.open.layers, state.resting, state.ended = {}, torch.zeros(0, 0, dtype=torch.bool), state.ended + 1
-        self.__rest(False)
+        state.open.layers, state.resting, state.ended = {}, _nobody(), state.ended + 1
+        self._same.rest(state.resting, masked=False)
         self.__write(row)
 
     def notes(self) -> str:
         """Which promise holds."""
         config: SAMEOptions = self.configs[SAME]
-        return config.promise([layer.in_features for layer in self._same_layers.values()])
+        return config.promise([layer.in_features for layer in self._same.layers.values()] if self._same is not None else [])
 
     def report(self) -> Report | None:
         """Load and drift by task."""
@@ -227,98 +244,26 @@ class SAME(TrainerMixin):
     def __sums(self) -> TaskSums:
         """The open sums, on the device."""
         held: TaskSums = self.states[SAME].open
-        if held.read:
-            held.to(self.device, self._same_draws)
+        if held.read and self._same is not None:
+            held.to(self.device, self._same.draws)
         return held
 
-    def __mask(self, batch: Batch) -> Tensor | None:
-        named = batch.inputs if isinstance(batch.inputs, dict) else {}
-        return named.get(self.configs[SAME].mask)
-
-    def __due(self, name: str) -> bool:
-        every = self.configs[SAME].every or (1 if self._same_draws[name] is None else 10)
-        return (self.step - int(self.states[SAME].begun)) % every == 0
+    def __reduced(self) -> dict[str, LayerSums]:
+        """The open sums of all ranks. Collective."""
+        task = getattr(self, "task_index", self.states[SAME].ended)
+        return {name: reduced(sums, self.world, name=name, task=task) for name, sums in self.__sums.layers.items()}
 
     def __given(self, name: str, x: Tensor, mask: Tensor | None) -> None:
-        if self.__due(name):
+        assert self._same is not None
+        if self._same.due(name, self.step - self.states[SAME].begun):
             self.__sums.add(name, x, mask)
 
     def __weighed(self, name: str, x: Tensor, weights: Tensor, mask: Tensor | None) -> None:
-        if self.__due(name):
+        assert self._same is not None
+        if self._same.due(name, self.step - self.states[SAME].begun):
             self.__sums.weigh(name, x, weights, mask)
-
-    def __history(self, name: str) -> LayerSums:
-        keys = ("second", "numbers", "load", "importance")
-        return {key: self.states[SAME].history[f"{name}/{key}"].to(self.device) for key in keys}
-
-    def __maps(self, task: Task | None, present: dict[str, LayerSums] | None = None) -> dict[str, Projection]:
-        """The maps of every layer: of earlier tasks, and for the printed rule of the present one as well."""
-        config: SAMEOptions = self.configs[SAME]
-        found: dict[str, Projection] = {}
-        for name in self._same_names:
-            who = f"SAME: layer {name!r}, before task {task.id if task is not None else self.states[SAME].ended}"
-            past = self.__history(name) if self.states[SAME].ended else None
-            if past is not None and past["numbers"][0] > 0:
-                split = split_of(past, self._same_draws[name], config, router=config.router, who=who)
-                found |= maps_of(name, config.experts, split, config, config.mu_rel * mean_square(past))
-            if present is not None:
-                both = present[name] if past is None else {key: value + past[key] for key, value in present[name].items()}
-                split = split_of(both, self._same_draws[name], config, router="paper", who=who)
-                if split.rank:
-                    found[f"{name}.router"] = Projection(right=router_map(split, config, 0.0, "paper"))
-        return found
-
-    def __decide(self, step: int) -> None:
-        """Who rests: the same on every rank. Collective while it is to be decided."""
-        config: SAMEOptions = self.configs[SAME]
-        state: SAME.State = self.states[SAME]
-        again = config.decide_every and step % config.decide_every == 0
-        if not state.ended or config.tau == -1.0 or (state.resting.numel() and not again):
-            return
-        first = self.__sums.layers[self._same_names[0]]
-        tokens = float(self.world.sum(first["numbers"][3].clone()))
-        if tokens < config.warmup_tokens:
-            return
-        now = torch.stack([torch.cat([s["numbers"][3:], s["load"]]) for s in self.__sums.layers.values()])
-        now = self.world.sum(now)
-        use = now[:, 1:] / now[:, :1].clamp_min(1.0)
-        past = [self.__history(name) for name in self._same_names]
-        weight = torch.stack([p["importance"] / p["numbers"][3].clamp_min(1.0) for p in past])
-        found = resting(use, weight, config.tau, config.least_active)
-        # What ranks computed alike may differ in the last bit between devices: all take rank 0's.
-        state.resting = (self.world.sum(found.double() if self.world.rank == 0 else torch.zeros_like(use)) > 0).cpu()
-
-    def __resting_names(self) -> dict[str, list[int]]:
-        """Experts that rest, by layer."""
-        rows = self.states[SAME].resting
-        return {name: torch.nonzero(row).flatten().tolist() for name, row in zip(self._same_names, rows, strict=False)
-                if bool(row.any())}
-
-    def __rest(self, inside: bool) -> None:
-        """Tell the layers, and in a step the optimizer, who rests."""
-        state: SAME.State = self.states[SAME]
-        if not self._same_layers:
-            return
-        if self._same_applied is not state.resting:
-            names = self.__resting_names()
-            for name, layer in self._same_layers.items():
-                layer.frozen = tuple(names.get(name, ()))
-            self._same_applied = state.resting
-        masking = inside and self.configs[SAME].action == "mask"
-        held = []
-        for name, layer in self._same_layers.items():
-            layer.masked = masking and bool(layer.frozen)
-            held += [f"{name}.{kind}_{i}" for i in layer.frozen for kind in ("down", "up")]
-        if inside and held:
-            self.optimizer.hold(held)
-
-    def __routers(self) -> dict[str, Tensor]:
-        """Whole routers, on every rank. Collective where weights are sharded."""
-        host = self.optimizer.host
-        names = [f"{name}.router" for name in self._same_names]
-        mine = [(shard, shard.data) for shard in host.shards if shard.name in names]
-        whole = host.gather(mine, names)
-        return {name: whole[f"{name}.router"] for name in self._same_names}
+        if self._same_released is not None:
+            self._same_released.seen(name, x, weights)
 
     def __write(self, row: dict[str, Any]) -> None:
         """Load and drift, where scalars go."""
@@ -328,5 +273,3 @@ class SAME(TrainerMixin):
         values = {f"same/load/{name}/{i}": share for name, shares in row["load"].items() for i, share in enumerate(shares)}
         values |= {f"same/{what}/task_{task}": value for task, found in row["drift"].items() for what, value in found.items()}
         recorder.scalars(self.step - 1, values)
-
-
