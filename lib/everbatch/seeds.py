@@ -7,13 +7,14 @@ size, ZeRO stage and sharding; what belongs to a rank (dropout, augmentation) is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "derive", "derive_each", "generator", "normal", "numpy_generator", "seed_step", "uniform_keys"]
+__all__ = ["BLOCK", "derive", "derive_each", "generator", "normal", "numpy_generator", "seed_step", "uniform",
+           "uniform_keys"]
 
 BLOCK = 65_536
 """Elements drawn from one generator; a shard draws only the blocks it touches."""
@@ -59,10 +60,21 @@ def normal(parts: tuple[int | str, ...], start: int, count: int) -> Tensor:
     The sequence is drawn in blocks of `BLOCK` elements, each from its own generator, so any slice of it is the same
     whoever asks. Cost: at most two blocks more than asked.
     """
+    return _in_blocks(torch.randn, parts, start, count)
+
+
+def uniform(parts: tuple[int | str, ...], start: int, count: int) -> Tensor:
+    """`normal`, of the uniform sequence in [0, 1) that `parts` name."""
+    return _in_blocks(torch.rand, parts, start, count)
+
+
+def _in_blocks(
+    draw: Callable[..., Tensor], parts: tuple[int | str, ...], start: int, count: int,
+) -> Tensor:
     if count == 0:
         return torch.empty(0)
     first, last = start // BLOCK, (start + count - 1) // BLOCK
-    blocks = [torch.randn(BLOCK, generator=generator(*parts, block)) for block in range(first, last + 1)]
+    blocks = [draw(BLOCK, generator=generator(*parts, block)) for block in range(first, last + 1)]
     return torch.cat(blocks)[start - first * BLOCK :][:count]
 
 

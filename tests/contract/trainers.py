@@ -24,6 +24,7 @@ from everbatch import methods
 from everbatch.composition import compose
 from everbatch.contract import Contract
 from everbatch.distributed import World
+from everbatch.nn import convert_unmix_tns
 from everbatch.train import ContinualEvaluation, Trainer
 
 LEFT_AFTER = 7
@@ -55,7 +56,20 @@ class Vit:
         return VisionTransformer(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=2, num_heads=2, num_classes=6)
 
 
-NETS = {"mos": Vit()}
+@dataclass(frozen=True)
+class Normed:
+    """A net with a batch norm, or an UnMix-TNS layer whose components all ranks share."""
+
+    unmix: bool
+
+    def __call__(self) -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 6))
+        if self.unmix:
+            convert_unmix_tns(net, 3, synchronised=True)
+        return net
+
+
+NETS = {"mos": Vit(), "tent": Normed(unmix=True), "cotta": Normed(unmix=True), "bn_adapt": Normed(unmix=False)}
 """Nets of those that ask for more."""
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.optim.memory.semantic import SemanticMemory as SemanticMemory
     from everbatch.optim.memory.si import SI as SI
     from everbatch.optim.memory.vcl import VCL as VCL
+    from everbatch.optim.restart.mean_teacher import MeanTeacher as MeanTeacher
     from everbatch.optim.restart.shrink_perturb import ShrinkPerturb as ShrinkPerturb
     from everbatch.optim.sharpness.esam import ESAM as ESAM
     from everbatch.optim.sharpness.gradient_norm import WSAM as WSAM

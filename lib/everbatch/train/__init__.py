@@ -17,6 +17,9 @@ from everbatch.train.trainer import Trainer as Trainer
 
 if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` writes it from the table
     # <methods>
+    from everbatch.train.adaptation.bn_adapt import BNAdapt as BNAdapt
+    from everbatch.train.adaptation.cotta import CoTTA as CoTTA
+    from everbatch.train.adaptation.tent import Tent as Tent
     from everbatch.train.adversarial.conadv import ConAdv as ConAdv
     from everbatch.train.consolidate import Consolidate as Consolidate
     from everbatch.train.evaluation import ContinualEvaluation as ContinualEvaluation

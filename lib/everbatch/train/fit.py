@@ -119,7 +119,8 @@ def _run_task(trainer: Stepper, run: Run, stream: Stream, task: Task) -> bool:
         trainer.optimizer.host.watch.look_again()
     trainer.optimizer.task_samples = len(task.train_ids)
     run.in_task = True
-    warn_if_nothing_trains(trainer.module)
+    if not trainer.serves:
+        warn_if_nothing_trains(trainer.module)
     if run.schedule is None or begins(stream, run.task_index):
         before = steps_before(trainer, stream, run.task_index)
         run.schedule = schedule_of(trainer, loader, done=before + run.task_step)

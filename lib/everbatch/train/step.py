@@ -63,6 +63,10 @@ class Stepper:
     run: Run
     step: int
     """Steps begun, over all runs of this trainer."""
+    serves = False
+    """Whether it predicts while it trains, so that the model is in evaluation mode on purpose."""
+    learns = True
+    """Whether a step takes a gradient; without, it is one forward of each part."""
     tells_end = True
     """Whether `fit` says that nothing was left to train; a recipe says it itself."""
     handles_signals = True
@@ -158,6 +162,8 @@ class Stepper:
         parts = self.augment_batch(self.draw_batch([batch]))
         if self.problem.in_units:
             parts = self._by_units(parts)
+        if not self.learns:
+            return self._looked_at(parts)
         passes = Passes(self, parts, split_parts(parts, self.config.accumulation))
         loss = self.optimizer.step(passes.loss, **passes.auxiliary())
 
@@ -170,6 +176,15 @@ class Stepper:
             outputs[part.part] = torch.cat(found.outputs[part.part])[: len(part.targets)]
         applied = self.optimizer.last_applied
         record = StepRecord(self.step, applied, loss, found.terms, parts, outputs)
+        self.after_step(record)
+        self.step += 1
+        return record
+
+    def _looked_at(self, parts: list[Batch]) -> StepRecord:
+        """A step that only predicts."""
+        with torch.no_grad():
+            outputs = {part.part: self.forward(part) for part in parts}
+        record = StepRecord(self.step, True, torch.zeros((), device=self.device), {}, parts, outputs)
         self.after_step(record)
         self.step += 1
         return record
