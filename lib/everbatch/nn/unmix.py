@@ -99,6 +99,8 @@ class UnMixTNS(Converted):
         # vector_norm: the one reduction that is fast along trailing dimensions on a CPU, and is differentiable.
         var = torch.linalg.vector_norm(centred, dim=positions, keepdim=True).square() / math.prod(x.shape[2:])
         offset, spread = self._mixed(mean.flatten(1), var.flatten(1))
+        if not torch.is_grad_enabled() and centred.is_contiguous():
+            return self._applied(centred, offset, spread).to(input.dtype)
         scale = (spread + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight.to(scale.dtype)
         shift = offset * scale if self.bias is None else torch.addcmul(self.bias.to(scale.dtype), offset, scale)
@@ -106,39 +108,51 @@ class UnMixTNS(Converted):
         scaled = centred.mul(scale.view_as(mean)) if torch.is_grad_enabled() else centred.mul_(scale.view_as(mean))
         return scaled.add_(shift.view_as(mean)).to(input.dtype)
 
+    def _applied(self, centred: Tensor, offset: Tensor, spread: Tensor) -> Tensor:
+        """(centred + offset) / sqrt(spread + eps) * weight + bias, in the one pass of an evaluated batch norm whose channels are
+        every sample's: it has no gradient of its statistics, and none is asked for here."""
+        weight, bias = self._of_rows(self.weight, offset), self._of_rows(self.bias, offset)
+        flat, mean = centred.view(1, offset.numel(), -1), offset.neg().view(-1)
+        made = functional.batch_norm(flat, mean, spread.reshape(-1), weight, bias, training=False, eps=self.eps)
+        return made.view_as(centred)
+
+    @staticmethod
+    def _of_rows(values: Tensor | None, like: Tensor) -> Tensor | None:
+        """Of every channel of every sample."""
+        return None if values is None else values.to(like.dtype).expand_as(like).reshape(-1)
+
     def _mixed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """m_b - mean_b and var_b, (n, C) each. Everything is relative to the middle of the components: squares of large means
         would cancel."""
-        count = len(self.component_means)
-        middle = self.component_means.mean(0)
-        mu = self.component_means - middle
+        count, width = self.component_means.shape
+        held = torch.cat([self.component_means, self.component_vars], 1)
+        middle, level = held.mean(0).chunk(2)
+        mu = held[:, :width].sub_(middle)
         relative = mean - middle
         with torch.no_grad():
             p = self.assignments(mean)
-            rest = 1 - p
-            both = p @ torch.cat([mu, self.component_vars], 1)
-            drawn, drawn_vars = both.chunk(2, 1)
+            rest, own = 1 - p, p.square().sum(1, keepdim=True)
+            drawn, drawn_vars = (p @ held).chunk(2, 1)
             far, near = rest.square() @ mu.square(), (p * rest) @ mu
-            own = p.square().sum(1, keepdim=True)
         mixed = (relative - drawn) / count  # mean_b, from the middle
-        squares = (far + 2 * relative * near + relative.square() * own) / count
-        spread = self.component_vars.mean(0) + (var - drawn_vars) / count + squares - mixed.square()
+        squares = torch.addcmul(torch.addcmul(far, relative, near, value=2), relative.square(), own)
+        spread = level + (var - drawn_vars + squares) / count - mixed.square()
         if self.total_variance:
             between = (p * rest) @ mu.square() - 2 * relative * near + relative.square() * (1 - own)
             spread = spread + between / count
         if self.mode == "adapt":
-            self._follow(p, relative.detach(), var.detach(), mu)
+            self._follow(p, torch.cat([relative, var], 1).detach(), held)
         return relative - mixed, spread.clamp(min=0)
 
     def assignments(self, mean: Tensor) -> Tensor:
         """p: how much of each component each sample takes, (n, K), from means over its positions (n, C)."""
-        cosines = functional.normalize(mean, dim=1, eps=FLOOR) @ functional.normalize(self.component_means, dim=1, eps=FLOOR).T
-        return (cosines / self.temperature).softmax(1)
+        lengths, others = (torch.linalg.vector_norm(rows, dim=1).clamp(min=FLOOR) for rows in (mean, self.component_means))
+        cosines = mean @ self.component_means.T / torch.outer(lengths * self.temperature, others)
+        return cosines.softmax(1)
 
     @torch.no_grad()
-    def _follow(self, p: Tensor, relative: Tensor, var: Tensor, mu: Tensor) -> None:
-        """Move the components towards what was seen."""
-        seen = torch.cat([relative, var], 1)
+    def _follow(self, p: Tensor, seen: Tensor, held: Tensor) -> None:
+        """Move the components, (K, 2C) relative to their middle, towards what was seen, (n, 2C)."""
         bad = ~seen.sum(1, keepdim=True).isfinite()
         p, seen = p.masked_fill(bad, 0), seen.masked_fill(bad, 0)
         sums, weights = p.T @ seen, p.sum(0)
@@ -150,8 +164,8 @@ class UnMixTNS(Converted):
         if self.by_batch is not None:
             momentum, at = self.by_batch
             step = 1 - (1 - momentum) ** (rows / at)
-        moved = sums - weights[:, None] * torch.cat([mu, self.component_vars], 1)
-        means, variances = (moved * (step / (rows + (rows == 0)))).chunk(2, 1)
+        moved = torch.addcmul(sums, weights[:, None], held, value=-1) * (step / (rows + (rows == 0)))
+        means, variances = moved.chunk(2, 1)
         self.component_means.add_(means)
         self.component_vars.add_(variances)
         self.skipped.add_(bad.sum())
