@@ -132,6 +132,15 @@ def test_first_components_keep_the_source_variance() -> None:
     assert abs(layer.component_means.mean(0).std().item() / (0.5 * 3 / 3) ** 0.5 - 1) < 0.02
 
 
+@pytest.mark.parametrize("count", [2, 16])
+def test_balanced_components_are_the_source_exactly(count: int) -> None:
+    layer = source()
+    convert_unmix_tns(layer, count, balanced=True)
+    torch.testing.assert_close(layer.component_means.mean(0), layer.running_mean)
+    total = layer.component_vars.mean(0) + layer.component_means.var(0, unbiased=False)
+    torch.testing.assert_close(total, layer.running_var)
+
+
 def test_components_move_as_a_geometric_series() -> None:
     """Towards identical samples, by the factor 1 - momentum p at each step, p being that of the time."""
     layer, x = source(), rows(1).expand(3, -1, -1, -1)

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 import learning
 from everbatch import compose, seeds
 from everbatch.data import TensorSource, domain_incremental, ordered, task_free
-from everbatch.errors import NoNormalizationLayers
+from everbatch.errors import CheckpointMismatch, NoNormalizationLayers
 from everbatch.nn import BatchAdapted, adapt_batch_norm, convert_unmix_tns, unmix_layers, unmix_mode
 from everbatch.optim import EWC, MeanTeacher
-from everbatch.train import BNAdapt, CoTTA, Replay, Tent, Trainer
+from everbatch.train import BNAdapt, CoTTA, Replay, Tent, Trainer, load_model, model_info
 
 ADAM = functools.partial(compose(base=torch.optim.Adam), lr=0.01)
 TEACHER = functools.partial(compose(MeanTeacher, base=torch.optim.Adam), lr=0.01, decay=0.9, restore=0.2)
@@ -231,6 +232,22 @@ def test_begin_anew(method: type, optimizer: Any, options: dict[str, Any]) -> No
 def test_refused(build: Callable[[], Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         build()
+
+
+@pytest.mark.parametrize("unmix", [True, False])
+def test_export_holds_components_and_one_call_rebuilds(unmix: bool, tmp_path: Path) -> None:
+    trainer = made(Tent, unmix=unmix)
+    trainer.fit(stream())
+    path = trainer.export(tmp_path / "model.safetensors")
+    info = model_info(path)["normalisation"]
+    assert info["components_of"] == "rank 0" and list(info["layers"]) == ["1"]
+    again = load_model(path, build=lambda _: net(unmix=False))
+    close(again, trainer.module)
+    x = pixels(1)[:BATCH]
+    with torch.no_grad():
+        torch.testing.assert_close([again(x), again(x)], [trainer.module(x), trainer.module(x)])
+    with pytest.raises(CheckpointMismatch, match=r"'1', a Identity, to become"):
+        load_model(path, build=lambda _: nn.Sequential(nn.Conv2d(2, 4, 2), nn.Identity()))
 
 
 def test_layers_of_a_batch_norm_net_are_of_the_batch() -> None:

@@ -17,6 +17,7 @@ from everbatch.engines.host import plain_name
 from everbatch.evaluate.evaluator import mean_buffers
 from everbatch.evaluate.weights import built_as, holds, metadata_texts
 from everbatch.nn.heads import PartsHead, joined
+from everbatch.nn.norm_settings import norm_settings
 from everbatch.nn.split_bn import SplitBatchNorm
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.rows import Rows
@@ -81,6 +82,9 @@ def export(
         parts: keep heads in parts under their own names, to go on growing from the file: "conversion" says what they are made
             of, and `load_model` puts them into the model. By default they are joined into one linear layer.
 
+    Of batch norms that were converted (`convert_unmix_tns`, `adapt_batch_norm`) "normalisation" holds the settings, and whose
+    components the file has: rank 0's, no mean over ranks. `load_model` converts them again.
+
     Of a model that has grown the file holds "growths". Where it has grown by more than a head, so that timm's model or
     `SmallConv` cannot hold it, "base" names that model in place of "model", and `load_model` needs `build`.
 
@@ -96,11 +100,20 @@ def export(
         told = {**known, **given}
         heads = _heads(trainer.module) if parts else {}
         told |= {"conversion": {name: head.made_of for name, head in heads.items()}} if heads else {}
+        told |= _normalisation(trainer.module, trainer.world)
         if "growths" in told and "model" in told and not holds(told, state):
             told["base"] = told.pop("model")
         checkpoint.export_weights(path, state, metadata_texts(told))
     trainer.world.barrier()
     return Path(path)
+
+
+def _normalisation(module: nn.Module, world: World) -> dict[str, Any]:
+    """How batch norms were converted, and whose components the file has."""
+    layers = {plain_name(name): settings for name, settings in norm_settings(module).items()}
+    shared = all(settings["synchronised"] for settings in layers.values())
+    whose = "all ranks, which have the same" if shared and world.size > 1 else "rank 0"
+    return {"normalisation": {"layers": layers, "components_of": whose}} if layers else {}
 
 
 def _known(trainer: Exports) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from everbatch.errors import CheckpointMismatch
 from everbatch.nn import PartsHead, SmallConv
+from everbatch.nn.norm_settings import converted_again
 
 __all__ = ["built_as", "holds", "load_model", "metadata_texts", "model_info"]
 
-JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step", "growths", "conversion")
+JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step", "growths", "conversion", "normalisation")
 
 
 def metadata_texts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -59,7 +60,8 @@ def model_info(path: str | Path) -> dict[str, Any]:
 
 
 def load_model(path: str | Path, *, build: Callable[[dict[str, Any]], nn.Module] | None = None) -> nn.Module:
-    """The model in a weights file, rebuilt with its head and every weight and buffer, in evaluation mode, on the CPU.
+    """The model in a weights file, rebuilt with its head and every weight and buffer, in evaluation mode, on the CPU. Batch norms
+    that were converted are so again: UnMix-TNS layers go on from the components in the file, and with every forward.
 
     Args:
         path: model.safetensors of a recipe, or what `Trainer.export` wrote.
@@ -105,6 +107,7 @@ def _rebuilt(path: str | Path, info: dict[str, Any], build: Callable[[dict[str, 
     for name, made_of in info.get("conversion", {}).items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, PartsHead(**made_of))
+    converted_again(model, info.get("normalisation", {}).get("layers", {}))
     return model
 
 
