@@ -25,10 +25,11 @@ from everbatch.experiment.options import (
            unused_together,
 )
 from everbatch.experiment.run import run
+from everbatch.experiment.test_time import CorruptedStream
 from everbatch.train import Trainer
 
 __all__ = [
-    "MEMORY", "MIXINS", "TRAINER_MIXINS", "ClassIncremental", "Data", "Engine", "Experiment", "Factory", "Finished",
-    "GrowingData", "Job", "LargeBatch", "Model", "Optimizer", "Parts", "Result", "Trainer", "check_together", "guard", "learner",
-    "main", "run", "unused_together", "would_refuse",
+    "ClassIncremental", "CorruptedStream", "Data", "Engine", "Experiment", "Factory", "Finished", "GrowingData", "Job",
+    "LargeBatch", "MEMORY", "MIXINS", "Model", "Optimizer", "Parts", "Result", "TRAINER_MIXINS", "Trainer",
+    "check_together", "guard", "learner", "main", "run", "unused_together", "would_refuse",
 ]
