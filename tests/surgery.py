@@ -23,6 +23,8 @@ BATCH, STEPS = 12, 4
 """Global batch, and steps of each of the three tasks."""
 SGD = functools.partial(compose(base=torch.optim.SGD), lr=0.05, momentum=0.9, weight_decay=0.01)
 ADAMW = functools.partial(compose(base=torch.optim.AdamW), lr=0.01, weight_decay=0.1)
+SHAPE = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
+"""Of the network."""
 OPTIONS = {"rank": 4, "scale": 1.0, "dropout": 0.0, "align_epochs": 3, "align_samples": 8, "align_lr": 0.1, "rows": 5}
 
 
@@ -31,8 +33,7 @@ def vit(classes: int = 6, **options: Any) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    chosen = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": classes}
-    return VisionTransformer(**{**chosen, **options})
+    return VisionTransformer(**{**SHAPE, "num_classes": classes, **options})
 
 
 def growing(growths: Sequence[Any] = ()) -> nn.Module:

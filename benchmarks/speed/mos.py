@@ -1,6 +1,6 @@
 """Images per second of MOS's retrieval against the released form, against one adapter at a time, and against a plain pass.
 
-python benchmarks/speed/mos.py [--rounds 4] [--json FILE]
+python benchmarks/speed/mos.py [--rounds 3] [--json FILE]
 
 A vision transformer of ViT-Tiny's width and depth on images of 48 pixels, with archives of 1, 5, 10 and 50 adapters. Adapters and
 head are trained briefly on classes of noisy patterns, so that samples go to where their class is; the mean number of rows that a
@@ -92,7 +92,7 @@ def patterns(classes: int, each: int, side: int, seed: int) -> tuple[Tensor, Ten
     return 2.0 * clean + 0.5 * torch.randn(clean.shape, generator=drawn), labels
 
 
-def made(tasks: int, size: dict[str, int], *, steps: int = 2, each: int = 6, rank: int = 16) -> Setting:
+def made(tasks: int, size: dict[str, int], *, steps: int = 1, each: int = 4, rank: int = 16) -> Setting:
     """Adapters trained for some steps each on their own classes, every one from where the last one ended; then the head on
     features of all classes, each under its own adapter."""
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def told(row: dict[str, Any]) -> str:
 def main() -> None:
     """Measure every number of tasks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

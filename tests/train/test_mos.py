@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import learning
 import surgery
-from everbatch.nn import UnsupportedAdapterTarget
-from everbatch.train import MOS, Trainer
+from everbatch.errors import CheckpointMismatch
+from everbatch.nn import Retriever, UnsupportedAdapterTarget
+from everbatch.train import MOS, Trainer, load_model, model_info
 from learning import stream
 from rotation import When
 from surgery import ADAMW, OPTIONS, SGD, STEPS
@@ -26,6 +29,26 @@ def done() -> Any:
     t = surgery.trainer("plain", optimizer=ADAMW, scale=3.0)
     t.fit(stream())
     return t
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_what_is_exported_predicts_as_the_trainer(done: Any, tmp_path: Path, parts: bool) -> None:
+    built = {"model": "vit_tiny_patch16_224", "options": {**surgery.SHAPE, "num_classes": 6}}
+    path = done.export(tmp_path / "model.safetensors", built, parts=parts)
+    kept = load_model(path)
+    assert isinstance(kept, Retriever) and not kept.training
+    torch.testing.assert_close(kept(images()), done.predict(images()), rtol=1e-5, atol=1e-6)
+    assert torch.equal(kept.last_paths, done.last_paths)
+    assert model_info(path)["retrieval"] == {"ends": [2, 4, 6], "ensemble": True, "on_cycle": "cap"}
+    assert model_info(path)["adapters"]["rank"] == OPTIONS["rank"]
+    with torch.no_grad():  # the live adapters are in it too, and the network by itself
+        torch.testing.assert_close(kept.network(images()), done.module.eval()(images()), rtol=1e-5, atol=1e-5)
+    done.module.train()
+    cut = {name: value for name, value in load_file(path).items() if name != "retrieval.archive"}
+    save_file(cut, path, {key: json.dumps(value) if not isinstance(value, str) else value
+                          for key, value in model_info(path).items()})
+    with pytest.raises(CheckpointMismatch, match="do not fit"):
+        load_model(path)
 
 
 def images(count: int = 40) -> Tensor:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from everbatch import checkpoint
+from everbatch.contract import parts_of
 from everbatch.data import Stream
 from everbatch.distributed import World
 from everbatch.engines.frozen import frozen_of
 from everbatch.engines.host import plain_name
 from everbatch.evaluate.evaluator import mean_buffers
 from everbatch.evaluate.weights import built_as, holds, metadata_texts
+from everbatch.nn.adapters import adapters_of
 from everbatch.nn.heads import PartsHead, joined
 from everbatch.nn.norm_settings import norm_settings
 from everbatch.nn.split_bn import SplitBatchNorm
@@ -85,6 +87,9 @@ def export(
     Of batch norms that were converted (`convert_unmix_tns`, `adapt_batch_norm`) "normalisation" holds the settings, and whose
     components the file has: rank 0's, no mean over ranks. `load_model` converts them again.
 
+    Of a network with adapters the file has the live ones under their names, and "adapters" says what they are made of; what a
+    method keeps beside the network, such as the archive of `everbatch.train.MOS`, goes with it, and `load_model` predicts by it.
+
     Of a model that has grown the file holds "growths". Where it has grown by more than a head, so that timm's model or
     `SmallConv` cannot hold it, "base" names that model in place of "model", and `load_model` needs `build`.
 
@@ -101,9 +106,15 @@ def export(
         heads = _heads(trainer.module) if parts else {}
         told |= {"conversion": {name: head.made_of for name, head in heads.items()}} if heads else {}
         told |= _normalisation(trainer.module, trainer.world)
+        adapters = list(adapters_of(trainer.module).values())
+        told |= {"adapters": adapters[0].made_of} if adapters else {}
+        beside: dict[str, Tensor] = {}
+        for part in parts_of(type(trainer)):
+            tensors, about = getattr(part, "exported", lambda _: ({}, {}))(trainer)
+            beside, told = beside | tensors, told | about
         if "growths" in told and "model" in told and not holds(told, state):
             told["base"] = told.pop("model")
-        checkpoint.export_weights(path, state, metadata_texts(told))
+        checkpoint.export_weights(path, state | beside, metadata_texts(told))
     trainer.world.barrier()
     return Path(path)
 

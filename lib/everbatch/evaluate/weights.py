@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from everbatch.errors import CheckpointMismatch
-from everbatch.nn import PartsHead, SmallConv
+from everbatch.nn import PartsHead, Retriever, SmallConv, attach_adapters
 from everbatch.nn.norm_settings import converted_again
 
 __all__ = ["built_as", "holds", "load_model", "metadata_texts", "model_info"]
 
-JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step", "growths", "conversion", "normalisation")
+BESIDE = "retrieval."
+"""What the names of tensors begin with that are of a `Retriever`, and not of its network."""
+JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step", "growths", "conversion", "normalisation",
+             "adapters", "retrieval")
 
 
 def metadata_texts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -62,6 +65,8 @@ def model_info(path: str | Path) -> dict[str, Any]:
 def load_model(path: str | Path, *, build: Callable[[dict[str, Any]], nn.Module] | None = None) -> nn.Module:
     """The model in a weights file, rebuilt with its head and every weight and buffer, in evaluation mode, on the CPU. Batch norms
     that were converted are so again: UnMix-TNS layers go on from the components in the file, and with every forward.
+    With its adapters; of a run of `everbatch.train.MOS` with all of them, a `everbatch.nn.Retriever`, which predicts as the
+    trainer did.
 
     Args:
         path: model.safetensors of a recipe, or what `Trainer.export` wrote.
@@ -74,8 +79,13 @@ def load_model(path: str | Path, *, build: Callable[[dict[str, Any]], nn.Module]
     info = model_info(path)
     try:
         model = _rebuilt(path, info, build)
-        model.load_state_dict(load_file(path))
-    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        state = load_file(path)
+        beside = {name.removeprefix(BESIDE): state.pop(name) for name in list(state) if name.startswith(BESIDE)}
+        model.load_state_dict(state)
+        if "retrieval" in info:
+            settings: dict[str, Any] = info["retrieval"]
+            model = Retriever(model, beside["archive"], beside["prototypes"], **settings)
+    except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
         if isinstance(error, CheckpointMismatch):
             raise
         what = f"{info.get('model')} with options {info.get('options')}"
@@ -108,6 +118,8 @@ def _rebuilt(path: str | Path, info: dict[str, Any], build: Callable[[dict[str, 
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, PartsHead(**made_of))
     converted_again(model, info.get("normalisation", {}).get("layers", {}))
+    if "adapters" in info:
+        attach_adapters(model, **info["adapters"])
     return model
 
 

@@ -5,6 +5,7 @@
 """
 
 from everbatch.ends import guard
+from everbatch.experiment.adapted import AdaptedTasks
 from everbatch.experiment.base import Experiment, Finished, Result
 from everbatch.experiment.class_incremental import ClassIncremental
 from everbatch.experiment.growing_data import GrowingData
@@ -29,7 +30,7 @@ from everbatch.experiment.test_time import CorruptedStream
 from everbatch.train import Trainer
 
 __all__ = [
-    "ClassIncremental", "CorruptedStream", "Data", "Engine", "Experiment", "Factory", "Finished", "GrowingData", "Job",
-    "LargeBatch", "MEMORY", "MIXINS", "Model", "Optimizer", "Parts", "Result", "TRAINER_MIXINS", "Trainer",
-    "check_together", "guard", "learner", "main", "run", "unused_together", "would_refuse",
+    "AdaptedTasks", "ClassIncremental", "CorruptedStream", "Data", "Engine", "Experiment", "Factory", "Finished",
+    "GrowingData", "Job", "LargeBatch", "MEMORY", "MIXINS", "Model", "Optimizer", "Parts", "Result", "TRAINER_MIXINS",
+    "Trainer", "check_together", "guard", "learner", "main", "run", "unused_together", "would_refuse",
 ]

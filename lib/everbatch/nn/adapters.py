@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,11 @@ class BottleneckAdapter(nn.Module):
         found: dict[str, tuple[int, ...]] = {"down.weight": (r, d), "down.bias": (r,), "up.weight": (d, r), "up.bias": (d,)}
         found |= {"norm.weight": (d,), "norm.bias": (d,)} if self.norm is not None else {}
         return found | ({"gain": (1,)} if self.gain is not None else {})
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """Options of `attach_adapters` for one like this."""
+        return {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "norm": self.norm_at}
 
     @property
     def size(self) -> int:

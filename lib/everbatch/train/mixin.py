@@ -90,6 +90,11 @@ class TrainerMixin(Contract):
         collective."""
         return None
 
+    def exported(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Called of each part by `export`, on rank 0: tensors that go into the file beside the network's, and what its metadata
+        say of them. No collective."""
+        return {}, {}
+
     def notes(self) -> str:
         """Called of each part by `Trainer.describe`: a line about what it does, with these options; "" for none."""
         return ""

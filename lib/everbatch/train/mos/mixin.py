@@ -342,6 +342,14 @@ class MOS(TrainerMixin):
             self.__known_head = now, (weight.float(), None if bias is None else bias.float())
         return self.__known_head[1]
 
+    def exported(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The archive and the prototypes, for `everbatch.nn.Retriever`."""
+        config, state = self.configs[MOS], self.states[MOS]
+        if not config.active or not state.ends:
+            return {}, {}
+        tensors = {"retrieval.archive": state.archive.cpu(), "retrieval.prototypes": state.prototypes.cpu()}
+        return tensors, {"retrieval": {"ends": state.ends, "ensemble": config.ensemble, "on_cycle": config.on_cycle}}
+
     # --------------------------------------------------------------------------------------------------------- helpers
     @property
     def __layout(self) -> AdapterLayout:
