@@ -13,8 +13,10 @@ import torch
 from processes import Zygote
 from rotation import Rotation
 
-LONGEST = ("distributed/test_runs.py", "contract/test_contract.py", "test_recipe.py", "train/test_conadv_hosts.py",
-           "test_interrupt.py", "train/test_conadv_ranks.py", "optim/test_sparsity_hosts.py", "test_contributing.py",
+LONGEST = ("distributed/test_runs.py", "contract/test_contract.py", "tune/test_tune_deaths.py", "tune/test_two_nodes.py",
+           "distributed/test_recipes_on_engines.py", "test_recipe.py", "train/test_conadv_hosts.py", "test_interrupt.py",
+           "distributed/test_agreement.py", "distributed/test_growth.py", "tune/test_tune_search.py",
+           "train/test_conadv_ranks.py", "contract/test_trainers.py", "optim/test_sparsity_hosts.py", "test_contributing.py",
            "test_large_batch.py")
 """Files that run first, the longest before all: two files beside each other then end together."""
 torch.set_num_threads(1)  # small tensors: more threads only fight, with each other and with the ranks of jobs
