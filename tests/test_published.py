@@ -1,4 +1,4 @@
-"""The published settings of the class-incremental recipe: every line says where it is from, and every file runs dry."""
+"""The published settings of two recipes, class-incremental and MOS: every line says where it is from, and every file runs dry."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 
 from everbatch import config
 from everbatch.config.strict_yaml import load_file
-from everbatch.experiment import ClassIncremental, named, run
+from everbatch.experiment import AdaptedTasks, ClassIncremental, named, run
 from needs import needs
 from rotation import When
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "class_incremental"
 FILES = sorted(FOLDER.glob("*.yaml"))
+MOS = sorted((FOLDER.parent / "mos").glob("*.yaml"))
 
 needs("timm", "deepspeed")
 
@@ -40,11 +41,15 @@ def test_the_settings_asked_for_are_there() -> None:
     assert (values["optimizer"]["lr"], values["replay"]["alpha"], values["replay"]["beta"]) == (0.03, 0.2, 0.5)
 
 
-@pytest.mark.parametrize("path", [When(place, 4).param(path, id=path.stem) for place, path in enumerate(FILES)])
-def test_published_settings(path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def every_line_says_where_it_is_from(path: Path) -> None:
     for line in path.read_text().splitlines():
         group = re.fullmatch(r" *\w+:", line)
         assert line.startswith("#") or group or re.search(r"\S  +# (published|ours|yours)\b", line), line
+
+
+@pytest.mark.parametrize("path", [When(place, 4).param(path, id=path.stem) for place, path in enumerate(FILES)])
+def test_published_settings(path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every_line_says_where_it_is_from(path)
     said = load_file(path)
     assert said["output"] == f"runs/{path.stem}" and said["model"]["name"] == "resnet18"
     options = config.build(ClassIncremental, said)
@@ -57,3 +62,22 @@ def test_published_settings(path: Path, pictures: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "the run itself would be refused" not in shown and f"tasks: {said['tasks']}" in shown
     assert f"lr: {said['optimizer']['lr']}" in shown and "global batch 32" in shown
+
+
+@pytest.mark.parametrize("path", [When(place, 7).param(path, id=path.stem) for place, path in enumerate(MOS)])
+def test_published_settings_of_mos(path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every_line_says_where_it_is_from(path)
+    said = load_file(path)
+    assert said["output"] == f"runs/{path.stem}" and said["model"]["pretrained"] is True and len(MOS) == 7
+    options = config.build(AdaptedTasks, said)
+    assert options.mos is not None and options.mos.alpha == 0.1 and not options.trained_here
+    assert options.mos.covariance == ("diagonal" if "imagenet_a" in path.stem else "full")
+    # As above, with weights that would be given; 40 classes in place of theirs.
+    run(config.build(AdaptedTasks, said, {
+        "dry_run": True, "data": {"source": str(pictures), "image_size": 16}, "split": {"class_order": None},
+        "model": {"name": "vit_tiny_patch16_224", "pretrained": False,
+                  "options": {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}},
+        "pretraining": {"weights": "none.safetensors"}, "engine": {"kind": "plain", "stage": None}}))
+    shown = capsys.readouterr().out
+    assert "the run itself would be refused" not in shown and f"increment: {said['split']['increment']}" in shown
+    assert f"lr: {said['optimizer']['lr']}" in shown and "Learner: MOS" in shown
