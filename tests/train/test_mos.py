@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import learning
 import surgery
-from everbatch.errors import CheckpointMismatch
+from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.nn import Retriever, UnsupportedAdapterTarget
-from everbatch.train import MOS, Trainer, load_model, model_info
+from everbatch.train import MOS, Trainer, TrainerMixin, load_model, model_info
 from learning import stream
 from rotation import When
 from surgery import ADAMW, OPTIONS, SGD, STEPS
@@ -213,6 +213,14 @@ def test_what_cannot_be_is_refused_by_name(done: Any) -> None:
     twice = dataclasses.replace(again, tasks=(again.tasks[0], again.tasks[0]))
     with pytest.raises(ValueError, match=r"MOS: task 0 with classes \[0, 1\] after 2 others, must have the next ones"):
         surgery.trainer("plain").fit(twice)
+
+
+def test_another_owner_of_the_adapters_is_refused_by_name() -> None:
+    class Other(TrainerMixin):
+        owns = ("adapters",)
+
+    with pytest.raises(CompositionError, match="MOS and Other both own the adapters; keep one of them"):
+        type("Both", (MOS, Other, Trainer), {})
 
 
 def test_it_says_what_it_does(done: Any) -> None:

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everbatch import seeds
-from everbatch.data import Batch, Stream, Task, evaluation_batches
+from everbatch.data import Batch, Stream, Task
 from everbatch.errors import check
 from everbatch.evaluate.evaluator import evaluating
-from everbatch.nn.adapter_values import AdapterLayout, reading_adapters
-from everbatch.nn.adapters import BottleneckAdapter, adapters_of, attach_adapters
+from everbatch.nn.adapter_values import AdapterLayout
+from everbatch.nn.adapters import adapters_of, attach_adapters
 from everbatch.nn.retrieval import retrieve
 from everbatch.nn.statistics import frozen_statistics
 from everbatch.nn.trunk import AdapterTrunk
-from everbatch.rows import Rows, each
+from everbatch.rows import Rows
 from everbatch.train.mixin import TrainerMixin
-from everbatch.train.mos.alignment import drawn, fit_head
-from everbatch.train.mos.gaussians import Moments, Sampler
+from everbatch.train.mos.ends import End, begin_anew
 from everbatch.train.mos.head import Head
 from everbatch.train.mos.merging import Places, merge_, merges_per_step
 from everbatch.train.mos.options import Archive, Options
@@ -33,7 +31,7 @@ __all__ = ["MOS"]
 
 
 class MOS(TrainerMixin):
-    """Give each task an adapter beside a frozen vision transformer, and find the right one again at prediction (model surgery):
+    """Give each task an adapter beside a frozen vision transformer, and let each sample find its own (model surgery).
 
         theta <- (1 - alpha) theta + alpha * mean_{k < t} theta_k      after every applied step of task t >= 1
         L = CE over the task's classes + orthogonality * CE(M M^T / 0.8, i)      M: old class means, and the batch's features
@@ -159,7 +157,7 @@ class MOS(TrainerMixin):
               "be the next", "build a new trainer for another stream")
         state.inside = True
         if config.init == "fresh" and len(state.archive):
-            self.__begin_anew(task)
+            begin_anew(self, self.__layout, task)
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
         """Remember the head's old rows."""
@@ -196,7 +194,8 @@ class MOS(TrainerMixin):
         check(features is not None and len(features) == len(batch), "MOS", "a mixin that forwards the stream's rows its own way",
               "leave forward() to them", "set mos.orthogonality=0")
         assert features is not None
-        return terms | {"orthogonality": config.orthogonality * across(features, self.__here("means").float(), self.world)}
+        means = self.states[MOS].on("means", features.device)
+        return terms | {"orthogonality": config.orthogonality * across(features, means, self.world)}
 
     def after_step(self, record: StepRecord) -> None:
         """Put the head's old rows back, and merge; only where a step was applied."""
@@ -212,7 +211,7 @@ class MOS(TrainerMixin):
             times = merges_per_step(config.merging, len(adapters_of(self.module)))
             places = Places(self.__layout.shapes)
             mine = places.mine(host.shards)
-            mean = places.slices(mine, self.__here("prefix") / len(state.archive))
+            mean = places.slices(mine, state.on("prefix", self.device) / len(state.archive))
             merge_([shard.data for shard in mine], mean, config.alpha, times)
         host.touch()
         host.publish_if_dirty()
@@ -224,87 +223,7 @@ class MOS(TrainerMixin):
         config, state = self.configs[MOS], self.states[MOS]
         if not config.active:
             return
-        self.__archive()
-        first, count = (state.ends[-1] if state.ends else 0), len(task.classes)
-        moments = Moments(count, "diagonal" if config.covariance == "diagonal" else "outer")
-        self.__collect(task, first, state.archive[-1], moments)
-        near = moments
-        if task.id:
-            near = Moments(count, None)
-            self.__collect(task, first, state.archive[0], near)
-        state.means = _grown(state.means, moments.means(first))
-        state.spread = _grown(state.spread, moments.spread(config.covariance, config.covariance_rank, first))
-        state.prototypes = _grown(state.prototypes, near.means(first))
-        state.ends = [*state.ends, first + count]
-        state.inside = False
-        if task.id and config.align_epochs:
-            self.__align(task)
-
-    def __archive(self) -> None:
-        """One more row: the adapters as they are trained."""
-        state, host, layout = self.states[MOS], self.optimizer.host, self.__layout
-        pieces = [(shard, shard.data) for shard in host.shards if shard.name in layout.shapes]
-        vector = layout.flat(host.gather(pieces, layout.names))
-        before = self.__here("archive") if len(state.archive) else vector.new_zeros(0, len(vector))
-        state.archive = torch.cat([before.to(vector), vector[None]])
-        state.prefix = vector.double() if not len(state.prefix) else self.__here("prefix") + vector.double()
-
-    @torch.no_grad()
-    def __collect(self, task: Task, first: int, values: Tensor, moments: Moments) -> None:
-        """Sums over the features of the task's training samples with these adapters. Every rank makes as many forwards."""
-        assert self.stream is not None
-        rows = self.configs[MOS].rows
-        reading = reading_adapters(self.module, values)
-        with evaluating(self.module, self.world), reading, self.__head.features() as held:
-            for batch in evaluation_batches(self.stream, task, rows, self.world, ids=task.train_ids):
-                raw: Rows = each(lambda value: value.to(self.device), batch.inputs)
-                self.logits(self.engine.call, self.inputs_of(raw))  # type: ignore[attr-defined]
-                assert batch.weight is not None
-                labels, real = (batch.targets - first).to(self.device), (batch.weight > 0).to(self.device)
-                moments.add(held.value.flatten(1).float(), labels, real)
-        moments.reduce(self.world)
-
-    def __align(self, task: Task) -> None:
-        """Train the head on what the Gaussians draw, on rank 0, and give it to all. Collective."""
-        config, state, host = self.configs[MOS], self.states[MOS], self.optimizer.host
-        weight, bias = self.__head.whole(host)
-        if self.world.rank == 0:
-            count = config.align_samples or 5 * getattr(getattr(self, "config", None), "batch_size", 64)
-            sampler = Sampler(state.means, state.spread, config.covariance)
-            epochs = drawn(sampler, config.align_epochs, count, seeds.generator(self.seed, "mos", "alignment", task.id))
-            decay = float(self.__weight_group().get("weight_decay", 0.0))
-            made = fit_head(weight.float().cpu(), None if bias is None else bias.float().cpu(), epochs, config.align_epochs,
-                            seen=state.ends[-1], lr=config.align_lr, weight_decay=decay)
-        else:
-            made = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        weight = self.world.sum(made[0].to(weight))
-        bias = None if bias is None or made[1] is None else self.world.sum(made[1].to(bias))
-        self.__head.write(host, weight, bias)
-        host.touch()
-        host.publish_if_dirty()
-
-    def __weight_group(self) -> dict[str, Any]:
-        """Options of the parameter group that the head's first weight is in."""
-        name = next(iter(self.__head.shapes))
-        host = self.optimizer.host
-        return host.groups()[host.group_index()[name]]  # type: ignore[no-any-return]
-
-    def __begin_anew(self, task: Task) -> None:
-        """New values for the live adapters, and no memory of the old ones' gradients."""
-        host, layout = self.optimizer.host, self.__layout
-        values: dict[str, Tensor] = {}
-        for name, adapter in adapters_of(self.module).items():
-            generator = seeds.generator(self.seed, "adapter", name, task.id)
-            fresh = BottleneckAdapter(adapter.width, adapter.rank, generator=generator)
-            values |= {f"{name}.{part}": p for part, p in fresh.named_parameters()}
-        places = Places(layout.shapes)
-        mine = places.mine(host.shards)
-        for shard, value in zip(mine, places.slices(mine, layout.flat(values)), strict=True):
-            shard.data.copy_(value)
-            for moment in shard.moments.values():
-                moment.zero_()
-        host.touch()
-        host.publish_if_dirty()
+        End(self, config, state, self.__layout, self.__head).of(task)
 
     # ----------------------------------------------------------------------------------------------------- prediction
     def predict(self, batch: Batch | Rows) -> Tensor:
@@ -323,11 +242,11 @@ class MOS(TrainerMixin):
         """Scores of inputs that are ready, as wide as the head. Collective where ranks share the weights of the network."""
         config, state, host = self.configs[MOS], self.states[MOS], self.optimizer.host
         half = getattr(getattr(self, "config", None), "precision", "fp32") == "bf16"
-        trunk = Typed(AdapterTrunk(self.module, self.__here("archive")), host.working_dtype, half)
+        trunk = Typed(AdapterTrunk(self.module, state.on("archive", self.device)), host.working_dtype, half)
         weight, bias = self.__classifier()
         sizes = torch.tensor(state.ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
         found = retrieve(
-            trunk, inputs, lambda features: functional.linear(features, weight, bias), self.__here("prototypes"),
+            trunk, inputs, lambda features: functional.linear(features, weight, bias), state.on("prototypes", self.device),
             torch.arange(len(sizes)).repeat_interleave(sizes), len(sizes), ensemble=config.ensemble, on_cycle=config.on_cycle,
             sharded=None if host.apart else self.world)
         self.last_paths = found.path
@@ -364,20 +283,6 @@ class MOS(TrainerMixin):
         if self.__found is None:
             self.__found = AdapterLayout.of(self.module), Head.of(self.module)
         return self.__found
-
-    def __here(self, name: str) -> Tensor:
-        """A tensor of the state, moved to the device once: checkpoints are read on the CPU."""
-        state = self.states[MOS]
-        value: Tensor = getattr(state, name)
-        if value.device != self.device:
-            value = value.to(self.device)
-            setattr(state, name, value)
-        return value
-
-
-def _grown(before: Tensor, new: Tensor) -> Tensor:
-    """Rows of classes that were there, and new ones: float32."""
-    return new.float() if not len(before) else torch.cat([before.to(new.device), new.float()])
 
 
 def _one(inputs: Rows) -> Tensor:

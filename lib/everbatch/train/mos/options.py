@@ -87,3 +87,11 @@ class Archive:
     """Classes of the tasks up to each that has ended."""
     inside: bool = False
     """Between a task's start and its end."""
+
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """One of its tensors, moved to a device once: checkpoints are read on the CPU."""
+        value: Tensor = getattr(self, name)
+        if value.device != device:
+            value = value.to(device)
+            setattr(self, name, value)
+        return value
