@@ -18,14 +18,14 @@ CLAIM = Claim(
     scaled="Digits in quarter turns: a vision transformer of two blocks, trained on four of them, learns the others in 6 tasks "
     "of 4 classes by 4 experts of rank 4, the task known at test. The router's rule is the null space of old inputs, not the "
     "printed one. Every arm with a rule of SAME's or none at its own rate, chosen by held-out samples.",
-    run=forgets, scale=Scale(), seeds=4, shown=("forgetting", "learning", "routing"), minutes=6,
+    run=forgets, scale=Scale(), seeds=3, shown=("forgetting", "learning", "routing"), minutes=4,
     arms={"plain, adamw": Arm(options={"base": "adamw", "lr": 2e-3, **PLAIN}),
           "null + curvature, adamw": Arm(options={"base": "adamw", "lr": 2e-3, "router": "null", "curvature": True}),
           "curvature, adamw": Arm(options={"base": "adamw", "lr": 2e-3, "router": "free", "curvature": True}),
           "printed rule, adamw": Arm(options={"base": "adamw", "lr": 2e-3, "router": "paper", "curvature": False}),
           "plain, sgd": Arm(options={"base": "sgd", "lr": 0.03, **PLAIN}),
           "null + curvature, sgd": Arm(options={"base": "sgd", "lr": 0.03, "router": "null", "curvature": True})},
-    tuning=Tuning(arms=tuple(TUNED), option="lr", values={arm: RATES[base] for arm, base in TUNED.items()}, seeds=2),
+    tuning=Tuning(arms=tuple(TUNED), option="lr", values={arm: RATES[base] for arm, base in TUNED.items()}, seeds=1),
     rule=(Contrast(says="forgetting: plain minus null + curvature, AdamW", statistic="forgetting",
                    weights={"plain, adamw": 1, "null + curvature, adamw": -1}),
           Contrast(says="routing drift: half of plain's minus null + curvature's, AdamW", statistic="routing",

@@ -20,7 +20,7 @@ from everbatch.errors import CompositionError
 from everbatch.nn import UnknownTarget
 from everbatch.optim import EMA, SAM, ClipGradNorm, SubspaceProjection
 from everbatch.optim.subspace.splits import NoFreeSubspace, NonFiniteStatistics
-from everbatch.train import MOS, SAME, Trainer
+from everbatch.train import MOS, SAME, Trainer, load_model, model_info
 from everbatch.train.same.freezing import resting
 from everbatch.train.same.moments import TaskSums, draw_of, reduced
 from everbatch.train.same.options import SAMEOptions
@@ -270,6 +270,17 @@ def test_what_is_refused() -> None:
 def test_mos_does_not_stand_beside_it() -> None:
     with pytest.raises(CompositionError, match="MOS and SAME both own the adapters"):
         compose(MOS, SAME, base=Trainer)
+
+
+def test_an_export_says_how_to_put_the_experts_in_again(tmp_path: Path) -> None:
+    made = learner("plain")
+    made.fit(learning.stream())
+    path = made.export(tmp_path / "model.safetensors")
+    told = model_info(path)["experts"]
+    assert told["1"] == {"num_experts": 4, "rank": 4, "alpha": 32.0, "top_k": None, "routing": "token"} and set(told) == {"1", "3"}
+    again = load_model(path, build=lambda info: net())
+    x = learning.scale(learning.stream().fetch(torch.arange(5)))
+    assert isinstance(again, nn.Module) and torch.equal(again(x), made.predict(x))
 
 
 @pytest.mark.distributed

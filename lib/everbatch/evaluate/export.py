@@ -18,6 +18,7 @@ from everbatch.engines.host import plain_name
 from everbatch.evaluate.evaluator import mean_buffers
 from everbatch.evaluate.weights import built_as, holds, metadata_texts
 from everbatch.nn.adapters import adapters_of
+from everbatch.nn.experts_attach import expert_layers, experts_made_of
 from everbatch.nn.heads import PartsHead, joined
 from everbatch.nn.norm_settings import norm_settings
 from everbatch.nn.split_bn import SplitBatchNorm
@@ -90,6 +91,8 @@ def export(
     Of a network with adapters the file has the live ones under their names, and "adapters" says what they are made of; what a
     method keeps beside the network, such as the archive of `everbatch.train.MOS`, goes with it, and `load_model` predicts by it.
 
+    Of layers with experts (`attach_experts`) "experts" holds what they are made of; `load_model` puts them in again.
+
     Of a model that has grown the file holds "growths". Where it has grown by more than a head, so that timm's model or
     `SmallConv` cannot hold it, "base" names that model in place of "model", and `load_model` needs `build`.
 
@@ -112,6 +115,8 @@ def export(
         for part in parts_of(type(trainer)):
             tensors, about = getattr(part, "exported", lambda _: ({}, {}))(trainer)
             beside, told = beside | tensors, told | about
+        layers = {plain_name(name): experts_made_of(layer) for name, layer in expert_layers(trainer.module).items()}
+        told |= {"experts": layers} if layers else {}
         if "growths" in told and "model" in told and not holds(told, state):
             told["base"] = told.pop("model")
         checkpoint.export_weights(path, state | beside, metadata_texts(told))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from everbatch.errors import CheckpointMismatch
-from everbatch.nn import PartsHead, Retriever, SmallConv, attach_adapters
+from everbatch.nn import PartsHead, Retriever, SmallConv, attach_adapters, attach_experts
 from everbatch.nn.norm_settings import converted_again
 
 __all__ = ["built_as", "holds", "load_model", "metadata_texts", "model_info"]
@@ -21,7 +21,7 @@ __all__ = ["built_as", "holds", "load_model", "metadata_texts", "model_info"]
 BESIDE = "retrieval."
 """What the names of tensors begin with that are of a `Retriever`, and not of its network."""
 JSON_KEYS = ("classes", "options", "input_size", "mean", "std", "scale", "step", "growths", "conversion", "normalisation",
-             "adapters", "retrieval")
+             "adapters", "retrieval", "experts")
 
 
 def metadata_texts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -117,6 +117,8 @@ def _rebuilt(path: str | Path, info: dict[str, Any], build: Callable[[dict[str, 
     for name, made_of in info.get("conversion", {}).items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, PartsHead(**made_of))
+    for name, made_of in info.get("experts", {}).items():
+        attach_experts(model, (name,), **made_of)
     converted_again(model, info.get("normalisation", {}).get("layers", {}))
     if "adapters" in info:
         attach_adapters(model, **info["adapters"])

@@ -26,11 +26,12 @@ from everbatch.experiment.options import (
            unused_together,
 )
 from everbatch.experiment.run import run
+from everbatch.experiment.same import Experts
 from everbatch.experiment.test_time import CorruptedStream
 from everbatch.train import Trainer
 
 __all__ = [
-    "AdaptedTasks", "ClassIncremental", "CorruptedStream", "Data", "Engine", "Experiment", "Factory", "Finished",
+    "AdaptedTasks", "ClassIncremental", "CorruptedStream", "Data", "Engine", "Experiment", "Experts", "Factory", "Finished",
     "GrowingData", "Job", "LargeBatch", "MEMORY", "MIXINS", "Model", "Optimizer", "Parts", "Result", "TRAINER_MIXINS",
     "Trainer", "check_together", "guard", "learner", "main", "run", "unused_together", "would_refuse",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from everbatch.data import Batch, Stream, Task
 from everbatch.distributed import World
 from everbatch.errors import check
+from everbatch.objective.terms import OutputTerm
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import Report, StepRecord
 from everbatch.train.same.drift import drift_of, gathered, logits_of, told
@@ -112,6 +113,10 @@ class SAME(TrainerMixin):
         """With the projection."""
         config: SAMEOptions = self.configs[SAME]
         return projecting(optimizer, config.space) if config.layers else optimizer
+
+    def terms(self) -> tuple[OutputTerm, ...]:
+        """It adds none; heads="by_task" only says over which classes the stream's loss is."""
+        return ()
 
     # ------------------------------------------------------------------------------------------------------- the verbs
     def configure_model(self, model: nn.Module) -> nn.Module:
