@@ -57,8 +57,8 @@ class SAMEOptions:
     space: Literal["update", "grad"] = "update"
     """What is mapped: updates, exact for any optimizer, or gradients, for plain SGD alone."""
     tau: float = 0.1
-    """Experts with a score below rest for the task; in [-1, 1], -1: none does. Use and importance follow from the same weights, so
-    that scores are near 0: at 0.1, the paper's, mostly all but min_active rest."""
+    """Experts with a score below rest for the task; in [-1, 1], -1: none does. Use and importance follow from the same weights,
+    so that scores are near 0: at 0.1, the paper's, mostly all but min_active rest."""
     warmup_tokens: int = 2000
     """Tokens of a task, over all ranks, before it is decided which rest; >= 1."""
     decide_every: int = 0
