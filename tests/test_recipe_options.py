@@ -19,7 +19,7 @@ from everbatch.data import TensorSource, class_incremental
 from everbatch.errors import CompositionError
 from everbatch.experiment import MIXINS, TRAINER_MIXINS, Data, Engine, Factory, Model, Optimizer, Parts, learner, unused_together
 from everbatch.experiment.job import recorded, restarted
-from everbatch.optim import EWC, OptimizerMixin, SubspaceProjection
+from everbatch.optim import EWC, GRIP, OptimizerMixin, SubspaceProjection
 from everbatch.train import Replay, Trainer, TrainerMixin
 from rotation import When
 
@@ -64,8 +64,8 @@ def stream() -> Any:
 def test_no_mixin_is_left_out() -> None:
     found = {name: getattr(everbatch.optim, name) for name in everbatch.optim.__all__}
     every = {c for c in found.values() if isinstance(c, type) and issubclass(c, OptimizerMixin)}
-    # A projection needs matrices, which no option can name.
-    assert set(MIXINS.values()) == every - {OptimizerMixin, SubspaceProjection}
+    # A projection needs matrices, and GRIP samples, which no option can name.
+    assert set(MIXINS.values()) == every - {OptimizerMixin, SubspaceProjection, GRIP}
 
 
 @pytest.mark.parametrize("key", [When(place, 4).param(key) for place, key in enumerate(MIXINS)])

@@ -38,6 +38,7 @@ TABLE: dict[str, str] = {
     "shrink_perturb": "everbatch.optim.restart.shrink_perturb:ShrinkPerturb",
     "subspace_projection": "everbatch.optim.subspace.projection:SubspaceProjection",
     "osft": "everbatch.optim.subspace.osft:OSFT",
+    "grip": "everbatch.optim.subspace.grip:GRIP",
     "sam": "everbatch.optim.sharpness.sam:SAM",
     "asam": "everbatch.optim.sharpness.sam:ASAM",
     "gsam": "everbatch.optim.sharpness.gsam:GSAM",

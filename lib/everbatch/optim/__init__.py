@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `python launch/methods.py` w
     from everbatch.optim.sharpness.sam import SAM as SAM
     from everbatch.optim.sharpness.stale import StaleSAM as StaleSAM
     from everbatch.optim.sparsity.dynamic import DynamicSparsity as DynamicSparsity
+    from everbatch.optim.subspace.grip import GRIP as GRIP
     from everbatch.optim.subspace.osft import OSFT as OSFT
     from everbatch.optim.subspace.projection import SubspaceProjection as SubspaceProjection
     # </methods>

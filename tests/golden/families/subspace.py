@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from everbatch.optim.subspace.routing import corrected, margins, routed
 from everbatch.optim.subspace.second_moment import SecondMoment
 from everbatch.optim.subspace.splits import spectral_split
 from everbatch.optim.subspace.transforms import Projection, damped, high_block, inverse, null_space, rows, window_damped
@@ -25,7 +26,8 @@ def check_osft(file: Vectors, compare: Comparison) -> None:
 
 
 def check_grip(file: Vectors, compare: Comparison) -> None:
-    """The equality projection: each row of the router has the inputs that chose its expert for a basis."""
+    """The equality projection: each row of the router has the inputs that chose its expert for a basis. Who chose whom, the
+    margins, and the correction afterwards."""
     x, selected, least = _t(file["X"]), _t(file["selected"]), float(file["eps_null"])
     bases = []
     for expert in range(len(file["theta"])):
@@ -34,6 +36,12 @@ def check_grip(file: Vectors, compare: Comparison) -> None:
     compare.close("subspace_ranks", [b.shape[1] for b in bases], file["subspace_ranks"])
     equality = null_space(rows(bases))
     compare.close("delta_equality_projected", equality.right(_t(file["delta"])), file["delta_equality_projected"])
+    scores = x @ _t(file["theta"]).T
+    sent = routed(scores, file.integer("top_k"))
+    compare.close("selected", sent.nonzero()[:, 1].view(selected.shape), selected.sort(1).values.numpy())
+    compare.close("tau_margin_with_inf", margins(scores, sent), file["tau_margin_with_inf"])
+    fitted, _ = corrected(_t(file["theta"]), x, _t(file["X_unlearned"]), float(file["ridge"]))
+    compare.close("theta_ptc", fitted, file["theta_ptc"])  # the file's own error is a third of the tolerance
 
 
 def check_same(file: Vectors, compare: Comparison) -> None:

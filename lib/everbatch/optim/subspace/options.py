@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from everbatch.errors import check, check_real
+from torch import Tensor
+
+from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.memory.replica import Factory
 
-__all__ = ["OsftOptions"]
+__all__ = ["GripOptions", "OsftOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +46,44 @@ class OsftOptions:
         check(self.form in ("weight", "factor"), "OSFT", f"form={self.form!r}", "be 'weight' or 'factor'")
         check(self.space in ("grad", "update"), "OSFT", f"space={self.space!r}", "be 'update' or 'grad'")
         check(bool(self.targets), "OSFT", "no targets", "be patterns of names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GripOptions:
+    """The options of `GRIP`."""
+
+    routers: tuple[str, ...] = ("*router.weight",)
+    """Patterns of the names of the routers' matrices (experts, d), as in a shell."""
+    top_k: int = 2
+    """Experts that a token is sent to; >= 1."""
+    mode: Literal["A", "B"] = "A"
+    """Routers are held in every step ("A"), or fitted after unlearning, by a call ("B")."""
+    delta: float = 0.999
+    """Share of the energy of an expert's tokens along which its row does not move; in (0, 1]."""
+    eps_margin: float = 1e-2
+    """What is kept of each margin between selected experts and others; >= 0."""
+    kaczmarz_iters: int = 100
+    """Corrections of each router's rows per step at most; >= 0."""
+    tokens: int = 4096
+    """Retained tokens per router at most, over all ranks; more are thinned evenly; >= 1."""
+    ridge: float = 1e-6
+    """Of the fit in mode "B"; > 0."""
+    accept_cosine: float = 0.95
+    """Cosine of the scores before and after that fit below which a router is left as it is; in [-1, 1]."""
+    strength: float = 1.0
+    """D + strength * (P(D) - D) of a router's change D; in [0, 1], 0 switches it off."""
+    retained: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    """Tokens (n, d) of each router by name, to retain at construction."""
+    factory: Factory | None = None
+    """Builds the bare model on the CPU; needed on ZeRO stage 3 and FSDP2 where samples are retained."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.routers), "GRIP", "no routers", "be patterns of names")
+        check(self.mode in ("A", "B"), "GRIP", f"mode={self.mode!r}", "be 'A' or 'B'")
+        for name, least in (("top_k", 1), ("kaczmarz_iters", 0), ("tokens", 1)):
+            check_whole("GRIP", name, getattr(self, name), least)
+        check_real("GRIP", "delta", self.delta, 0.0, 1.0, open_low=True)
+        check_real("GRIP", "eps_margin", self.eps_margin, 0.0)
+        check_real("GRIP", "ridge", self.ridge, 0.0, open_low=True)
+        check_real("GRIP", "accept_cosine", self.accept_cosine, -1.0, 1.0)
+        check_real("GRIP", "strength", self.strength, 0.0, 1.0)
