@@ -283,9 +283,13 @@ def test_a_claim_from_cells_to_report(tmp_path: Path) -> None:
     assert saved is not None and saved.settings == better.settings
 
 
+LATER = Claim(title="A method that is not there", methods=("Later",), says="It would be better.", protocol="Theirs.",
+              paper=Paper(authors="Nobody", year=2026, ref="arXiv 0000.00000", where="table 1"), needs="everbatch.train.Later")
+
+
 def test_list_and_report_tell_what_was_run(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"mos": claims()["mos"], "toy": TOY}
+    known = {"new": LATER, "toy": TOY}
     monkeypatch.setattr(command, "claims", lambda: known)
     carry_out(Plan.of("toy", TOY, Settings.of(TOY, {"gain": 0.5}), Store(tmp_path)), jobs=2)
     capsys.readouterr()
@@ -294,10 +298,10 @@ def test_list_and_report_tell_what_was_run(tmp_path: Path, capsys: pytest.Captur
             main([*words, f"results={tmp_path}"])
         assert ended.value.code == 0
     told = capsys.readouterr().out
-    assert "toy   shows" in told and " 6/6 " in told and "not run: needs everbatch.train.MOS" in told
+    assert "toy   shows" in told and " 6/6 " in told and "not run: needs everbatch.train.Later" in told
     whole = (tmp_path / "report.md").read_text()
     assert "| [toy](toy/report.md) | shows | b exceeds a. |" in whole
-    assert "| mos | not run: needs `everbatch.train.MOS` |" in whole
+    assert "| new | not run: needs `everbatch.train.Later` |" in whole
     kept = json.loads((tmp_path / "toy" / "settings.json").read_text())
     (tmp_path / "toy" / "settings.json").write_text(json.dumps({**kept, "scale": {"gone": 1}}))
     with pytest.raises(SystemExit) as ended:
@@ -322,12 +326,15 @@ def test_options_are_chosen_by_held_out_samples(tmp_path: Path) -> None:
     assert plan.chosen() == {"b": {"value": 0.1}}  # the smallest of equals
 
 
-def test_bad_words_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    here = f"results={tmp_path}"
+def test_bad_words_are_told_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    here, known = f"results={tmp_path}", {**claims(), "new": LATER}
+    for module in ("claim", "command"):
+        monkeypatch.setattr(f"benchmarks.ledger.{module}.claims", lambda: known)
     for words, said in (
             (["lst"], "did you mean 'list'?"), (["list", "warmstart", here], "mean 'warm_start'?"),
             (["run"], "name a claim"), (["run", "warmstart", here], "mean 'warm_start'?"),
-            (["run", "mos", here], "everbatch.train.MOS"), (["run", "warm_start", "epoch=3", here], "epochs"),
+            (["run", "new", here], "everbatch.train.Later"), (["run", "warm_start", "epoch=3", here], "epochs"),
             (["run", "warm_start", "jobs=0", here], "jobs=0"), (["run", "warm_start", "arms=cold", here], "arm 'cold'"),
             (["run", "warm_start", "data=/nowhere", here], "exist"), (["report", "jobs=2"], "option jobs")):
         with pytest.raises(SystemExit) as ended:
