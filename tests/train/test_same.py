@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import learning
 from everbatch import compose
+from everbatch.data import RowSource, class_incremental
 from everbatch.distributed import World
 from everbatch.errors import CompositionError
 from everbatch.nn import UnknownTarget
@@ -141,6 +142,32 @@ def test_tokens_count_once(way: str) -> None:
     images = torch.cat([learning.stream().fetch(task.train_ids) for task in learning.stream().tasks])
     rows = learning.scale(images).flatten(1).double()
     torch.testing.assert_close(history[f"{start}1/second"], rows.T @ rows, rtol=1e-6, atol=1e-6)
+
+
+class Tokens(nn.Module):
+    """Means over the tokens that are no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        y = self.fc(x).tanh() * attention_mask[..., None]
+        return self.head(y.sum(1) / attention_mask.sum(1, keepdim=True))  # type: ignore[no-any-return]
+
+
+def test_padding_of_named_inputs_is_left_out() -> None:
+    x, mask = drawn(16, 5, 6).float(), torch.ones(16, 5)
+    mask[::2, 3:] = 0
+    source = RowSource({"x": x, "attention_mask": mask}, labels=torch.arange(16) % 4)
+    made: Any = Learner(Tokens(), functools.partial(compose(base=torch.optim.SGD), lr=0.01), layers=("fc",), device="cpu",
+                        config=Trainer.Config(batch_size=8, epochs=1), statistics="float64", router="null", probes=40)
+    made.fit(class_incremental(source, source, tasks=2))
+    rows, history = x[mask > 0].double(), made.states[SAME].history
+    assert history["fc/numbers"].tolist() == pytest.approx([64, float(rows.square().sum()), 0, 64])
+    torch.testing.assert_close(history["fc/second"], rows.T @ rows)
+    kept = torch.cat([made.states[SAME].probes[f"fc/{task}/inputs"] for task in (0, 1)])
+    assert len(kept) == 64 and all(bool((rows == row).all(1).any()) for row in kept)
 
 
 @pytest.mark.parametrize("action", [When(place, 2).param(action) for place, action in enumerate(("grad", "mask"))])

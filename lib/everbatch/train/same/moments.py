@@ -12,7 +12,7 @@ from torch import Tensor
 from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.errors import check
-from everbatch.optim.subspace.splits import NonFiniteStatistics
+from everbatch.optim.subspace.splits import NonFiniteStatistics, clipped
 
 __all__ = ["EXACT_WIDTH", "LayerSums", "TaskSums", "draw_of", "reduced"]
 
@@ -38,7 +38,7 @@ def draw_of(width: int, rank: int, name: str, seed: int) -> Tensor | None:
     """Q of a layer that is too wide to be kept whole, (d, k), the same on every rank; None for others."""
     if width <= EXACT_WIDTH:
         return None
-    columns = min(width, OVERSAMPLED * rank)
+    columns = min(width, OVERSAMPLED * clipped("SAME", "wide_rank", rank, width))
     return seeds.normal((seed, "same", name), 0, width * columns).view(width, columns)
 
 
