@@ -10,7 +10,7 @@ import pytest
 
 from everbatch import config
 from everbatch.config.strict_yaml import load_file
-from everbatch.experiment import AdaptedTasks, ClassIncremental, named, run
+from everbatch.experiment import AdaptedTasks, ClassIncremental, Experts, named, run, timm_cache
 from needs import needs
 from rotation import When
 
@@ -81,3 +81,16 @@ def test_published_settings_of_mos(path: Path, pictures: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "the run itself would be refused" not in shown and f"increment: {said['split']['increment']}" in shown
     assert f"lr: {said['optimizer']['lr']}" in shown and "Learner: MOS" in shown
+
+
+@pytest.mark.rotated(5, 12)
+def test_published_settings_of_same(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need timm's weights, which are not downloaded."""
+    recipe, path = FOLDER.parent / "same.yaml", FOLDER.parent / "same" / "vit_b16.yaml"
+    every_line_says_where_it_is_from(path)
+    words = ["--config", str(path), f"data.source={pictures}", "data.image_size=16"]
+    options = config.parse(Experts, [*words, "dry_run=true", "engine.kind=plain", "trainer.precision=fp32"], default_yaml=recipe)
+    assert options.same.experts == options.same.rank == 8 and options.optimizer.base == "adamw"
+    monkeypatch.setattr(timm_cache, "cached_weights", lambda name: None)
+    with pytest.raises(ValueError, match="the weights of 'vit_base_patch16_224.augreg_in21k' are not on this machine"):
+        run(options)
