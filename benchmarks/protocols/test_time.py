@@ -47,7 +47,7 @@ class Scale(Samples):
 
 
 def errors(cell: Cell, home: Path) -> dict[str, float | None]:
-    """One cell. Options of an arm: `norm` (source, batch or unmix), `order` (iid or dirichlet), `rows` of a batch.
+    """One cell. Options of an arm: `norm` (source, batch, unmix or balanced), `order` (iid or dirichlet), `rows` of a batch.
 
     Returns:
         error, a mean over the families; clean_error; worst_error, of the family with most.
@@ -75,8 +75,8 @@ def _normalised(net: nn.Module, norm: str, scale: Scale, batch: int, seed: int) 
         for layer in net.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.train()
-    if norm == "unmix":
-        convert_unmix_tns(net, scale.components, batch_size=batch, seed=seed)
+    if norm in ("unmix", "balanced"):
+        convert_unmix_tns(net, scale.components, batch_size=batch, seed=seed, balanced=norm == "balanced")
     return net
 
 

@@ -93,33 +93,21 @@ class UnMixTNS(Converted):
 
     def _unmixed(self, input: Tensor) -> Tensor:
         x = input.to(self.component_means.dtype)
-        positions = tuple(range(2, x.dim()))
-        mean = x.mean(positions, keepdim=True)
+        positions, count = tuple(range(2, x.dim())), math.prod(x.shape[2:])
+        if x.is_contiguous():  # a product with a vector is the faster mean of short rows
+            mean = (x.flatten(2) @ x.new_full((count,), 1 / count)).view(*x.shape[:2], *(1,) * len(positions))
+        else:
+            mean = x.mean(positions, keepdim=True)
         centred = x - mean
         # vector_norm: the one reduction that is fast along trailing dimensions on a CPU, and is differentiable.
-        var = torch.linalg.vector_norm(centred, dim=positions, keepdim=True).square() / math.prod(x.shape[2:])
+        var = torch.linalg.vector_norm(centred, dim=positions, keepdim=True).square() / count
         offset, spread = self._mixed(mean.flatten(1), var.flatten(1))
-        if not torch.is_grad_enabled() and centred.is_contiguous():
-            return self._applied(centred, offset, spread).to(input.dtype)
         scale = (spread + self.eps).rsqrt()
         scale = scale if self.weight is None else scale * self.weight.to(scale.dtype)
         shift = offset * scale if self.bias is None else torch.addcmul(self.bias.to(scale.dtype), offset, scale)
         # Without a graph to keep it for, the centred input becomes the output: a new tensor costs its pages.
         scaled = centred.mul(scale.view_as(mean)) if torch.is_grad_enabled() else centred.mul_(scale.view_as(mean))
         return scaled.add_(shift.view_as(mean)).to(input.dtype)
-
-    def _applied(self, centred: Tensor, offset: Tensor, spread: Tensor) -> Tensor:
-        """(centred + offset) / sqrt(spread + eps) * weight + bias, in the one pass of an evaluated batch norm whose channels are
-        every sample's: it has no gradient of its statistics, and none is asked for here."""
-        weight, bias = self._of_rows(self.weight, offset), self._of_rows(self.bias, offset)
-        flat, mean = centred.view(1, offset.numel(), -1), offset.neg().view(-1)
-        made = functional.batch_norm(flat, mean, spread.reshape(-1), weight, bias, training=False, eps=self.eps)
-        return made.view_as(centred)
-
-    @staticmethod
-    def _of_rows(values: Tensor | None, like: Tensor) -> Tensor | None:
-        """Of every channel of every sample."""
-        return None if values is None else values.to(like.dtype).expand_as(like).reshape(-1)
 
     def _mixed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """m_b - mean_b and var_b, (n, C) each. Everything is relative to the middle of the components: squares of large means
@@ -134,15 +122,15 @@ class UnMixTNS(Converted):
             rest, own = 1 - p, p.square().sum(1, keepdim=True)
             drawn, drawn_vars = (p @ held).chunk(2, 1)
             far, near = rest.square() @ mu.square(), (p * rest) @ mu
-        mixed = (relative - drawn) / count  # mean_b, from the middle
-        squares = torch.addcmul(torch.addcmul(far, relative, near, value=2), relative.square(), own)
-        spread = level + (var - drawn_vars + squares) / count - mixed.square()
+        apart = relative - drawn  # count times mean_b, from the middle
+        inner = torch.addcmul(near, relative, own, value=0.5)
+        seen = torch.addcmul(var - drawn_vars + far, relative, inner, value=2)
         if self.total_variance:
-            between = (p * rest) @ mu.square() - 2 * relative * near + relative.square() * (1 - own)
-            spread = spread + between / count
+            seen = seen + (p * rest) @ mu.square() - 2 * relative * near + relative.square() * (1 - own)
+        spread = torch.addcmul(torch.add(level, seen, alpha=1 / count), apart, apart, value=-1 / count**2)
         if self.mode == "adapt":
             self._follow(p, torch.cat([relative, var], 1).detach(), held)
-        return relative - mixed, spread.clamp(min=0)
+        return torch.add(relative, apart, alpha=-1 / count), spread.clamp(min=0)
 
     def assignments(self, mean: Tensor) -> Tensor:
         """p: how much of each component each sample takes, (n, K), from means over its positions (n, C)."""
@@ -154,7 +142,7 @@ class UnMixTNS(Converted):
     def _follow(self, p: Tensor, seen: Tensor, held: Tensor) -> None:
         """Move the components, (K, 2C) relative to their middle, towards what was seen, (n, 2C)."""
         bad = ~seen.sum(1, keepdim=True).isfinite()
-        p, seen = p.masked_fill(bad, 0), seen.masked_fill(bad, 0)
+        p, seen = p.masked_fill(bad, 0), seen.nan_to_num(0, 0, 0)  # of what is left of bad rows p takes nothing
         sums, weights = p.T @ seen, p.sum(0)
         here = float(len(p))
         rows: float | Tensor = here
@@ -164,10 +152,12 @@ class UnMixTNS(Converted):
         if self.by_batch is not None:
             momentum, at = self.by_batch
             step = 1 - (1 - momentum) ** (rows / at)
-        moved = torch.addcmul(sums, weights[:, None], held, value=-1) * (step / (rows + (rows == 0)))
+        share = step / (rows + (rows == 0))
+        moved = torch.addcmul(sums, weights[:, None], held, value=-1)
+        moved, alpha = (moved * share, 1.0) if isinstance(share, Tensor) else (moved, share)
         means, variances = moved.chunk(2, 1)
-        self.component_means.add_(means)
-        self.component_vars.add_(variances)
+        self.component_means.add_(means, alpha=alpha)
+        self.component_vars.add_(variances, alpha=alpha)
         self.skipped.add_(bad.sum())
 
     def _everywhere(self, sums: Tensor, weights: Tensor, rows: float) -> tuple[Tensor, Tensor, Tensor]:
