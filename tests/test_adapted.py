@@ -32,7 +32,7 @@ TINY = Model(name="vit_tiny_patch16_224", options={"patch_size": 4, "embed_dim":
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run beside each other."""
-    monkeypatch.setattr(pretraining_loop, "_cores", lambda: 1)
+    monkeypatch.setattr(pretraining_loop, "cores", lambda: 1)
 
 
 def short(folder: Path, **options: Any) -> AdaptedTasks:

@@ -30,7 +30,7 @@ def digits() -> Source:
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests run beside each other."""
-    monkeypatch.setattr(pretraining_loop, "_cores", lambda: 1)
+    monkeypatch.setattr(pretraining_loop, "cores", lambda: 1)
 
 
 def small(folder: Path, **options: object) -> Pretraining:
@@ -104,6 +104,18 @@ def test_weights_that_are_given_win(digits: Source, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="holds neither checkpoints nor weights"):
         begin_pretrained(replace(options, weights=str(tmp_path / "no")), VIT, net, digits, Data(), World())
+
+
+@pytest.mark.rotated(2, 6)
+def test_trying_how_many_cores_help_changes_nothing(digits: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining_loop, "cores", lambda: 2)
+    options = small(tmp_path)
+    network = Model(name="resnet10t")  # has running statistics
+    training = pretraining_loop.Training(options, network, digits, Data(), options.labels(digits)[:1])
+    before, random = {k: v.clone() for k, v in training.net.state_dict().items()}, torch.get_rng_state()
+    assert training._fastest() in (1, 2)
+    assert all(torch.equal(v, before[k]) for k, v in training.net.state_dict().items())
+    assert all(p.grad is None for p in training.net.parameters()) and torch.equal(torch.get_rng_state(), random)
 
 
 def test_quarters_and_jitter() -> None:

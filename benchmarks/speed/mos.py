@@ -2,7 +2,7 @@
 
 python benchmarks/speed/mos.py [--rounds 3] [--json FILE]
 
-A vision transformer of ViT-Tiny's width and depth on images of 48 pixels, with archives of 1, 5, 10 and 50 adapters. Adapters and
+A vision transformer of ViT-Tiny's width and depth on images of 32 pixels, with archives of 1, 5, 10 and 50 adapters. Adapters and
 head are trained briefly on classes of noisy patterns, so that samples go to where their class is; the mean number of rows that a
 sample costs is printed. A random head sends samples to and fro: told without a limit.
 
@@ -52,7 +52,7 @@ from everbatch.report.recorder import versions
 TASKS = (1, 5, 10, 50)
 EACH = 2
 """Classes of a task."""
-SIZE = {"img_size": 48, "patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
+SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
 
 
 @dataclass
@@ -235,8 +235,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    setting = made(max(TASKS), SIZE)
     torch.set_num_threads(1)
+    setting = made(max(TASKS), SIZE)
     rows = []
     for head in ("trained", "random"):
         if head == "random":

@@ -138,9 +138,9 @@ class Pretrained:
 def pretrained(options: Pretraining, model: Model, source: Source, data: Data, world: World) -> Pretrained:
     """A network trained on the classes `options.labels(source)` of a training source, or what an earlier run kept of the same.
 
-    Rank 0 trains, with all cores of its machine (or its GPU) and AdamW under one cycle of rates, while the others wait; of
-    several runs at once, one trains. The file is named by a hash of the samples, of all options, of the network and of this
-    code, and appears whole or not at all.
+    Rank 0 trains, with all cores of its machine (or one where that is faster, or its GPU) and AdamW under one cycle of rates,
+    while the others wait; of several runs at once, one trains. The file is named by a hash of the samples, of all options, of
+    the network and of this code, and appears whole or not at all.
 
     Args:
         options: all but `weights`.
