@@ -198,7 +198,7 @@ def test_a_resting_expert_keeps_its_bits_for_the_task_and_all_learn_again(action
     assert [sorted(row["resting"]) for row in made.states[SAME].log] == [[], ["1", "3"], ["1", "3"]]
 
 
-@pytest.mark.rotated(1, 3)
+@pytest.mark.rotated(1, 6)
 def test_the_promise_of_each_rule() -> None:
     """null keeps old routing, soft moves it less than no rule does, and the printed rule does not protect it."""
     drift = {}
@@ -212,7 +212,7 @@ def test_the_promise_of_each_rule() -> None:
     assert drift["null"]["overlap"] == 1.0
 
 
-@pytest.mark.rotated(2, 3)
+@pytest.mark.rotated(4, 6)
 def test_the_released_code_leaves_one_expert_per_task(tmp_path: Path) -> None:
     """For comparison: routing by batch, masks that latch, and a run that goes on bit for bit inside a task."""
     options: dict[str, Any] = {"released": True, "space": "grad", "tau": 0.1, "experts": 3}
@@ -310,13 +310,11 @@ def test_an_export_says_how_to_put_the_experts_in_again(tmp_path: Path) -> None:
     assert isinstance(again, nn.Module) and torch.equal(again(x), made.predict(x))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("hosts", [*(When(2 * place, 12).param([host]) for place, host in enumerate(
-    ("ddp", "zero3", "fsdp2", "zero2", "zero1", "zero0"))), pytest.param(
-        ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"], marks=pytest.mark.slow, id="all")])
-def test_the_promise_on_every_engine(zygote: Zygote, tmp_path: Path, hosts: list[str]) -> None:
+def test_the_promise_on_every_engine(zygote: Zygote, tmp_path: Path) -> None:
     """Old tokens' router logits stay, statistics are those of one process, a run goes on bit for bit inside of a task."""
-    start = Path(same_jobs.__file__)
+    start, hosts = Path(same_jobs.__file__), ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
     found = zygote.found(start, tmp_path / "plain.json", str(tmp_path), "null:plain", ranks=1, limit=200)
     mixed = [f"moe:{host}" for host in hosts if host in ("zero2", "zero3")]
     found |= zygote.found(start, tmp_path / "out.json", str(tmp_path), *(f"null:{host}" for host in hosts), *mixed, limit=600)

@@ -53,7 +53,7 @@ class SAME(TrainerMixin):
     Cost: 2 n d^2 operations per layer in a step (every 10th above width 1024, of a sketch), no host sync; while it is to be
     decided who rests, one all-reduce of a number per step. At a task's end d^2 numbers per layer over the ranks and one
     eigen-decomposition: 0.1 s at width 384, 0.7 s at 768. Memory: d^2 numbers per layer, twice.
-    Order: anywhere; left_of says who must stand right. Limits: routing of old tokens is kept at the inputs that a layer was
+    Order: anywhere. Limits: routing of old tokens is kept at the inputs that a layer was
     given; where earlier layers change, they drift. Layers above width 1024: to the share that a sketch keeps.
     Source: Xie et al. 2026, arXiv 2602.01990, whose router rule (router="paper") protects nothing: old inputs lie where it acts.
     Differs from the released code (released=True), which routes by batch, projects centred one-batch sketches of each rank, and
