@@ -182,6 +182,22 @@ def grown(record: Record, store: Path, host: str) -> None:
         found.require(again.predict(images()).shape == (40, 6), "scores of another width")
 
 
+def half(record: Record, store: Path, host: str) -> None:
+    """In bf16: masters are merged, held and archived in fp32, the network computes with what they round to."""
+    t = surgery.trainer(f"{host}-bf16")
+    t.fit(stream())
+    with record.check(f"half/{host}") as found:
+        masters, seen = surgery.masters(t), surgery.visible(t)
+        found.require({value.dtype for value in masters.values()} == {torch.float32}, "masters of another type")
+        found.same_bits(seen, {name: value.bfloat16() for name, value in masters.items()}, "what the network has")
+        for task in (1, 2):
+            pairs = zip(*(surgery.head_rows(t.noted[f"{when}/{task}"], 2 * task) for when in ("start", "end")), strict=True)
+            found.require(all(torch.equal(one, other) for one, other in pairs), f"old rows moved in task {task}")
+        scores = t.predict(images())
+        found.require(scores.dtype == torch.float32 and bool(scores.isfinite().all()), f"scores {scores.dtype}")
+        found.require(t.states[MOS].archive.dtype == torch.float32, "an archive of another type")
+
+
 def jobs(record: Record, store: str, *names: str) -> Iterator[Job]:
     """STORE NAME:HOST ...: functions of this module."""
     Path(store).mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import learning
 import surgery
 from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.nn import Retriever, UnsupportedAdapterTarget
-from everbatch.train import MOS, Trainer, TrainerMixin, load_model, model_info
+from everbatch.train import MOS, LwF, Trainer, TrainerMixin, load_model, model_info
 from learning import stream
 from rotation import When
 from surgery import ADAMW, OPTIONS, SGD, STEPS
@@ -88,6 +88,7 @@ def test_the_archive_is_what_the_adapters_were_and_stays(done: Any) -> None:
         assert torch.equal(state.archive[task], layout.flat(done.noted[f"end/{task}"]))
     torch.testing.assert_close(state.prefix, state.archive.double().sum(0))
     assert not torch.equal(state.archive[0], state.archive[1])
+    assert not list(done.module.buffers()), "evaluation takes the mean of buffers over ranks"
     assert state.means.shape == state.prototypes.shape == (6, 8) and state.spread.shape == (6, 8, 8)
     assert torch.equal(state.means[:2], state.prototypes[:2]) and not torch.equal(state.means[2:], state.prototypes[2:])
 
@@ -221,6 +222,8 @@ def test_another_owner_of_the_adapters_is_refused_by_name() -> None:
 
     with pytest.raises(CompositionError, match="MOS and Other both own the adapters; keep one of them"):
         type("Both", (MOS, Other, Trainer), {})
+    with pytest.raises(CompositionError, match="LwF must stand to the left of MOS"):
+        type("Both", (MOS, LwF, Trainer), {})
 
 
 def test_it_says_what_it_does(done: Any) -> None:

@@ -63,8 +63,8 @@ class MOS(TrainerMixin):
     (one of the first task), all-reduces of the class sums (classes * d^2 * 8 bytes; d with "diagonal"), and align_epochs *
     classes steps on the head. 4 bytes for each archived weight. Prediction: one pass, and one more of the rows that want
     another adapter, per round.
-    Order: left of parts that change the loss of the stream's rows. Limits: averages of weights (`EMA`) have no part in
-    predictions after a task; merges do not reach them.
+    Order: right of parts that read more of the logits (`LwF`). Limits: the contrast is over the rows of one micro-batch, of all
+    ranks; averages of weights (`EMA`) have no part in predictions after a task, and merges do not reach them.
     Source: Sun et al. 2025, arXiv 2412.09441, and the authors' code. Differs: one merge per step, where their code makes one per
     block in every forward, at evaluation too ("released" makes as many, after the step: their block l computes with l + 1 of
     them); statistics are of the archived adapter; one learning rate for adapters and head, where theirs is a tenth for the head.
