@@ -11,7 +11,7 @@ from torch import Tensor
 from everbatch.distributed import World
 from everbatch.nn.experts import leading
 
-__all__ = ["drift_of", "gathered", "logits_of", "told"]
+__all__ = ["drift_of", "gathered", "logits_of", "scalars_of", "told"]
 
 Probes = dict[str, Tensor]
 """By "LAYER/TASK/inputs" (P, d) and "LAYER/TASK/logits" (P, E), those at the task's end, in float64."""
@@ -50,6 +50,12 @@ def drift_of(probes: Probes, routers: Mapping[str, Tensor], top_k: int | None) -
 def logits_of(x: Tensor, router: Tensor) -> Tensor:
     """(P, E), in float64 on the CPU: a difference of two is what the router moved, not rounding."""
     return x.double() @ router.detach().cpu().double().T
+
+
+def scalars_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """What is written of a task's end: load of each expert, drift of each earlier task."""
+    values = {f"same/load/{name}/{i}": share for name, shares in row["load"].items() for i, share in enumerate(shares)}
+    return values | {f"same/{what}/task_{task}": value for task, found in row["drift"].items() for what, value in found.items()}
 
 
 def told(rows: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from everbatch.data import Batch, Stream, Task
-from everbatch.distributed import World
 from everbatch.errors import check
 from everbatch.objective.terms import OutputTerm
 from everbatch.train.mixin import TrainerMixin
 from everbatch.train.record import Report, StepRecord
-from everbatch.train.same.drift import drift_of, gathered, logits_of, told
+from everbatch.train.same.drift import drift_of, gathered, logits_of, scalars_of, told
 from everbatch.train.same.keeper import Keeper
 from everbatch.train.same.moments import LayerSums, TaskSums, reduced
 from everbatch.train.same.options import SAMEOptions
 from everbatch.train.same.released_mode import ReleasedMode
 from everbatch.train.same.setting import projecting
+from everbatch.train.same.state import SAMEState, nobody
 
 __all__ = ["SAME"]
-
-
-def _nobody() -> Tensor:
-    return torch.zeros(0, 0, dtype=torch.bool)
 
 
 class SAME(TrainerMixin):
@@ -72,23 +68,8 @@ class SAME(TrainerMixin):
         """See `SAMEOptions`."""
 
     @dataclass
-    class State:
-        open: TaskSums = field(default_factory=lambda: TaskSums(World()))
-        """This rank's sums of the present task."""
-        history: dict[str, Tensor] = field(default_factory=dict)
-        """Sums over all ranks and ended tasks, by "LAYER/FIELD"."""
-        probes: dict[str, Tensor] = field(default_factory=dict)
-        """Tokens of ended tasks, and how they were routed then."""
-        resting: Tensor = field(default_factory=_nobody)
-        """(layers, experts): who rests in the present task; empty before it is decided."""
-        begun: int = 0
-        """Step at which the present task began."""
-        ended: int = 0
-        """Tasks."""
-        log: list[dict[str, Any]] = field(default_factory=list)
-        """Load, drift and who rested, of each ended task."""
-        released: dict[str, Tensor] = field(default_factory=dict)
-        """Of released=True: factors and moving averages."""
+    class State(SAMEState):
+        """See `SAMEState`."""
 
     if TYPE_CHECKING:
         optimizer: Any
@@ -146,7 +127,7 @@ class SAME(TrainerMixin):
         check(config.heads == "joint" or known, "SAME", f"heads='by_task' on a stream of kind {getattr(stream, 'kind', '')!r}",
               "be task-incremental", "use heads='joint', or task_incremental(...)")
         state: SAME.State = self.states[SAME]
-        state.begun, state.resting = self.step, _nobody()
+        state.begun, state.resting = self.step, nobody()
         self._same.begin(state.open, self.device)
         if self._same_released is not None:
             state.released = self._same_released.begin(state.released)
@@ -230,7 +211,7 @@ class SAME(TrainerMixin):
             key = f"{name}/{state.ended}"
             probes |= {f"{key}/inputs": x, f"{key}/logits": logits_of(x, routers[name])}
         state.history, state.probes, state.log = history, probes, [*state.log, row]
-        state.open.layers, state.resting, state.ended = {}, _nobody(), state.ended + 1
+        state.open.layers, state.resting, state.ended = {}, nobody(), state.ended + 1
         self._same.rest(state.resting, masked=False)
         self.__write(row)
 
@@ -275,6 +256,4 @@ class SAME(TrainerMixin):
         recorder: Any = getattr(self, "recorder", None)
         if recorder is None:
             return
-        values = {f"same/load/{name}/{i}": share for name, shares in row["load"].items() for i, share in enumerate(shares)}
-        values |= {f"same/{what}/task_{task}": value for task, found in row["drift"].items() for what, value in found.items()}
-        recorder.scalars(self.step - 1, values)
+        recorder.scalars(self.step - 1, scalars_of(row))
