@@ -26,6 +26,7 @@ from everbatch.train.same.freezing import resting
 from everbatch.train.same.moments import TaskSums, draw_of, reduced
 from everbatch.train.same.options import SAMEOptions
 from everbatch.train.same.rules import sketched
+from needs import needs
 from processes import Zygote
 from rotation import When
 
@@ -308,6 +309,26 @@ def test_an_export_says_how_to_put_the_experts_in_again(tmp_path: Path) -> None:
     again = load_model(path, build=lambda info: net())
     x = learning.scale(learning.stream().fetch(torch.arange(5)))
     assert isinstance(again, nn.Module) and torch.equal(again(x), made.predict(x))
+
+
+@pytest.mark.slow
+def test_a_decoder_of_hugging_face_learns_two_texts() -> None:
+    needs("transformers")
+    sys.path.insert(0, str(Path(__file__).parent.parent / "problems"))
+    import decoders
+    import texts
+
+    moved = {}
+    for router in ("null", "free"):
+        made = texts.trainer("plain", (), (SAME,), model=decoders.llama(), options={}, lr=0.5, more={
+            "layers": ("*.mlp.up_proj", "*.mlp.gate_proj"), "trained": (), "router": router, "delta": 1.0, "min_free": 4})
+        made.fit(decoders.stream())
+        state = made.states[SAME]
+        assert len(state.history) == 4 * 4 and state.history["model.layers.1.mlp.up_proj/numbers"][0] == 80 * texts.LENGTH
+        assert sum(p.requires_grad for p in made.module.parameters()) == 4 * 9
+        assert made.module.get_parameter("model.layers.0.mlp.up_proj.up_0").any()
+        moved[router] = state.log[1]["drift"]["0"]["variation"]
+    assert moved["null"] < 0.5 * moved["free"]
 
 
 @pytest.mark.slow
