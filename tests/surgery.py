@@ -25,7 +25,8 @@ SGD = functools.partial(compose(base=torch.optim.SGD), lr=0.05, momentum=0.9, we
 ADAMW = functools.partial(compose(base=torch.optim.AdamW), lr=0.01, weight_decay=0.1)
 SHAPE = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2}
 """Of the network."""
-OPTIONS = {"rank": 4, "scale": 1.0, "dropout": 0.0, "align_epochs": 3, "align_samples": 8, "align_lr": 0.1, "rows": 5}
+OPTIONS = {"rank": 4, "scale": 1.0, "dropout": 0.0, "align_epochs": 3, "align_samples": 8, "align_lr": 0.1, "rows": 5,
+           "head_rate": 0.5}
 
 
 def vit(classes: int = 6, **options: Any) -> nn.Module:

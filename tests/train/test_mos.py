@@ -123,19 +123,20 @@ def test_merges_follow_their_closed_form_and_a_skipped_step_makes_none(merging: 
 
 @pytest.mark.rotated(2, 4)
 def test_without_merging_and_term_it_is_plain_adapter_tuning() -> None:
-    """A loop over the task's own classes, beside it."""
+    """A loop over the task's own classes, with a group of its own for the head, beside it."""
     from torch.nn import functional
 
     from everbatch.data import Loader
     from everbatch.distributed import World
     from everbatch.nn import attach_adapters
 
-    t = surgery.trainer("plain", alpha=0.0, orthogonality=0.0, align_epochs=0)
+    t = surgery.trainer("plain", alpha=0.0, orthogonality=0.0, align_epochs=0, head_rate=0.1)
     t.fit(stream())
     net: Any = surgery.vit()
     attach_adapters(net, 4, scale=1.0, dropout=0.0, seed=3)
     trained = [p for n, p in net.named_parameters() if ".adapter." in n or n.startswith("head.")]
-    optimizer = torch.optim.SGD(trained, **SGD.keywords)
+    groups = [{"params": trained[:-2]}, {"params": trained[-2:], "lr": 0.1 * SGD.keywords["lr"]}]
+    optimizer = torch.optim.SGD(groups, **SGD.keywords)
     for task in stream().tasks:
         old = [p.detach()[: 2 * task.id].clone() for p in trained[-2:]]
         for batch in Loader(stream(), task, surgery.BATCH, 2, 3, World(), position0=STEPS * task.id * surgery.BATCH):
@@ -202,7 +203,8 @@ def test_what_cannot_be_is_refused_by_name(done: Any) -> None:
     with pytest.raises(ValueError, match="rank=9, must be at most the width of the tokens, 8"):
         surgery.trainer("plain", rank=9)
     for wrong in ({"rank": 0}, {"alpha": 1.1}, {"alpha": -0.1}, {"dropout": 1.0}, {"merging": "block"}, {"covariance": "none"},
-                  {"align_lr": 0.0}, {"merge_every": 0}, {"orthogonality": -1.0}, {"on_cycle": "stop"}, {"init": "zero"}):
+                  {"align_lr": 0.0}, {"merge_every": 0}, {"orthogonality": -1.0}, {"on_cycle": "stop"}, {"init": "zero"},
+                  {"head_rate": 0.0}):
         (name, value), = wrong.items()
         with pytest.raises(ValueError, match=rf"MOS: {name}={value!r}, must"):
             MOS.Config(**wrong)  # type: ignore[arg-type]

@@ -50,17 +50,22 @@ class Head:
         """Of all parts."""
         return sum(shape[0] for name, shape in self.shapes.items() if name.endswith(".weight"))
 
-    def old_rows(self, shards: list[Shard], below: int) -> list[Tensor]:
-        """Views of this rank's masters of what belongs to classes under `below`: flat ones."""
-        found = []
-        for shard in shards:
-            if shard.name not in self.shapes:
-                continue
+    def mine(self, shards: list[Shard]) -> list[Tensor]:
+        """Views of this rank's masters of the head: flat ones."""
+        return [shard.data.view(-1) for shard in shards if shard.name in self.shapes]
+
+    @torch.no_grad()
+    def put_back(self, shards: list[Shard], kept: list[Tensor], below: int, rate: float) -> None:
+        """Take this rank's masters back to copies of `mine`: all of what is of classes under `below`, and of the rest the part
+        1 - rate of the way, as if its learning rate were `rate` times what it is."""
+        here = [shard for shard in shards if shard.name in self.shapes]
+        for shard, view, before in zip(here, self.mine(shards), kept, strict=True):
+            if rate != 1.0:
+                view.copy_(torch.lerp(before, view, rate))
             rows, *columns = self.shapes[shard.name]
             old = min(max(below - self.first[shard.name.rpartition(".")[0]], 0), rows) * (columns[0] if columns else 1)
-            count = min(max(old - shard.start, 0), shard.numel)
-            found += [shard.data.view(-1)[:count]] if count else []
-        return found
+            count = min(max(old - shard.start, 0), len(view))
+            view[:count].copy_(before[:count])
 
     def whole(self, host: Host) -> tuple[Tensor, Tensor | None]:
         """Weight (classes, d) and bias, copies, on every rank. Collective where weights are sharded."""

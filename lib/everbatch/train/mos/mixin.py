@@ -67,7 +67,7 @@ class MOS(TrainerMixin):
     ranks; averages of weights (`EMA`) have no part in predictions after a task, and merges do not reach them.
     Source: Sun et al. 2025, arXiv 2412.09441, and the authors' code. Differs: one merge per step, where their code makes one per
     block in every forward, at evaluation too ("released" makes as many, after the step: their block l computes with l + 1 of
-    them); statistics are of the archived adapter; one learning rate for adapters and head, where theirs is a tenth for the head.
+    them); statistics are of the archived adapter; the head's rate is that of the adapters, theirs a tenth (`head_rate`).
     """
 
     owns = ("adapters",)
@@ -99,7 +99,7 @@ class MOS(TrainerMixin):
     stream: Stream | None
     device: torch.device
     __held: list[Tensor] | None = None
-    """Old rows of the head before the step."""
+    """The head before the step, this rank's slices."""
     __features: Tensor | None = None
     """What the head was given in the stream's forward."""
     __known_head: tuple[Any, tuple[Tensor, Tensor | None]] | None = None
@@ -160,11 +160,11 @@ class MOS(TrainerMixin):
             begin_anew(self, self.__layout, task)
 
     def draw_batch(self, parts: list[Batch]) -> list[Batch]:
-        """Remember the head's old rows."""
+        """Remember the head, where a step may not move all of it as it does."""
         parts = super().draw_batch(parts)  # type: ignore[misc]
-        state = self.states[MOS]
-        old = self.__head.old_rows(self.optimizer.host.shards, state.ends[-1]) if state.ends else []
-        self.__held = [rows.clone() for rows in old]
+        config, state = self.configs[MOS], self.states[MOS]
+        wanted = config.active and (state.ends or config.head_rate != 1.0)
+        self.__held = [view.clone() for view in self.__head.mine(self.optimizer.host.shards)] if wanted else None
         return parts
 
     def forward(self, batch: Batch) -> Tensor:
@@ -202,12 +202,11 @@ class MOS(TrainerMixin):
         super().after_step(record)  # type: ignore[misc]
         config, state = self.configs[MOS], self.states[MOS]
         held, self.__held = self.__held, None
-        if not config.active or not record.applied or not state.ends:
+        if held is None or not record.applied:
             return
         host = self.optimizer.host
-        for rows, kept in zip(self.__head.old_rows(host.shards, state.ends[-1]), held or [], strict=True):
-            rows.copy_(kept)
-        if config.alpha and self.optimizer.step_count % config.merge_every == 0:
+        self.__head.put_back(host.shards, held, state.ends[-1] if state.ends else 0, config.head_rate)
+        if config.alpha and state.ends and self.optimizer.step_count % config.merge_every == 0:
             times = merges_per_step(config.merging, len(adapters_of(self.module)))
             places = Places(self.__layout.shapes)
             mine = places.mine(host.shards)

@@ -28,6 +28,8 @@ class Options:
     """In the adapters, in training; in [0, 1)."""
     init: Literal["carry", "fresh"] = "carry"
     """What a task's adapters begin as: those of the task before, or new ones."""
+    head_rate: float = 1.0
+    """Learning rate of the head in parts of the adapters', in (0, 1]; published: 0.1."""
     alpha: float = 0.1
     """Share of the stored adapters' mean in a merge, in [0, 1]; 0: none. It is a pull of strength alpha / (lr (1 - alpha)):
     with SGD at lr 0.03 the default leaves all adapters nearly alike."""
@@ -60,6 +62,7 @@ class Options:
             check_whole("MOS", name, getattr(self, name), least)
         check_real("MOS", "scale", self.scale)
         check_real("MOS", "dropout", self.dropout, 0.0, 1.0, open_high=True)
+        check_real("MOS", "head_rate", self.head_rate, 0.0, 1.0, open_low=True)
         check_real("MOS", "alpha", self.alpha, 0.0, 1.0)
         check_real("MOS", "orthogonality", self.orthogonality, 0.0)
         check_real("MOS", "align_lr", self.align_lr, 0.0, open_low=True)
