@@ -31,6 +31,8 @@ WORDS = {
     "mos": ("tasks=2", "trainer.epochs=1", "trainer.checkpoint_every=0", "pretraining.epochs=2", "pretraining.samples=40"),
     "same": ("pretraining.epochs=1", "pretraining.samples=16", "trainer.epochs=1", "tasks=2", "optimizer.base=sgd",
              "optimizer.lr=0.01"),
+    "test_time": ("pretraining.epochs=1", "pretraining.samples=16", "families=[gaussian_noise,contrast]", "data.image_size=16",
+                  "arms=[bn_adapt,unmix,cotta,tent]", "cotta.views=1"),
 }
 """Recipes with options, and what makes each short. Crafted samples are left out: their search turns rounding into other samples,
 which have tests of their own."""
@@ -106,9 +108,9 @@ def at(zygote: Zygote, name: str, folder: Path, *words: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [When(i, len(WORDS)).param(name) for i, name in enumerate(WORDS)])
 def test_a_recipe_gives_the_same_numbers(zygote: Zygote, tmp_path: Path, name: str) -> None:
     engine, tolerance = "engine.kind=deepspeed", NORMALISED if name == "large_batch" else WEIGHTS
-    more = (f"pretraining.cache={tmp_path}",) if name in ("mos", "same") else ()
+    more = (f"pretraining.cache={tmp_path}",) if name in ("mos", "same", "test_time") else ()
     first = at(zygote, name, tmp_path / "zero1", engine, "engine.stage=1", *more)
-    assert name == "growing_data" or len(first["losses"]) == first["steps"] > 3
+    assert name in ("growing_data", "test_time") or len(first["losses"]) == first["steps"] > 3
     for stage in (2, 3):
         found = at(zygote, name, tmp_path / f"zero{stage}", engine, f"engine.stage={stage}", *more)
         same(found, first, f"{name} at ZeRO {stage}", tolerance)

@@ -108,7 +108,8 @@ def launched(options: Any, job: Job, stream: Stream, arm: str) -> Served:
         if trainer.stopped:
             return Served([], [], 0.0, trainer.step, "", 0, trainer.stop_sign)
         about = options.data.described(sample, options.model) | {"arm": arm}
-        trainer.export(job.folder / f"model-{arm}.safetensors", about)
+        for name in (f"model-{arm}", *(["model"] if arm == options.arms[-1] else [])):
+            trainer.export(job.folder / f"{name}.safetensors", about)
         batch = options.trainer.batch_size
         left = sum(len(task.train_ids) % batch for task in stream.tasks)
         online: list[float] = trainer.online  # type: ignore[attr-defined]

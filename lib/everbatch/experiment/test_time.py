@@ -73,7 +73,8 @@ class CorruptedStream(Experiment):
     held: float = 0.05
     """Share of each domain's samples that are kept apart, to see what is left of it when later ones have come; in (0, 1)."""
     output: str = "runs/test_time"
-    """Folder of this run: result.json, config.yaml, the figure, TensorBoard, and model-ARM.safetensors and checkpoints by arm."""
+    """Folder of this run: result.json, config.yaml, the figure, checkpoints and model-ARM.safetensors by arm; model.safetensors
+    is the last arm's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,7 +151,8 @@ def _compared(options: CorruptedStream, job: Job) -> Result:
               for arm, found in served.items()}
     seconds = time.perf_counter() - begun
     values: Any = world.gather({
-        "online": online, "seconds": seconds, "steps": sum(found.steps for found in served.values()),
+        "online": online, "accuracies": {arm: found.online for arm, found in served.items()}, "seconds": seconds,
+        "steps": sum(found.steps for found in served.values()),
         "seed": options.trainer.seed, "world_size": world.size, "stream": stream.fingerprint(), "versions": versions(),
         "left_out": next(iter(served.values())).left_out, "configuration": config.resolved(options)})[0]
     together(world, folder, lambda: recorder.result(values))
