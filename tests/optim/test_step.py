@@ -446,3 +446,19 @@ def test_a_weight_that_overflowed_is_found_at_the_next_check_also_where_no_pass_
     before = model["used"].weight.detach().clone()
     step("used", 1.0)
     assert not opt.last_applied and opt.skipped_count == 1 and torch.equal(model["used"].weight, before)
+
+
+def test_two_parts_hold_what_each_of_them_names_for_one_step() -> None:
+    model = nn.Linear(3, 2)
+    opt = Plain(model, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    def stepped() -> list[bool]:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        opt.step(lambda: opt.backward(model(torch.ones(4, 3)).square().mean()))
+        return [torch.equal(p, before[name]) for name, p in model.named_parameters()]
+
+    assert stepped() == [False, False]
+    opt.hold(["weight"])
+    opt.hold(["bias"])
+    assert stepped() == [True, True]
+    assert stepped() == [False, False]
