@@ -14,7 +14,7 @@ from everbatch import compose
 from everbatch.errors import CompositionError
 from everbatch.optim import EMA, OSFT, ClipGradNorm, SubspaceProjection
 from everbatch.optim.subspace.ranks import kept_ranks, layer_importance, linear_cka
-from everbatch.optim.subspace.splits import NoFreeSubspace
+from everbatch.optim.subspace.splits import NoFreeSubspace, NonFiniteStatistics
 
 
 class Adam(OSFT, torch.optim.AdamW):
@@ -201,6 +201,8 @@ def test_bad_input() -> None:
     opt = Adam(net(), lr=0.1)
     with pytest.raises(ValueError, match="no rows on any rank"):
         opt.consolidate_osft([])
+    with pytest.raises(NonFiniteStatistics, match="8 of 8 rows are not finite"):
+        opt.consolidate_osft([(batch()[0] / 0,)])
     with pytest.raises(ValueError, match="importance of"):
         opt.consolidate_osft(importance={"0.weight": 1.0})
     with pytest.raises(CompositionError, match="both own the projection; keep one of them"):

@@ -1,4 +1,4 @@
-"""ShrinkPerturb and SubspaceProjection on every host: the weights of one process, at the documented cost."""
+"""ShrinkPerturb, SubspaceProjection, OSFT and GRIP on every host: the weights of one process, at the documented cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900
 ZERO = ("zero1", "zero2", "zero3", "zero3-persistent", "zero1-offload", "zero2-offload", "zero3-offload")
 FP32 = ("ddp", "fsdp2", "hsdp", "zero0", *ZERO)
 WHEN = in_turn([*FP32, "zero2-bf16"], 4)
-MIXES = ("factory", "modules", "weights, kept", "gaussian, scaled", "right", "all", "accumulated", "update right", "update all")
+MIXES = ("factory", "modules", "weights, kept", "gaussian, scaled", "right", "all", "accumulated", "update right", "update all",
+         "kept", "kept, factor", "held")
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2}
 """Largest difference after any step; see the contract suite. bf16: gradients err by some 1 %, and Adam takes whole steps."""
 
@@ -34,7 +35,10 @@ def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.parametrize("mix", MIXES)
 def test_parity(found: dict[str, Any], mix: str, host: str) -> None:
     value = found[f"{mix}/{host}"]
-    assert isinstance(value, float) and value <= TOLERANCE["bf16" if "bf16" in host else "fp32"], value
+    tolerance = TOLERANCE["bf16" if "bf16" in host else "fp32"]
+    if "bf16" in host and mix == "held":
+        tolerance *= 2  # bases turn with the tokens, by their error over the gap between singular values
+    assert isinstance(value, float) and value <= tolerance, value
 
 
 @hosts_in_turn(WHEN, FP32)

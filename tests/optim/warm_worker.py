@@ -1,4 +1,4 @@
-"""Jobs of the parity launch of ShrinkPerturb and SubspaceProjection: [HOST ...]; every mix on every host. See worker.py.
+"""Jobs of the parity launch of ShrinkPerturb, SubspaceProjection, OSFT, GRIP: [HOST ...]; every mix on every host. See worker.py.
 
 OUT.json, by key: "mix/host" the largest difference from one process of any weight, average or output, after each step and after
 each call. "collectives/mix/host" what the mix adds to its base's step, by name. Other keys are named where they are set. A text
@@ -21,10 +21,11 @@ from engines import issued
 from hosts import BY_NAME, Run
 from maps import MAPS, RIGHT, basis
 from record import Job, Record
+from task_ends import TaskEnd
 from torch import Tensor, nn
 
 from everbatch.nn import bn_recalibrate
-from everbatch.optim import EMA, SAM, ClipGradNorm, Projection, SecondMoment, ShrinkPerturb, SubspaceProjection
+from everbatch.optim import EMA, GRIP, OSFT, SAM, ClipGradNorm, Projection, SecondMoment, ShrinkPerturb, SubspaceProjection
 from everbatch.optim.subspace.transforms import null_space
 
 Found = dict[str, Any]
@@ -165,9 +166,54 @@ def agreement(found: Found) -> None:
     found["recalibrated"] = float((model[0].running_mean - means).abs().max())  # summed in float32
 
 
+class Kept(ClipGradNorm, EMA, OSFT, SAM, torch.optim.AdamW):
+    pass
+
+
+class Held(ClipGradNorm, EMA, GRIP, SAM, torch.optim.SGD):
+    pass
+
+
+FACTORY = functools.partial(hosts.build)
+OWN: dict[str, tuple[type, Any, dict[str, Any]]] = {
+    "kept": (Kept, ADAM, {"mrr": 0.2, "trr": 0.6, "factory": FACTORY}),
+    "kept, factor": (Kept, ADAM, {"mrr": 0.2, "trr": 0.6, "form": "factor", "factory": FACTORY}),
+    "held": (Held, SGD, {"routers": ("5.weight",), "eps_margin": 0.3, "factory": FACTORY})}
+"""Parts that set projections by the data that ranks hold, unevenly."""
+
+
+def own(name: str, mix: str) -> list[dict[str, Tensor]]:
+    """Weights after every step, with two looks at the data and a move to a new optimizer between."""
+    cls, base, options = OWN[mix]
+    batches, seen = hosts.batches(6), []
+
+    def look(run: Run, again: bool) -> None:
+        rows = [TaskEnd._mine(run.opt, *batches[0])]
+        if isinstance(run.opt, OSFT):
+            run.opt.consolidate_osft(rows)
+            return
+        run.opt.refresh_routing(rows) if again else run.opt.retain_routing(rows)
+        seen.append({"stability": torch.tensor(run.opt.routing_stability(rows))})
+
+    first: Run = hosts.start(BY_NAME[name], cls, COMMON | options, base=base)
+    for i in range(3):
+        if i == 1:
+            look(first, again=False)
+        first.step(*batches[i])
+        seen.append(first.weights())
+    second = hosts.start(BY_NAME[name], cls, COMMON | options, base=base, model=hosts.net(7))
+    second.opt.load_state_dict(first.opt.state_dict(weights=True))
+    for i in (3, 4, 5):
+        if i == 4:
+            look(second, again=True)
+        second.step(*batches[i])
+        seen.append(second.weights())
+    return [*seen, {"outputs": second.outputs().float()}]
+
+
 def jobs(record: Record, *wanted: str) -> Iterator[Job]:
     names = wanted or [h.name for h in hosts.HOSTS if h.kind != "plain" and (not h.bf16 or h.name == "zero2-bf16")]
-    for run, mixes in ((warm, WARM), (subspace, SUB)):
+    for run, mixes in ((warm, WARM), (subspace, SUB), (own, OWN)):
         for mix, name in itertools.product(mixes, names):
             yield record.noted(f"{mix}/{name}", apart, run, mix, name)
     for name in names:

@@ -13,6 +13,7 @@ from everbatch.distributed import World
 from everbatch.engines.host import Host, plain_name, unwrap
 from everbatch.errors import check, nearest
 from everbatch.optim.memory.replica import Factory, evaluating, replica, require_replica
+from everbatch.optim.subspace.splits import NonFiniteStatistics
 from everbatch.rows import Rows as Inputs
 from everbatch.rows import each, named
 
@@ -58,7 +59,8 @@ def visit(host: Host, names: Sequence[str], batches: Iterable[Rows], factory: Fa
         factory: builds the bare model, needed where weights are sharded (see `require_replica`).
 
     Raises:
-        ValueError: on every rank: no rows at all, inputs that do not fit, or what `see` raised on some rank.
+        ValueError: on every rank: no rows at all, or inputs that do not fit on some rank.
+        NonFiniteStatistics: on every rank: `see` raised it on some rank.
     """
     host.publish_if_dirty()
     require_replica(host, factory, who)
@@ -75,7 +77,7 @@ def visit(host: Host, names: Sequence[str], batches: Iterable[Rows], factory: Fa
     def to_host(value: Tensor) -> Tensor:
         return value.to(host.device, dtype if value.is_floating_point() else None)
 
-    seen, problem = 0, ""
+    seen, problem, infinite = 0, "", False
     hooks = [watch(name) for name in names]
     try:
         with evaluating(root):
@@ -88,16 +90,17 @@ def visit(host: Host, names: Sequence[str], batches: Iterable[Rows], factory: Fa
                 if count:
                     seen += count
                     call(weights, inputs)
-    except ValueError as error:  # one rank's bad row must not leave the others waiting
-        problem = str(error)
+    except (ValueError, NonFiniteStatistics) as error:  # one rank's bad row must not leave the others waiting
+        problem, infinite = str(error), isinstance(error, NonFiniteStatistics)
     finally:
         for hook in hooks:
             hook.remove()
-    told: list[Any] = World.current().gather((seen, problem)) if host.title != "plain" else [(seen, problem)]
-    for _, text in told:
+    mine = seen, problem, infinite
+    told: list[Any] = World.current().gather(mine) if host.title != "plain" else [mine]
+    for _, text, kind in told:
         if text:
-            raise ValueError(text)
-    check(any(count for count, _ in told), who, "no rows on any rank", "be given the task's data")
+            raise NonFiniteStatistics(text) if kind else ValueError(text)
+    check(any(count for count, _, _ in told), who, "no rows on any rank", "be given the task's data")
 
 
 def _tokens(x: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
