@@ -26,7 +26,7 @@ from everbatch.optim import GRIP, ClipGradNorm
 
 WIDTH, EXPERTS, TOP_K = 32, 8, 2
 REQUESTS = (3, 8)
-REFRESH = 2
+REFRESH = 1
 """Steps after which tokens are taken anew: layers below a router move them."""
 
 
@@ -88,7 +88,7 @@ def forget(model: nn.Module, data: Source, classes: set[int], retained: set[int]
     """Ascend on some classes until they are recognised by chance at most; returns how much routing is unchanged, in per cent."""
     x, y = rows(data, classes)
     kept = [(rows(data, retained)[0][::8],)]  # every eighth retained image is remembered
-    opt = Unlearner(model, lr=1e-3, max_norm=1.0, routers=("*router.weight",), top_k=TOP_K, delta=1.0, strength=strength)
+    opt = Unlearner(model, lr=1e-3, max_norm=1.0, routers=("*router.weight",), top_k=TOP_K, strength=strength)
     opt.retain_routing(kept)
     for step in range(40):
         chosen = torch.randperm(len(x))[:32]

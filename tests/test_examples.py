@@ -97,7 +97,7 @@ def test_osft_keeps_more_of_the_first_task_at_an_equal_loss_of_the_second() -> N
 
 @pytest.mark.slow
 def test_grip_leaves_routing_unchanged_through_two_requests_to_forget() -> None:
-    """Measured with seeds 0, 1 and 2, both requests: plain 87 to 94 % unchanged, GRIP 96 to 99 %."""
+    """Measured with seeds 0, 1 and 2, both requests: plain 87 to 94 % unchanged, GRIP 97.6 to 98.5 %."""
     lines = re.findall(r"^ *(\w+), class \d forgotten: routing unchanged ([\d.]+) %, accuracy of .*?\] ([\d.]+) %, of the others "
                        r"([\d.]+) %$", python("unlearning.py"), flags=re.MULTILINE)
     found = [(name, *map(float, numbers)) for name, *numbers in lines]

@@ -143,6 +143,7 @@ def test_retained_tokens_keep_their_experts_and_others_need_not() -> None:
         ends[strength] = opt.routing_stability(RETAINED), float((model.router.weight.detach() - before[ROUTER]).norm())
         if strength:
             assert float(opt.metrics["grip_residual"]) < 1e-5
+            assert float(opt.metrics["grip_free"]) == pytest.approx(0.6, abs=1e-4)  # three dimensions, and the bias below
     assert ends[1.0][0] == 1.0 and ends[0.0][0] < 0.9
     assert ends[1.0][1] > 0.1  # seven dimensions of ten are free
 

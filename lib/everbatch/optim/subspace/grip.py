@@ -43,8 +43,9 @@ class GRIP(OptimizerMixin):
     which would move all scores, is put back.
 
     Cost: of a step, E n d multiply-adds per router of n tokens and one host sync; one all-reduce of the routers where weights
-    are sharded. Kept: n (d + E) + E d (k + 1) numbers per router on every rank. A forward pass per row in a call.
-    Order: as SubspaceProjection, beside which it cannot stand. `metrics["grip_residual"]` is the worst excess over a bound.
+    are sharded. Kept: n (d + E) + E d (k + 1) numbers per router on every rank. In a call, a forward pass per row.
+    Order: as SubspaceProjection, beside which it cannot stand. `metrics` has "grip_residual", the worst excess over a bound, and
+    "grip_free", the share of directions in which a router may move.
     Source: Zhu et al. 2026, arXiv 2601.16905. Differs: a share of each expert's energy in place of an absolute singular value;
     Kaczmarz within the null space, where theirs alternates; a margin below eps_margin may not shrink; a refresh fits first.
     """
@@ -61,9 +62,7 @@ class GRIP(OptimizerMixin):
     class Config(GripOptions):
         __doc__ = GripOptions.__doc__
 
-    @dataclass
-    class State(Retained):
-        __doc__ = Retained.__doc__
+    State = Retained
 
     def on_attach(self) -> None:
         """Find the routers, and retain what is given."""
@@ -112,7 +111,7 @@ class GRIP(OptimizerMixin):
         super().edit_parameters()
         config, state = self.configs[GRIP], self.states[GRIP]
         if config.mode == "A" and config.strength and state.kept:
-            self.metrics["grip_residual"] = state.hold(self.host, config, self.seed, self.step_count)
+            self.metrics |= state.hold(self.host, config, self.seed, self.step_count)
 
     def cost(self) -> Cost:
         """Depends on what is retained."""

@@ -103,6 +103,8 @@ class _Held:
     basis: Tensor
     bound: Tensor
     free: Tensor
+    room: Tensor
+    """Share of the directions that are in no basis, over its rows."""
 
 
 @dataclass
@@ -146,11 +148,16 @@ class Retained:
         return sum(shares) / len(shares)
 
     @torch.no_grad()
-    def hold(self, host: Host, options: GripOptions, seed: int, step: int) -> Tensor:
-        """Put the routers' changes back where routing stays; returns what is still beyond a bound. Collective where sharded."""
+    def hold(self, host: Host, options: GripOptions, seed: int, step: int) -> dict[str, Tensor]:
+        """Put the routers' changes back where routing stays. Collective where sharded.
+
+        Returns:
+            "grip_residual", what is still beyond a bound at worst, and "grip_free", the share of directions in which rows may
+            move, of the router with the fewest: 0 where the retained tokens span all, which freezes it.
+        """
         layout = host.master_layout()  # a router may have been frozen since
         held = {name: kept for name, kept in self._held(options.eps_margin).items() if name in layout}
-        worst, new = [torch.zeros((), device=host.device)], dict[str, Tensor]()
+        worst, new = [], dict[str, Tensor]()
         now = gathered(host, list(held), {s.name: (s, s.data) for s in host.shards if s.name in held})
         for name, theta in now.items():
             kept = held[name]
@@ -159,9 +166,12 @@ class Retained:
                                        options.kaczmarz_iters, draws)
             new[name] = kept.router + change
             new[_bias_of(name)] = kept.bias
-            worst.append(over.to(worst[0]))
+            worst.append(over)
         _write(host, new, options.strength)
-        return torch.stack(worst).amax()
+        if not held:
+            return {}
+        free = torch.stack([kept.room for kept in held.values()]).amin()
+        return {"grip_residual": torch.stack([over.float() for over in worst]).amax(), "grip_free": free}
 
     def _held(self, least: float) -> dict[str, _Held]:
         if self._known is None or self._known[0] is not self.kept:  # taken anew, or loaded
@@ -170,7 +180,8 @@ class Retained:
                 x, basis = self.kept[f"{name}/inputs"], self.kept[f"{name}/basis"]
                 router, bias = self.kept[f"{name}/router"], self.kept[f"{name}/bias"]
                 bound = bounds(margins(x @ router.T + bias, selected), least)
-                found[name] = _Held(x, router, bias, basis, bound, free_squares(x, basis))
+                room = 1.0 - basis.square().sum((1, 2)).mean() / x.shape[1]
+                found[name] = _Held(x, router, bias, basis, bound, free_squares(x, basis), room.float())
             self._known = self.kept, found
         return self._known[1]
 
