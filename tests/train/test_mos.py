@@ -17,7 +17,7 @@ import learning
 import surgery
 from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.nn import Retriever, UnsupportedAdapterTarget
-from everbatch.train import MOS, LwF, Trainer, TrainerMixin, load_model, model_info
+from everbatch.train import MOS, SAME, LwF, Trainer, load_model, model_info
 from learning import stream
 from rotation import When
 from surgery import ADAMW, OPTIONS, SGD, STEPS
@@ -219,11 +219,9 @@ def test_what_cannot_be_is_refused_by_name(done: Any) -> None:
 
 
 def test_another_owner_of_the_adapters_is_refused_by_name() -> None:
-    class Other(TrainerMixin):
-        owns = ("adapters",)
-
-    with pytest.raises(CompositionError, match="MOS and Other both own the adapters; keep one of them"):
-        type("Both", (MOS, Other, Trainer), {})
+    for one, other in ((MOS, SAME), (SAME, MOS)):
+        with pytest.raises(CompositionError, match=f"{one.__name__} and {other.__name__} both own the adapters; keep one"):
+            type("Both", (one, other, Trainer), {})
     with pytest.raises(CompositionError, match="LwF must stand to the left of MOS"):
         type("Both", (MOS, LwF, Trainer), {})
 
