@@ -35,7 +35,7 @@ class Scale(Samples):
 
     known: float = 0.4
     """Share of the classes that the network is trained on first."""
-    pretraining_epochs: int = 40
+    pretraining_epochs: int = 150
     tasks: int = 3
     epochs: int = 10
     """Of each task."""
