@@ -18,7 +18,7 @@ CLAIM = Claim(
     protocol="CIFAR-10-C, CIFAR-100-C, ImageNet-C; Dirichlet-ordered and mixed-domain streams, down to batch size 1.",
     scaled="Digits at 16 pixels, a convolutional net of three layers trained 15 epochs, 449 test samples a stream, 15 families "
     "made here at severity 5; batches of 4 and 1 come in the Dirichlet order.",
-    run=errors, scale=Scale(), seeds=3, statistic="error", shown=("clean_error", "worst_error"), minutes=3,
+    run=errors, scale=Scale(), seeds=3, statistic="error", shown=("clean_error", "worst_error"), minutes=5,
     arms={f"{norm}, {stream}": Arm(options={"norm": kind, "order": order, "rows": rows})
           for norm, kind in NORMS.items() for stream, (order, rows) in STREAMS.items()},
     rule=(Contrast(says="batch statistics minus UnMix-TNS, Dirichlet",
