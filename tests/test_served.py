@@ -15,6 +15,7 @@ from everbatch import config
 from everbatch.experiment import CorruptedStream, run
 from everbatch.experiment.served import corrupted
 from everbatch.train import load_model, model_info
+from rotation import When
 
 SMALL = ("engine.kind=plain", "families=[gaussian_noise,contrast]", "pretraining.epochs=1", "pretraining.samples=20",
          "data.image_size=16", "data.augment=crop", "model.name=test_resnet", "cotta.views=1", "optimizer.base=adamw",
@@ -32,6 +33,7 @@ def options(output: Path, *words: str) -> CorruptedStream:
     return config.parse(CorruptedStream, [*SMALL, f"output={output}", *words])
 
 
+@pytest.mark.rotated(3, 12)
 def test_the_stream_is_ordered_and_the_same_for_every_arm(tmp_path: Path) -> None:
     stream = corrupted(options(tmp_path))
     assert stream.ordered and stream.boundaries and [len(t.train_ids) for t in stream.tasks] == [430, 430]
@@ -62,11 +64,14 @@ def test_arms_are_compared_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "online_accuracy.png").exists()
 
 
-@pytest.mark.parametrize(("words", "says"), [
+REFUSED = (
     (("arms=[]",), "arms=\\(\\), must name at least one"), (("families=[fogg]",), "did you mean 'fog'"),
     (("trainer.epochs=2",), "trainer.epochs=2, must be 1"), (("severity=6",), "severity=6"),
     (("arms=[cotta]", "norms=batch", "unmix.num_components=4"), "unmix.*no arm has UnMix-TNS layers"),
-    (("unmix.num_components=0",), "num_components=0"), (("bn_adapt.active=false",), "bn_adapt.active=false, must be left out")])
+    (("unmix.num_components=0",), "num_components=0"), (("bn_adapt.active=false",), "bn_adapt.active=false, must be left out"))
+
+
+@pytest.mark.parametrize(("words", "says"), [When(i, len(REFUSED)).param(*row) for i, row in enumerate(REFUSED)])
 def test_refused(words: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         options(tmp_path, *words)
