@@ -71,7 +71,7 @@ class MOS(TrainerMixin):
     """
 
     owns = ("adapters",)
-    example = {"rank": 4, "align_epochs": 2, "align_samples": 8, "rows": 6}
+    example = {"rank": 4, "dropout": 0.0, "align_epochs": 2, "align_samples": 8, "rows": 6}
     off = {"active": False}
     search = {"alpha": (0.1, 0.03, 0.3), "orthogonality": (0.1, 0.0), "scale": (0.1, 1.0)}
 
