@@ -17,6 +17,7 @@ from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch, CompositionError
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity, Projection, Subspace, SubspaceProjection
 from everbatch.optim import state as optimizer_state
+from everbatch.optim.subspace.maps import _hash
 from everbatch.optim.subspace.transforms import damped, high_block, inverse, null_space, rows, window_damped
 
 
@@ -324,3 +325,11 @@ def test_pruned_weights_stay_zero_where_updates_are_projected() -> None:
     masks = opt.whole_masks()
     train(model, opt, 0, 3)
     assert not model[0].weight[~masks["0.weight"]].any() and model[0].weight[masks["0.weight"]].all()
+
+
+def test_ranks_compare_bases_however_they_lie() -> None:
+    """One column cut from a row: contiguous to torch, with a stride that bytes cannot be read by."""
+    column = torch.arange(17.0).view(1, 17).T
+    assert column.is_contiguous() and column.stride(-1) != 1
+    assert _hash({}, {"basis": column}) == _hash({}, {"basis": torch.arange(17.0)[:, None]})
+    assert _hash({}, {"basis": column}) != _hash({}, {"basis": torch.arange(17.0)})

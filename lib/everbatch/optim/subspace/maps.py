@@ -164,8 +164,7 @@ def agreed(host: Host, plain: Any, tensors: dict[str, Tensor]) -> tuple[Any, dic
 
     Eigenvectors of one matrix may differ in the last bits between devices. Compared by a hash; sent where it differs.
     """
-    # Contiguous, as they are after loading: a product rounds by how its factors lie.
-    held = {key: t.detach().to(host.device, copy=True).contiguous() for key, t in tensors.items()}
+    held = {key: _fresh(t.detach().to(host.device)) for key, t in tensors.items()}
     if host.world == 1 or host.title == "plain":
         return plain, held
     world = World.current()
@@ -179,10 +178,16 @@ def agreed(host: Host, plain: Any, tensors: dict[str, Tensor]) -> tuple[Any, dic
     return told[0], result
 
 
+def _fresh(t: Tensor) -> Tensor:
+    """A copy that lies as it does after loading: a product rounds by how its factors lie. Strides of dimensions of size 1
+    count too, which `contiguous` leaves."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def _hash(plain: Any, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(tensors):
-        t = tensors[key].cpu().contiguous()
+        t = _fresh(tensors[key].cpu())
         digest.update(f"{key} {t.dtype} {tuple(t.shape)};".encode())
         digest.update(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
     return digest.hexdigest()
