@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["unit_on_ranks"]
 
-START_S, POLL_S, TRIES = 120.0, 0.2, 3
+START_S, POLL_S, DEATH_S, TRIES = 120.0, 0.2, 10.0, 3
 CLASH = ("EADDRINUSE", "address already in use", "Address already in use")
 
 
@@ -106,8 +106,11 @@ def _polled(ray: Any, left: list[Any], end: float) -> dict[str, Any] | None:
     while left:
         done, left = ray.wait(left, timeout=POLL_S)
         rows += ray.get(done)  # raises where a rank died
-        if any("failed" in row for row in rows):
-            return next(row for row in rows if "failed" in row)
+        failed = next((row for row in rows if "failed" in row), None)
+        if failed is not None:
+            if failed["failed"] == "error":  # maybe of a connection to a rank that was killed, which Ray tells a moment later
+                ray.get(ray.wait(left, num_returns=len(left), timeout=DEATH_S)[0] if left else [])
+            return failed
         if left and time.monotonic() > end:
             return None
     first = rows[0]
