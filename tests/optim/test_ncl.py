@@ -48,7 +48,7 @@ def test_a_step_is_the_kernels() -> None:
     start = Bowl()
     with torch.no_grad():
         start.theta -= lr * start.h * (start.theta - start.c)
-    assert torch.equal(model.theta, start.theta)
+    torch.testing.assert_close(model.theta, start.theta, rtol=1e-14, atol=1e-15)  # processors fuse products differently
 
     opt.consolidate_ncl(importance={"theta": model.f})
     mode = model.theta.detach().clone()

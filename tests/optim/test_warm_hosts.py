@@ -36,8 +36,8 @@ def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_parity(found: dict[str, Any], mix: str, host: str) -> None:
     value = found[f"{mix}/{host}"]
     tolerance = TOLERANCE["bf16" if "bf16" in host else "fp32"]
-    if "bf16" in host and mix == "held":
-        tolerance *= 2  # bases turn with the tokens, by their error over the gap between singular values
+    if mix == "held":  # bases turn with the tokens, by their error over the gap between singular values:
+        tolerance *= 2 if "bf16" in host else 30  # in one process, weights that begin 3e-8 apart end up to 1e-5 apart
     assert isinstance(value, float) and value <= tolerance, value
 
 
