@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from everbatch import compose
 from everbatch.engines import shards
-from everbatch.engines.shards import ByName, Vector, masters_of
+from everbatch.engines.shards import ByName, Vector, count_bad, masters_of
 from everbatch.optim import EMA, SAM, ClipGradNorm, LookSAM, StaleSAM
 from everbatch.optim.sharpness.ascent import ascent
 
@@ -151,3 +151,20 @@ def test_what_was_kept_by_name_lies_in_one_piece_again_once_loaded() -> None:
     other.mul_(2.0)  # what is edited is what is saved
     assert all(torch.equal(loaded[name], 2.0 * value) for name, value in kept.items())
     assert loaded.over(host, host.shards) is other
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+PLACES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_not_finite_is_found_in_every_type(dtype: torch.dtype, place: str) -> None:
+    weights = Vector(None, [], [torch.full((7,), torch.finfo(dtype).max, dtype=dtype, device=place)])  # type: ignore[arg-type]
+    for value, found in ((torch.finfo(dtype).min, False), (float("nan"), True), (float("inf"), True), (-float("inf"), True)):
+        gradient = [torch.ones(0, dtype=dtype, device=place), torch.ones(300, dtype=dtype, device=place)]
+        gradient[1][150] = value
+        kept = gradient[1].clone()
+        bad = count_bad(weights, Vector(None, [], gradient), torch.device(place))  # type: ignore[arg-type]
+        assert bool(bad > 0) is found, value
+        assert torch.equal(gradient[1].isnan(), kept.isnan()) and torch.equal(gradient[1].nan_to_num(), kept.nan_to_num())
