@@ -179,6 +179,8 @@ def test_a_trainer_mixin_that_builds_the_model_is_given_the_factory() -> None:
     assert made.keywords["teacher_factory"] is FACTORY and made.keywords["teacher_weight"] == 2.0
     assert "replay_factory" not in made.keywords
     assert learner({Teacher: Teacher.Config(factory=dict)}, factory=FACTORY).keywords["teacher_factory"] is dict
+    made = learner(config.parse(Whole, ["plasticity={}"]).mixins(), factory=FACTORY)
+    assert made.keywords["plasticity_factory"] is FACTORY  # no file may name one, and the options know no such word
 
 
 @pytest.mark.parametrize(("words", "text"), [

@@ -111,12 +111,7 @@ class Optimizer(_Options):  # type: ignore[misc]
         """
         base = torch.optim.SGD if self.base == "sgd" else torch.optim.AdamW
         used = {MIXINS[key]: config for key, config in self.used().items()}
-        options: dict[str, Any] = {}
-        for part, config in used.items():
-            values = {f.name: getattr(config, f.name) for f in fields(config)}
-            if values.get("factory", ...) is None:
-                values["factory"] = factory
-            options |= {f"{part.__name__.lower()}_{name}": value for name, value in values.items()}
+        options = _prefixed(used, factory)
         if self.base == "sgd":
             options["momentum"] = self.momentum or 0.0
         return functools.partial(compose(*used, base=base), lr=self.lr, weight_decay=self.weight_decay, **options)
@@ -180,13 +175,19 @@ def learner(
         mixins: each with an instance of its Config, or None where it has none.
         factory: builds the bare model on the CPU, for the mixins that take one and were given none.
     """
+    return functools.partial(type("Learner", (*mixins, base), {}), **_prefixed(mixins, factory))
+
+
+def _prefixed(mixins: Mapping[type, Any], factory: Callable[[], nn.Module] | None) -> dict[str, Any]:
+    """The options of mixins as a composed class takes them; those that take a factory and were given none get this one."""
     options: dict[str, Any] = {}
     for part, config in mixins.items():
-        values = {} if config is None else dict(vars(config))
+        # Not vars(): what no file may name is a field that no instance has set.
+        values = {} if config is None else {f.name: getattr(config, f.name) for f in fields(config)}
         if values.get("factory", ...) is None:
             values["factory"] = factory
         options |= {f"{part.__name__.lower()}_{name}": value for name, value in values.items()}
-    return functools.partial(type("Learner", (*mixins, base), {}), **options)
+    return options
 
 
 def check_together(recipe: Any) -> None:
