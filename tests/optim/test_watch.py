@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as torchs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from everbatch import compose
+from everbatch.engines.watch import Watch
 from everbatch.optim import EMA, SAM, ClipGradNorm, DynamicSparsity
 from rotation import When
 
@@ -47,6 +49,27 @@ def test_a_batch_norm_outside_of_the_module_counts_one_batch_per_step(given: str
     for step in range(1, 5):
         opt.step(closure_of(opt, lambda x: forward(outside(x))))
         assert (counted(outside), counted(inside[1])) == (step, step)  # type: ignore[index]
+
+
+def test_buffers_are_copied_in_one_operation_for_each_type() -> None:
+    called: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    watch = Watch(nn.Sequential(*(nn.BatchNorm1d(6) for _ in range(5))))
+    with Calls():
+        watch.open(lambda modules: None, recorded=True)
+    assert len(watch.buffers) == 15 and called.count("_foreach_copy_") == 2  # float32 and int64
+    assert not {"clone", "copy_"} & set(called)
+    for _, _, buffer, _ in watch.buffers:
+        buffer.add_(1)
+    watch.close()
+    watch.rollback()
+    assert all(torch.equal(getattr(m, n), kept) and int(m.num_batches_tracked) == 0 for m, n, _, kept in watch.buffers)
+    watch.end_step()
 
 
 def test_one_that_comes_with_a_task_is_found_at_its_start() -> None:
