@@ -154,9 +154,9 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
     half = bool(engine.bfloat16_enabled())
     mixed = [n for n, m in engine.module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
              and m.running_mean is not None and m.running_mean.dtype != torch.bfloat16]
-    if half and mixed and engine.device.type == "cpu":
+    if half and mixed:
         raise UnsupportedHost(f"DeepSpeed: {mixed[0]} keeps its running statistics in fp32 beside bf16 weights, which torch's "
-                              "batch norm refuses on CPU; use precision fp32, engine ddp or fsdp2 with trainer.precision=bf16, "
+                              "batch norm refuses; use precision fp32, engine ddp or fsdp2 with trainer.precision=bf16, "
                               "or data_types.buffer_dtype: bf16 in the DeepSpeed configuration")
     flat = {f"{part.__name__.lower()}_{name}": value for part, values in chosen.items() for name, value in values.items()}
 
