@@ -119,7 +119,9 @@ BY_NAME = {h.name: h for h in HOSTS}
 
 
 def deepspeed_config(spec: HostSpec, micro: int, accumulation: int = 1) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": spec.stage, "stage3_param_persistence_threshold": spec.persist}
+    # A bucket of the default size takes 2 GiB of a GPU for every engine that is not collected yet.
+    zero: dict[str, Any] = {"stage": spec.stage, "stage3_param_persistence_threshold": spec.persist,
+                            "reduce_bucket_size": 100_000}
     if spec.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0,

@@ -291,7 +291,7 @@ def masked_net() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, masks
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state", "ignore:Sparse invariant checks are implicitly")
 def test_exports_compute_the_same() -> None:
     model, masks = masked_net()
     x = torch.randn(5, 2, 4, 4)
@@ -322,6 +322,7 @@ def test_two_four_is_checked_and_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor is in prototype stage")
 def test_two_four_computes_the_same() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs a CUDA device of compute capability 8.0")
