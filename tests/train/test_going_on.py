@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def test_an_unfinished_task_is_prolonged_and_that_is_said(tmp_path: Path, capsys
     longer = learning.trainer("plain", **(options | {"optimizer": lower}), epochs=4, schedule=Schedule(kind="cosine"))
     with pytest.raises(CheckpointMismatch, match=r"made with trainer.epochs=3, this run has 4: all 3 tasks are finished"):
         longer.fit(stream(), resume=True)
+
+
+def test_tasks_of_the_past_are_evaluated_at_the_end_alone(tmp_path: Path) -> None:
+    options = {"cls": Trainer, "optimizer": learning.PLAIN}
+    full = learning.trainer("plain", **options).fit(stream())
+    few = {**options, "eval_past": False}
+    with learning.recorder(tmp_path / "once") as told:
+        once = learning.trainer("plain", recorder=told, **few).fit(stream())
+    kept = [[a for a in row if not math.isnan(a)] for row in once]
+    assert kept == [full[0][:1], full[1][1:2], full[2]]
+    with learning.recorder(tmp_path / "left", 13) as ends, pytest.raises(Abandoned):
+        learning.trainer("plain", recorder=ends, folder=tmp_path / "run", **few).fit(stream())
+    again = learning.trainer("plain", folder=tmp_path / "run", **few).fit(stream(), resume=True)
+    assert str(again) == str(once)
 
 
 def test_a_finished_run_of_one_task_is_prolonged_as_if_it_had_been_longer(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class ClassIncremental(Experiment):
               self.split.unused(self.scenario, len(self.data.sources)).get("tasks", ""))
         check(self.model.head == "fixed" or not self.trainer.eval_future, "class_incremental", "trainer.eval_future=true with "
               "model.head=growing", "be false", "the head has no logits of classes to come")
+        check(self.trainer.eval_past, "class_incremental", "trainer.eval_past=false", "be true", "its metrics need every row")
         check(not self.consolidate.isolate or self.optimizer.dynamic_sparsity is not None, "class_incremental",
               "consolidate.isolate=true", "go with optimizer.dynamic_sparsity", "its masks are what a task gets of its own")
         if self.split.hides(self.scenario):

@@ -50,7 +50,8 @@ class GrowingData(Experiment):
     repeats_itself: ClassVar[bool] = True
 
     trainer: Trainer.Config = field(default_factory=Trainer.Config, metadata={"idle": {
-        "checkpoint_every": KEPT, "keep_last": KEPT, "eval_future": "all rounds are tested on the same samples"}})
+        "checkpoint_every": KEPT, "keep_last": KEPT, "eval_future": "all rounds are tested on the same samples",
+        "eval_past": "all rounds are tested on the same samples"}})
     shrink: float = 0.4
     """Factor on the old weights; in [0, 1]."""
     perturb: float = 0.1

@@ -28,7 +28,8 @@ class LargeBatch(Experiment):
     title: ClassVar[str] = "large_batch"
 
     trainer: Trainer.Config = field(default_factory=lambda: Trainer.Config(decay_vectors=False), metadata={"idle": {
-        "batch_size": "set global_batch", "accumulation": "set micro_batch", "eval_future": "there is one task"}})
+        "batch_size": "set global_batch", "accumulation": "set micro_batch", "eval_future": "there is one task",
+        "eval_past": "there is one task"}})
     """batch_size and accumulation follow from global_batch and micro_batch, and are left out here."""
     global_batch: int = 512
     """Samples of one update, over all ranks and micro-batches; a multiple of ranks * micro_batch."""

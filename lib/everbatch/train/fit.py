@@ -157,27 +157,31 @@ def _close_task(trainer: Stepper, run: Run, stream: Stream) -> None:
     """Evaluate after a task, and keep all of it; stopped meanwhile, keep that the evaluation is missing."""
     task = stream.tasks[run.task_index]
     last = len(stream) if trainer.config.eval_future else run.task_index + 1
+    first = 0 if trainer.config.eval_past or run.task_index + 1 == len(stream) else run.task_index
 
     def stop(now: bool) -> bool:
         return run.stop.agree(trainer.world, trainer.step, now=now)
 
-    found = scores(trainer, stream, run.task_index, list(stream.tasks[:last]), stop=stop)
+    found = scores(trainer, stream, run.task_index, list(stream.tasks[first:last]), stop=stop)
     row = firsts(found)
     run.end_task()
     if found is not None and row is not None:
-        run.matrix.append(row + [float("nan")] * (len(stream) - last))
+        run.matrix.append([float("nan")] * first + row + [float("nan")] * (len(stream) - last))
         run.scores.append(found)
-        _tell_scores(trainer, run, stream, task, found)
+        _tell_scores(trainer, run, stream, task, found, first)
     _save(trainer)
 
 
-def _tell_scores(trainer: Stepper, run: Run, stream: Stream, task: Task, found: list[dict[str, float]]) -> None:
+def _tell_scores(trainer: Stepper, run: Run, stream: Stream, task: Task, found: list[dict[str, float]], at: int) -> None:
+    """The scores of the tasks from number `at` on."""
     if trainer.recorder is None:
         return
     first, *_ = found[0]
     row = [values[first] for values in found]
-    written: dict[str, float | Tensor] = {f"{name}/task_{j}": v for j, values in enumerate(found) for name, v in values.items()}
-    written[f"{first}/seen"] = float(np.mean(row[: run.task_index]))
+    by_task = list(enumerate(found, at))
+    written: dict[str, float | Tensor] = {f"{name}/task_{j}": v for j, values in by_task for name, v in values.items()}
+    if at == 0:
+        written[f"{first}/seen"] = float(np.mean(row[: run.task_index]))
     trainer.recorder.scalars(trainer.step - 1, written)
     in_percent = trainer.problem.fraction
     shown = " ".join(f"{100 * a:5.1f}" if in_percent else f"{a:6.3f}" for a in row)

@@ -36,6 +36,9 @@ class TrainerConfig:
     """Samples per rank and forward in evaluation; >= 1."""
     eval_future: bool = False
     """Evaluate tasks before they are trained as well (forward transfer)."""
+    eval_past: bool = True
+    """False: a task is evaluated when it ends, and all are after the last one; other entries under the diagonal are NaN, which
+    `everbatch.metrics` refuses. For long streams: their evaluations grow with the square of the number of tasks."""
     checkpoint_every: int = 0
     """Steps between checkpoints beside the one after each task; 0 for none."""
     keep_last: int = 2
