@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,10 +75,8 @@ class BatchAdapted(Converted):
         if not shared:
             moved = first / (rows * each)
             return middle + moved, (second / (rows * each) - moved.square()).clamp(min=0), rows
-        from torch.distributed.nn.functional import all_reduce  # through which gradients flow
-
         flat = torch.cat([first, second, first.new_tensor([rows])])
-        first, second, total = all_reduce(flat).split([len(first), len(first), 1])  # type: ignore[no-untyped-call]
+        first, second, total = _Summed.apply(flat).split([len(first), len(first), 1])
         count = total.detach() * each
         moved = first / count
         return middle + moved, (second / count - moved.square()).clamp(min=0), total.detach()
@@ -86,6 +85,22 @@ class BatchAdapted(Converted):
         """For print."""
         share = f"alpha={self.alpha:g}" if self.prior is None else f"prior={self.prior}"
         return f"{len(self.running_mean)}, eps={self.eps}, {share}" + (", synchronised" if self.synchronised else "")
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over ranks; its gradient is the sum of their gradients. torch's own says it is deprecated, or is private."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
+        total = flat.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 def adapt_batch_norm(
