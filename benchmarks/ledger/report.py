@@ -186,7 +186,8 @@ def _contrasts(judged: Judged) -> list[str]:
         own = claim if of.statistic in (None, claim.statistic) else None
         error = "-" if value is None or value.error is None else _number(value.error, own)
         mean = "-" if value is None else _number(value.mean, own)
-        lines.append(f"| {of.says}{'' if own else f' ({of.statistic})'} | {mean} | {error} | {_interval(value, own)} | "
+        other = "" if own else f" ({of.statistic}{', not in points' if claim.percent else ''})"
+        lines.append(f"| {of.says}{other} | {mean} | {error} | {_interval(value, own)} | "
                      f"{_number(of.above, own)} | {_number(of.bar, own)} | {says} |")
     lines.append("")
     lines.append("The claim shows where every judged interval lies above its bound, and does not show at this scale where one "
