@@ -46,7 +46,7 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """Sum `value` over ranks, in place; returns it."""
         if self.size > 1:
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=_group_of(value))
         return value
 
     def all(self, flag: bool, device: torch.device | str = "cpu") -> bool:
@@ -54,7 +54,7 @@ class World:
         if self.size == 1:
             return flag
         bad = torch.tensor(0.0 if flag else 1.0, device=device)
-        dist.all_reduce(bad)
+        dist.all_reduce(bad, group=_group_of(bad))
         return bad.item() == 0.0
 
     def barrier(self) -> None:
@@ -87,7 +87,7 @@ class World:
             return rows
         result = rows.new_empty((sum(receive), *rows.shape[1:]))
         flat_in, flat_out = rows.contiguous().flatten(1), result.flatten(1)
-        dist.all_to_all_single(flat_out, flat_in, list(receive), list(send))
+        dist.all_to_all_single(flat_out, flat_in, list(receive), list(send), group=_group_of(rows))
         return result
 
     def exchange_meanwhile(
@@ -111,6 +111,19 @@ class World:
             return result
 
         return arrived
+
+
+def _group_of(value: Tensor) -> dist.ProcessGroup | None:
+    """None for the default group; another beside it for CPU tensors where that one, of somebody else, is NCCL's alone."""
+    if value.device.type == "cpu" and _serves_no_cpu():
+        return _aside()
+    return None
+
+
+def _serves_no_cpu() -> bool:
+    """Whether the default group takes no tensors of the CPU."""
+    whole = dist.group.WORLD
+    return whole is not None and all(device.type != "cpu" for device in whole._device_types)
 
 
 _beside: list[dist.ProcessGroup] = []

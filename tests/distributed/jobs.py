@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import trainers
 from record import Job, Outcome, Record, Tensors
 from torch import Tensor
 
 import learning
+from everbatch import distributed
 from everbatch.data import Batch, Task
 from everbatch.distributed import World
 from everbatch.errors import UnsupportedHost
@@ -419,6 +421,23 @@ def disagreement(record: Record, store: Path) -> None:
                 found.require(False, "nothing was noticed")
             except ValueError as error:
                 found.require(text in str(error) and "must be the same on every rank" in str(error), str(error))
+
+
+def foreign(record: Record, store: Path) -> None:
+    """Where the default group takes no CPU tensors, as NCCL's alone, they go by a group beside it. There is no NCCL here: the
+    question whether it takes them is answered for it."""
+    expected, groups = everything(full("ddp", store / "own group")), list[Any]()
+
+    def told(rows: Tensor) -> Any:
+        groups.append(asked(rows))
+        return groups[-1]
+
+    asked = distributed._group_of
+    with record.check("foreign group") as found, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_serves_no_cpu", lambda: True)
+        patch.setattr(distributed, "_group_of", told)
+        found.same_bits(everything(full("ddp", store / "foreign group")), expected, "by a group beside")
+        found.require(bool(groups) and all(group is not None for group in groups), f"{len(groups)} collectives")
 
 
 def momentum(value: float) -> Any:

@@ -76,7 +76,7 @@ def jobs(name: str, round: Round) -> list[str]:
     found += [f"half:{host}" for host, in due(HALF)]
     found += [f"ahead:{host}" for host, in due(AHEAD)]
     found += [f"own_memory:{host}" for host, in due(OWN)]
-    return found + (["disagreement", "refused"] if name == "two" else [])
+    return found + (["disagreement", "refused", "foreign"] if name == "two" else [])
 
 
 Results = dict[str, dict[str, Any]]
@@ -157,6 +157,11 @@ def test_a_memory_of_ones_own(launch: Callable[[str], Results], name: str, host:
 @pytest.mark.distributed
 def test_batch_norm_in_bf16_under_deepspeed(launch: Callable[[str], Results]) -> None:
     passes(launch("two"), "refused/batch norm")
+
+
+@pytest.mark.distributed
+def test_a_group_that_takes_no_cpu_tensors(launch: Callable[[str], Results]) -> None:
+    passes(launch("two"), "foreign group")
 
 
 @pytest.mark.distributed
