@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from everbatch.composition import compose
 from everbatch.nn import bn_recalibrate, frozen_statistics
+from everbatch.nn.statistics import has_buffers_of_its_own
 from everbatch.optim import SAM
 
 
@@ -137,3 +138,11 @@ def test_recalibration_leaves_layers_that_were_put_into_evaluation_mode() -> Non
     assert all(torch.equal(a, b) for a, b in zip(before, frozen.buffers(), strict=True)) and not frozen.training
     assert model[1].num_batches_tracked == 1 and model[1].training
     assert bn_recalibrate(model.eval(), [torch.rand(8, 1, 8, 8)]) == 2 and frozen.num_batches_tracked == 1
+
+
+def test_buffers_that_no_flag_holds_are_known() -> None:
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
+    assert not has_buffers_of_its_own(plain)
+    assert has_buffers_of_its_own(nn.Sequential(plain, nn.InstanceNorm2d(2, track_running_stats=True)))
+    plain[2].register_buffer("seen", torch.zeros(1))
+    assert has_buffers_of_its_own(plain)

@@ -302,7 +302,7 @@ def test_a_checkpoint_of_the_first_layout_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "text"), [
     ({"config": {"batch_size": 3}}, "config={'batch_size': 3}, must be a Trainer.Config"),
-    ({"device": "gpu"}, "device='gpu', must be 'cuda' or 'cpu'"),
+    ({"device": "gpu"}, "device='gpu', must be 'cuda', 'cuda:N' or 'cpu'"),
     ({"engine": {"zero_optimization": {"stage": 2}}}, "a DeepSpeed configuration without train_batch_size"),
     ({"model": torch.nn.Linear}, "model is the class Linear, must be a module")])
 def test_arguments_that_are_none(change: dict[str, Any], text: str) -> None:

@@ -44,8 +44,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch with every tensor on `device`."""
 
+        ahead = torch.device(device).type != "cpu"  # what comes back from a GPU must be there before it is read
+
         def move(rows: Any) -> Any:
-            return rows.to(device, non_blocking=True) if isinstance(rows, Tensor) else each(move, rows)
+            return rows.to(device, non_blocking=ahead) if isinstance(rows, Tensor) else each(move, rows)
 
         return replace(
             self, inputs=move(self.inputs), targets=move(self.targets), ids=move(self.ids), position=move(self.position),

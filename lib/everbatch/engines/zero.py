@@ -296,6 +296,8 @@ class ZeroHost(Host):
             raise RuntimeError("DeepSpeed: no opt.backward(loss) followed the last forward, so there is no gradient to use; call "
                                "it in place of loss.backward() and engine.backward(loss), once per micro-batch")
         self._clear_stale(boundary=True)
+        if hasattr(self.zero, "_wait_for_offload_copies"):  # of stages 1 and 2: into pinned memory, meanwhile
+            self.zero._wait_for_offload_copies()
 
     def set_sync(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -56,13 +56,17 @@ class Training:
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=options.lr, weight_decay=options.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.epochs * steps)
         for epoch in range(options.epochs):
-            with threads(fastest), torch.random.fork_rng(), torch.enable_grad():
+            with threads(fastest), torch.random.fork_rng(devices=self._devices()), torch.enable_grad():
                 torch.manual_seed(seeds.derive(options.seed, "pretraining", epoch))
                 right = self._epoch(optimizer, schedule)
             yield
         self.accuracy = right / len(self.images)
         self.state = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
         self.seconds = time.monotonic() - start
+
+    def _devices(self) -> list[torch.device]:
+        """The GPU of the network, whose random numbers training draws."""
+        return [p.device for p in [next(self.net.parameters())] if p.is_cuda]
 
     def _fastest(self) -> int:
         """All cores, or one where that is faster: threads of a small network, or beside other processes, wait for each other."""

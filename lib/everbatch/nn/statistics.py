@@ -187,6 +187,12 @@ def hold_statistics(module: nn.Module) -> list[Callable[[], None]]:
     return undo
 
 
+def has_buffers_of_its_own(model: nn.Module) -> bool:
+    """Whether some buffer is none of the statistics that a flag of batch norms keeps from moving."""
+    return any(value is not None and not (isinstance(m, _BatchNorm) and has_torch_forward(m) and name in STATISTICS)
+               for m in every_module(model) for name, value in m._buffers.items())
+
+
 def has_torch_forward(module: nn.Module) -> bool:
     """Whether torch's own forward moves a batch norm's statistics; a split layer counts as the class it was made from."""
     kind: Any = getattr(module, "original", type(module))

@@ -24,7 +24,7 @@ def check_arguments(model: Any, config: Any, engine: Any, device: Any) -> None:
     check(config is None or hasattr(config, "batch_size"), "Trainer", f"config={given!r}", "be a Trainer.Config",
           "config=Trainer.Config(batch_size=..., epochs=...)")
     known = device is None or bool(re.fullmatch(r"cpu|cuda(:\d+)?", str(device)))
-    check(known, "Trainer", f"device={device!r}", "be 'cuda' or 'cpu'")
+    check(known, "Trainer", f"device={device!r}", "be 'cuda', 'cuda:N' or 'cpu'")
     if isinstance(engine, Mapping):
         check(any(size in engine for size in SIZES), "Trainer", f"a DeepSpeed configuration without {' and '.join(SIZES)}",
               "be complete", "everbatch.config.layers.deepspeed_config(...) makes one")

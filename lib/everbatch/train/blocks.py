@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 __all__ = ["blocks_of", "shard_blocks"]
@@ -22,13 +23,19 @@ WALKS = frozenset({"parameters", "named_parameters", "state_dict", "get_paramete
 """What gets at a module's weights without their names, or runs it without its hooks."""
 
 
-def shard_blocks(model: nn.Module) -> nn.Module:
-    """`fully_shard` the blocks of the outermost ModuleLists, ModuleDicts and Sequentials, then the root; in place."""
+def shard_blocks(model: nn.Module, device: str | None = None) -> nn.Module:
+    """`fully_shard` the blocks of the outermost ModuleLists, ModuleDicts and Sequentials, then the root; in place.
+
+    Args:
+        device: type of the device that weights stay on; by default a GPU where there is one, as torch has it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = None if device is None else init_device_mesh(device, (dist.get_world_size(),))
     for block in blocks_of(model):
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
 
 

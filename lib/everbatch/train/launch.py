@@ -77,7 +77,7 @@ def launch(
     elif engine == "fsdp2":
         if compiled:
             compile_blocks(blocks_of(model) or [model])
-        shard_blocks(model)
+        shard_blocks(model, device.type)
     decay = None if decay_vectors else options.get("weight_decay", 0.0)
     if len(born) > 1:
         by_growth = grown_groups(call.named_parameters(), born, decay, ddp=engine == "ddp")

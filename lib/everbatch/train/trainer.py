@@ -63,7 +63,8 @@ class Trainer(Stepper):
             becomes float32, but for problems whose inputs are ids, and named inputs stay as they are.
         folder: where checkpoints go; None for none.
         recorder: where scalars go, given on every rank or on none (ranks but 0 write nothing); None for none.
-        device: "cuda" or "cpu"; by default this rank's GPU where there is one.
+        device: "cuda", "cuda:N" or "cpu"; by default this rank's GPU where there is one. "cuda:N" becomes the
+            current device of this process.
         num_tasks: tasks of the stream, for mixins that divide something among them; `fit` knows it itself.
         problem: what is learned, of `everbatch.problems`: the loss of each row, its units, the scores. By default
             `Classification(label_smoothing=config.label_smoothing)`.
@@ -149,6 +150,8 @@ class Trainer(Stepper):
         check_problem(self.problem, optimizer)
 
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        if device is not None and ":" in device:
+            torch.cuda.set_device(device)
         self.device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         self.augment, self.prepare = augment, prepare
         self.recorder, self.output_fn = recorder, output_fn

@@ -112,7 +112,7 @@ def combine_(host: Host, target: Vector, other: Vector, keep: float | Tensor, ad
         return
     more = {s.name: (s, t) for s, t in other}
     for shard, t in target:
-        t.mul_(keep)
+        t.mul_(keep.to(t) if isinstance(keep, Tensor) else keep)
         if shard.name in more:
             t.add_(more.pop(shard.name)[1].to(t.dtype) * add)
     if more and add:

@@ -89,7 +89,7 @@ class LookSAM(OptimizerMixin):
         of = {s.name: t for s, t in g}
         h.map_(lambda s, t: t.sub_(of[s.name] * (products[s.name] / squares[s.name].clamp_min(tiny)).to(t)))
         (rest,) = by_tensor(self.host, (h, h))  # above all in a tensor of one element, where h is always parallel to g
-        return h.map_(lambda s, t: t.mul_(rest[s.name].sqrt() > noise * whole[s.name].sqrt()))
+        return h.map_(lambda s, t: t.mul_((rest[s.name].sqrt() > noise * whole[s.name].sqrt()).to(t)))
 
     def _look_reuse(self, alpha: float) -> None:
         kept, gradient = self.states[LookSAM].direction, self.host.gradient()

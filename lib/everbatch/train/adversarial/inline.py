@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from everbatch.nn.statistics import has_buffers_of_its_own
 from everbatch.rows import Rows, named
 from everbatch.train.adversarial.attack import Attack
 from everbatch.train.adversarial.placement import AdversaryLost, Crafted, Job, Placement, modes_of, set_modes
@@ -70,7 +71,8 @@ class SideStream(Inline):
 
     The side stream begins after the weights of this step are final, the main stream waits for it before they move
     (`before_update`), and a crafted batch is used only after its event. Memory that one stream allocated and the other reads is
-    marked for the allocator.
+    marked for the allocator. Where a forward may move buffers other than batch norms' statistics, which crafting puts back, the
+    main stream waits at once: two forwards beside each other would lose what one of them moved.
     """
 
     def __init__(self, attack: Attack, module: nn.Module, logits_of: Callable[[Rows], Tensor] | None, rank: int) -> None:
@@ -78,6 +80,7 @@ class SideStream(Inline):
         cuda = next(module.parameters()).is_cuda
         self.stream: Any = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
         self._events: dict[int, Any] = {}
+        self._waits = cuda and has_buffers_of_its_own(module)
 
     def _craft(self, version: int, job: Job) -> Crafted:
         if self.stream is None:
@@ -89,6 +92,8 @@ class SideStream(Inline):
         for value in named("inputs", job.inputs).values():
             value.record_stream(self.stream)
         job.targets.record_stream(self.stream)
+        if self._waits:
+            self.before_update()
         return done
 
     def before_update(self) -> None:

@@ -194,6 +194,8 @@ def _adversary(pipe: Any, attack: Attack, bones: bytes, flat: list[Tensor], told
     follow_trainer()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
+    if results[0].is_cuda:
+        torch.cuda.set_device(results[0].device)  # whose stream is waited for below
     try:
         module = torch.load(io.BytesIO(bones), weights_only=False)
         parts = list(module.modules())

@@ -51,7 +51,7 @@ def sketched(product: Tensor, draw: Tensor, config: SAMEOptions, trace: float) -
 
     Source: Tropp et al. 2017, arXiv 1706.05736, Algorithm 3.
     """
-    y, q = product.double(), draw.double()
+    y, q = product.double(), draw.to(product.device, torch.float64)
     size = float(y.norm())
     if size == 0.0:
         return Split(product[:, :0], product[0, :0], 0.0)
