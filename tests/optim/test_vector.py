@@ -168,3 +168,5 @@ def test_what_is_not_finite_is_found_in_every_type(dtype: torch.dtype, place: st
         bad = count_bad(weights, Vector(None, [], gradient), torch.device(place))  # type: ignore[arg-type]
         assert bool(bad > 0) is found, value
         assert torch.equal(gradient[1].isnan(), kept.isnan()) and torch.equal(gradient[1].nan_to_num(), kept.nan_to_num())
+    empty = Vector(None, [], [torch.ones(0, dtype=dtype, device=place)])  # type: ignore[arg-type]  # a rank without a slice of it
+    assert not count_bad(empty, empty, torch.device(place)) > 0

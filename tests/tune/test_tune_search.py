@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from everbatch.tune.drive import Resources, _check_nodes, _list_death, cluster
+from everbatch.tune.drive import Resources, _check_nodes, _deaths, _list_death, cluster
 from everbatch.tune.ledger import Ledger
 from everbatch.tune.overdue import GRACE_S, Overdue
 from everbatch.tune.plan import Plan, SearchOptions
@@ -188,6 +188,12 @@ def test_a_process_that_died_twice_is_listed_at_its_first_open_unit(said: str, k
     assert row is not None and row["failed"] == kind and row["order"] == 1 and row["cause"]
     rows, failures = plan.rows("er", [0, 1])
     assert rows[0]["status"] == "failed" and failures[0]["failed"] == kind
+
+
+def test_a_trial_that_died_before_it_told_anything_is_known_by_its_folder() -> None:
+    results = [SimpleNamespace(error=FULL, path="/somewhere/ray/run-1/dark_er_pp-3-e7d5b_00001", config={}),
+               SimpleNamespace(error=None, path="/somewhere/ray/run-1/er-0-e7d5b_00000", config={})]
+    assert _deaths(results) == {"dark_er_pp #3": FULL}
 
 
 def test_evaluation_data_in_a_trial_ends_the_search(run: Path, tmp_path: Path) -> None:

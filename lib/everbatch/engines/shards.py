@@ -252,8 +252,8 @@ def count_bad(weights: Vector, gradient: Vector, device: torch.device) -> Tensor
         here = held if len(devices) == 1 else [t for t in held if t.device == place]
         if place.type == "cuda" and (others := [t for t in here if t.dtype in (torch.bfloat16, torch.float64)]):
             # GradScaler's kernel refuses the one, and takes large values of the other for infinite. NaN stays NaN in a maximum.
-            largest = torch._foreach_norm([t for t in others if t.numel()], math.inf)
-            bad += (~torch.stack([m.double() for m in largest]).isfinite()).sum()
+            largest = [m.double() for m in torch._foreach_norm([t for t in others if t.numel()] or [bad], math.inf)]
+            bad += (~torch.stack(largest).isfinite()).sum()
             here = [t for t in here if t.dtype not in (torch.bfloat16, torch.float64)]
         found, one = torch.zeros(1, device=place), torch.ones(1, device=place)
         # What GradScaler asks with: one kernel for all on GPUs, a fifth of aminmax's time on CPUs. Times one changes no bit.

@@ -66,7 +66,8 @@ class Training:
 
     def _devices(self) -> list[torch.device]:
         """The GPU of the network, whose random numbers training draws."""
-        return [p.device for p in [next(self.net.parameters())] if p.is_cuda]
+        device = next(self.net.parameters()).device
+        return [device] if device.type == "cuda" else []
 
     def _fastest(self) -> int:
         """All cores, or one where that is faster: threads of a small network, or beside other processes, wait for each other."""

@@ -145,8 +145,7 @@ def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Bo
             run_config=tune.RunConfig(
                 name=f"run-{time.time_ns()}", storage_path=os.path.abspath(folder / "ray"), verbose=0,
                 callbacks=[reporter(board), ender()], failure_config=tune.FailureConfig(max_failures=1)))
-        deaths = {result.config["trial"]["method"] + f" #{result.config['trial']['id']}": str(result.error)
-                  for result in tuner.fit() if result.error is not None and result.config}
+        deaths = _deaths(tuner.fit())
         for trial in left:
             if trial.name in deaths:
                 _list_death(trial, deaths[trial.name])
@@ -154,6 +153,16 @@ def drive(trials: Sequence[Trial], resources: Resources, folder: Path, board: Bo
         if open_ones:  # neither done nor failed: whoever ended Tune, the trials are not to be blamed
             raise RuntimeError(f"tune: stopped before {', '.join(open_ones[:5])} had run; the same command goes on")
     board.end()
+
+
+def _deaths(results: Any) -> dict[str, str]:
+    """Errors by trial, which its folder names: a trial that ended before its first report has no configuration there."""
+    found: dict[str, str] = {}
+    for result in results:
+        if result.error is not None:
+            method, number, _ = Path(result.path).name.rsplit("-", 2)
+            found[f"{method} #{number}"] = str(result.error)
+    return found
 
 
 def _short(trial: Any) -> str:
@@ -179,7 +188,10 @@ def _list_death(trial: Trial, error: str) -> None:
     order, key = next(unit for unit in trial.units if ledger.read(unit[1]) is None)
     lines = [line.strip() for line in error.splitlines() if line.strip()] or ["ended without a word"]
     memory = "OutOfMemory" in error or "low on memory" in error
-    cause = next((line for line in reversed(lines) if "Error" in line or "memory" in line), lines[-1])
+    # Ray ends with advice where memory ran out; what happened stands above it.
+    full = [line for line in lines if "low on memory" in line]
+    telling = full or [line for line in lines if "Error" in line or "memory" in line] or lines
+    cause = telling[-1]
     if "LeakageError" in error:
         from everbatch.tune.seal import LeakageError
 
