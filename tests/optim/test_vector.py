@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from everbatch import compose
 from everbatch.engines import shards
-from everbatch.engines.shards import ByName, Vector, count_bad, masters_of
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import Vector, count_bad
 from everbatch.optim import EMA, SAM, ClipGradNorm, LookSAM, StaleSAM
 from everbatch.optim.sharpness.ascent import ascent
 
@@ -32,6 +34,10 @@ def started(*mixins: type, base: type = torch.optim.SGD, **options: Any) -> tupl
         return loss
 
     return model, opt, closure
+
+
+def tensors_in(saved: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(saved) if torch.is_tensor(leaf)]
 
 
 def vectors(seed: int) -> tuple[Vector, Vector]:
@@ -72,7 +78,7 @@ def test_displacements_within_displacements_come_back(monkeypatch: pytest.Monkey
     opt.step(closure)
     before = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
-        one = masters_of(opt.host, opt.host.shards).clone().mul_(0.5)
+        one = opt.host.weights().clone().mul_(0.5)
         with opt.displaced(one):
             half = [p.detach().clone() for p in model.parameters()]
             with opt.displaced(one):
@@ -108,6 +114,27 @@ def test_kept_directions_survive_copies_and_resumes(part: type) -> None:
         resumed.step(again)
     for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("tau", [1, 2])
+def test_old_directions_take_turns_in_the_same_memory(monkeypatch: pytest.MonkeyPatch, tau: int) -> None:
+    """The memory of a direction that is too old is that of a fresh one; no bit differs, and what was saved stays what it was."""
+    model, opt, closure = started(StaleSAM, rho=0.5, tau=tau)
+    twin, kept, again = started(StaleSAM, rho=0.5, tau=tau)
+    saved: dict[str, Any] = {}
+    places = []
+    for step in range(8):
+        with monkeypatch.context() as without:
+            without.setattr(shards, "LARGEST", 0)
+            opt.step(closure)
+        if step == 4:
+            saved = kept.state_dict()
+        before = copy.deepcopy(tensors_in(saved))
+        kept.step(again)
+        places.append({t.data_ptr() for t in kept.states[StaleSAM].history[-1].values()})
+        assert all(map(torch.equal, tensors_in(saved), before))
+    assert places[-1] == places[-1 - (tau + 1)] and places[-1] != places[-2]
+    assert all(map(torch.equal, twin.parameters(), model.parameters()))
 
 
 def test_a_copy_of_state_by_name_holds_its_tensors_alone() -> None:
@@ -160,13 +187,13 @@ PLACES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_what_is_not_finite_is_found_in_every_type(dtype: torch.dtype, place: str) -> None:
-    weights = Vector(None, [], [torch.full((7,), torch.finfo(dtype).max, dtype=dtype, device=place)])  # type: ignore[arg-type]
+    weight = torch.full((7,), torch.finfo(dtype).max, dtype=dtype, device=place)
     for value, found in ((torch.finfo(dtype).min, False), (float("nan"), True), (float("inf"), True), (-float("inf"), True)):
         gradient = [torch.ones(0, dtype=dtype, device=place), torch.ones(300, dtype=dtype, device=place)]
         gradient[1][150] = value
         kept = gradient[1].clone()
-        bad = count_bad(weights, Vector(None, [], gradient), torch.device(place))  # type: ignore[arg-type]
+        bad = count_bad([weight, *gradient], torch.device(place))
         assert bool(bad > 0) is found, value
         assert torch.equal(gradient[1].isnan(), kept.isnan()) and torch.equal(gradient[1].nan_to_num(), kept.nan_to_num())
-    empty = Vector(None, [], [torch.ones(0, dtype=dtype, device=place)])  # type: ignore[arg-type]  # a rank without a slice of it
-    assert not count_bad(empty, empty, torch.device(place)) > 0
+    nothing = torch.ones(0, dtype=dtype, device=place)  # a rank without a slice of it
+    assert not count_bad([nothing, nothing], torch.device(place)) > 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from everbatch.engines.shards import Scratch, Shard, Vector, masters_of
+from everbatch.engines.shards import Scratch, Shard, Vector
 from everbatch.engines.watch import Watch
 from everbatch.errors import UnsupportedHost, check
 
@@ -254,7 +254,8 @@ class Host(abc.ABC):
 
     def weights(self) -> Vector:
         """The masters as views."""
-        return masters_of(self, self.shards)
+        shards = self.shards
+        return Vector(self, shards, self.scratch.masters(shards))
 
     def reset_moments(self) -> None:
         """Drop the base optimizer's per-parameter state, as a newly built optimizer has none."""

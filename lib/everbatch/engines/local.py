@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -54,9 +54,6 @@ class _Present:
     """Which are trained; None: those that are not count as well."""
     names: list[str]
     shards: list[Shard]
-    places: list[int] = field(default_factory=list)
-    """Where the weights in `data` are."""
-    data: list[Tensor] = field(default_factory=list)
 
 
 class LocalHost(Host):
@@ -74,8 +71,11 @@ class LocalHost(Host):
         self._frozen_too = False
         self._built: dict[bool, _Present] = {}
         """Without and with frozen parameters."""
+        self._in_step = False
         self._stepping: _Present | None = None
-        """In a step: what counts in it."""
+        """In a step: what counts in it, from when it was first asked for after the last pass."""
+        self._placed: tuple[list[Tensor], set[torch.device]] = [], set()
+        """The masters as they were found last, and the devices of them, and so of their gradients."""
         self._clean = False
         """Whether the next `discard` has nothing to do."""
         self._outer = module
@@ -163,24 +163,13 @@ class LocalHost(Host):
         if kept is None or kept.flags != flags:
             shards = self._build_shards()
             kept = self._built[self._frozen_too] = _Present(flags, [n for n, _ in self._counted], shards)
+        if self._in_step and not self._frozen_too:
+            self._stepping = kept
         return kept
 
     def begin_step(self) -> None:
         self.watch.parts = []
-        self._note_present()
-
-    def _note_present(self) -> None:
-        self._stepping = None
-        self._stepping = self._now()
-
-    def weights(self) -> Vector:
-        now = self._now()
-        if self.sharded:
-            return super().weights()
-        places = [s.owner.data_ptr() for s in now.shards]
-        if places != now.places:  # `p.data = other` moves a weight
-            now.places, now.data = places, [s.data for s in now.shards]
-        return Vector(self, now.shards, now.data)
+        self._in_step, self._stepping = True, None
 
     def _build_shards(self) -> list[Shard]:
         index_of = self.group_index()
@@ -268,8 +257,7 @@ class LocalHost(Host):
     def end_pass(self) -> None:
         """Refuse sparse gradients, which a host given parameters alone sees here first. Unscale by hand: `GradScaler.unscale_`
         allows one call per step, and a step may have several passes."""
-        if self._stepping is not None:
-            self._note_present()
+        self._stepping = None
         look = self.watch.looking or self.module is None
         sparse = [n for n, p in self._named if p.grad is not None and p.grad.is_sparse] if look else []
         if sparse:
@@ -281,7 +269,7 @@ class LocalHost(Host):
 
     def end_step(self, applied: bool | None) -> None:
         """The growth rule of `GradScaler.update`, fed with our own finding and kept in the scaler's own state."""
-        self._stepping, self._clean = None, False
+        self._in_step, self._stepping, self._clean = False, None, False
         if self.scaler is None or applied is None:
             return
         kept = self.scaler.state_dict()
@@ -318,14 +306,18 @@ class LocalHost(Host):
 
     def _bad(self) -> Tensor:
         """> 0 where this rank holds a gradient or a master with an element that is not finite."""
-        return count_bad(self.weights(), self.gradient(), self.device)
+        gradient = self.gradient()
+        masters = self.scratch.masters(self.shards)
+        if masters is not self._placed[0]:
+            self._placed = masters, {t.device for t in masters}
+        return count_bad(masters + gradient.tensors, self.device, self._placed[1])
 
     def any_gradient(self) -> bool:
         return any(p.grad is not None for _, p in self._named if p.requires_grad) or not self._counted
 
     def _check_reduced(self) -> None:
         """DDP that was not told of unused parameters waits for them: what shares a bucket with one is left unreduced."""
-        for module in self._met:
+        for module in self._met or ():
             if not isinstance(module, DistributedDataParallel) or module.find_unused_parameters or module.static_graph:
                 continue
             if hasattr(module, "before_backward"):  # it was told by the loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["ByName", "Scratch", "Shard", "Sums", "Vector", "Whole", "count_bad", "inner", "masters_of", "step_length", "wide"]
+__all__ = ["Scratch", "Shard", "Sums", "Vector", "count_bad", "inner", "step_length", "wide"]
 
 
 def wide(t: Tensor) -> torch.dtype:
@@ -206,12 +206,6 @@ class Vector:
             result.append(t)
         return Vector(self.host, self.shards, result)
 
-    def copy_into_masters(self) -> None:
-        """Make the masters what this is."""
-        self.copy_into([s.data for s in self.shards])
-        self.host.dirty = True
-        self.host.edits += 1
-
     def copy_into(self, tensors: Sequence[Tensor]) -> None:
         """Copy each shard's tensor into another one."""
         if self.shards:
@@ -233,54 +227,50 @@ class Vector:
         return self.host.gather([(s, t) for s, t in self if s.name == name], [name])[name]
 
 
-def masters_of(host: Sums, shards: list[Shard]) -> Vector:
-    """The masters of these shards as views."""
-    return Vector(host, shards, [s.data for s in shards])
-
-
 def step_length(rho: float | Tensor, norm: Tensor, delta: float) -> Tensor:
     """rho / (norm + delta), and 0 where the norm is: the quotient may overflow in a narrower dtype, and 0 * inf is NaN."""
     return (rho / (norm + delta).clamp_min(torch.finfo(torch.float64).tiny)).masked_fill(norm == 0, 0.0)
 
 
-def count_bad(weights: Vector, gradient: Vector, device: torch.device) -> Tensor:
-    """0-dim float64: > 0 where a weight or a gradient here has an element that is not finite. No host sync."""
-    held = weights.tensors + gradient.tensors
-    bad = torch.zeros((), dtype=torch.float64, device=device)
-    devices = {t.device for t in held}
-    for place in devices:  # offload: masters on the CPU
-        here = held if len(devices) == 1 else [t for t in held if t.device == place]
+def count_bad(tensors: list[Tensor], device: torch.device, places: Collection[torch.device] = ()) -> Tensor:
+    """0-dim float64 on `device`: > 0 where an element is not finite. No host sync. `places`: the tensors' devices, if known."""
+    bad: list[Tensor] = []
+    places = places or {t.device for t in tensors}
+    for place in places:  # offload: masters on the CPU
+        here = tensors if len(places) == 1 else [t for t in tensors if t.device == place]
         if place.type == "cuda" and (others := [t for t in here if t.dtype in (torch.bfloat16, torch.float64)]):
             # GradScaler's kernel refuses the one, and takes large values of the other for infinite. NaN stays NaN in a maximum.
-            largest = [m.double() for m in torch._foreach_norm([t for t in others if t.numel()] or [bad], math.inf)]
-            bad += (~torch.stack(largest).isfinite()).sum()
+            filled = [t for t in others if t.numel()] or [torch.zeros((), device=place)]
+            largest = [m.double() for m in torch._foreach_norm(filled, math.inf)]
+            bad.append((~torch.stack(largest).isfinite()).sum())
             here = [t for t in here if t.dtype not in (torch.bfloat16, torch.float64)]
-        found, one = torch.zeros(1, device=place), torch.ones(1, device=place)
+        found, one = torch.zeros((), device=place), torch.ones((), device=place)
         # What GradScaler asks with: one kernel for all on GPUs, a fifth of aminmax's time on CPUs. Times one changes no bit.
         torch._amp_foreach_non_finite_check_and_unscale_(here, found, one)
-        bad += found[0].to(bad)
-    return bad
+        bad.append(found)
+    counts = [b.to(device, torch.float64) for b in bad or [torch.zeros((), device=device)]]
+    return counts[0] if len(counts) == 1 else torch.stack(counts).sum()
 
 
 def inner(host: Sums, *pairs: tuple[Vector, Vector]) -> Tensor:
     """Inner products over the whole model of several pairs of vectors: (number of pairs,) float64, one collective for all."""
-    local = torch.zeros(len(pairs), dtype=torch.float64, device=host.device)
-    for i, (a, b) in enumerate(pairs):
-        if a.shards:
-            local[i] = _local_inner(a, b, host.device)
+    local = _pile([_local_inner(a, b, host.device) for a, b in pairs])
     return host.total(local) if host.sharded else local
 
 
 def _local_inner(a: Vector, b: Vector, device: torch.device) -> Tensor:
     """This rank's part of one inner product: 0-dim float64."""
+    if not a.shards:
+        return torch.zeros((), dtype=torch.float64, device=device)
     if a is b:
-        parts = a.tensors if a.flat is None else _chunks(a.flat)
+        parts = a.tensors if a.flat is None else [a.flat] if a.flat.numel() <= CHUNK else list(torch.split(a.flat, CHUNK))
         return _local_squares(parts, device).sum()
     return _local_dots(*a._alike(b), device).sum()
 
 
-def _chunks(flat: Tensor) -> list[Tensor]:
-    return list(torch.split(flat, CHUNK))
+def _pile(scalars: list[Tensor]) -> Tensor:
+    """(n,) of n 0-dim tensors: a view of one alone, which takes no kernel."""
+    return torch.stack(scalars) if len(scalars) > 1 else scalars[0].unsqueeze(0)
 
 
 def _like(scale: float | Tensor, t: Tensor) -> Any:
@@ -297,28 +287,32 @@ def _times(tensors: list[Tensor], scale: Tensor) -> list[Tensor]:
 def _local_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares of each tensor, (n,) float64: fp32 accumulation at least inside a tensor, float64 across."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return torch.stack(list(torch._foreach_norm(tensors, 2, dtype=wide))).to(device, torch.float64).square()
+    return _pile(list(torch._foreach_norm(tensors, 2, dtype=wide))).to(device, torch.float64).square()
 
 
 def _local_dots(a: list[Tensor], b: list[Tensor], device: torch.device) -> Tensor:
     """Inner product of each pair of tensors, (n,) float64."""
-    return torch.stack([(x.float() * y.float() if x.dtype.itemsize < 4 else x * y).sum(dtype=torch.float64)
-                        for x, y in zip(a, b, strict=True)]).to(device)
+    return _pile([(x.float() * y.float() if x.dtype.itemsize < 4 else x * y).sum(dtype=torch.float64)
+                  for x, y in zip(a, b, strict=True)]).to(device)
 
 
 class Scratch:
     """Lends vectors that lie in one tensor each, over the same shards as before, and takes them back.
 
-    Making 150 views costs as much as a thin model's norm, sum and copy together. What is lent must not outlive its return: only
-    for what never leaves a function, or a `with` block.
+    Making 150 views costs as much as a thin model's norm, sum and copy together. What is lent must not outlive its return: for
+    what never leaves a function or a `with` block, and for state of which no one else holds tensors.
 
-    Memory: as many copies of a model's masters as are lent at once (two), up to 4 million elements each.
+    Memory: as many copies of a model's masters as are lent at once (two, and what a method keeps), of up to 4 million elements.
     """
 
     def __init__(self) -> None:
         self._shards: list[Shard] = []
         """Of what lies here."""
         self._free: list[Vector] = []
+        self._of: list[Shard] = []
+        """Whose masters were asked for last."""
+        self._places: list[int] = []
+        self._masters: list[Tensor] = []
 
     def copy(self, vector: Vector) -> Vector:
         """A copy; give it back with `give`."""
@@ -327,6 +321,11 @@ class Scratch:
             return vector.clone()
         torch._foreach_copy_(lent.tensors, vector.tensors)
         return lent
+
+    def to_masters(self, vector: Vector) -> Vector:
+        """A copy in the masters' type; give it back with `give`."""
+        alike = {s.owner.dtype for s in vector.shards} == {t.dtype for t in vector.tensors}
+        return self.copy(vector) if alike else vector.to_masters()
 
     def give(self, *vectors: Vector) -> None:
         """Return what was lent; a vector that was not is let go."""
@@ -337,7 +336,7 @@ class Scratch:
 
     def displace(self, vector: Vector) -> Vector:
         """Add a vector to the masters of its shards. Returns a copy of them as they were, which is to be given back."""
-        weights = masters_of(vector.host, vector.shards)
+        weights = Vector(vector.host, vector.shards, self.masters(vector.shards))
         saved = self.copy(weights)
         mine, theirs = saved.flat, vector.flat
         lent = self._lend(saved) if mine is not None and theirs is not None else None
@@ -350,6 +349,22 @@ class Scratch:
         vector.host.dirty = True
         vector.host.edits += 1
         return saved
+
+    def restore(self, saved: Vector) -> None:
+        """Make the masters what `displace` returned, and take it back."""
+        saved.copy_into(self.masters(saved.shards))
+        saved.host.dirty = True
+        saved.host.edits += 1
+        self.give(saved)
+
+    def masters(self, shards: list[Shard]) -> list[Tensor]:
+        """The masters of these shards as views, in a list that is not to be edited: the same one while they lie where they do."""
+        if shards and shards[0]._place == ANYWHERE:  # FSDP2's: all are, or none
+            return [s.data for s in shards]
+        places = [s.owner.data_ptr() for s in shards]
+        if places != self._places or shards != self._of:
+            self._of, self._places, self._masters = list(shards), places, [s.data for s in shards]
+        return self._masters
 
     def _lend(self, like: Vector) -> Vector | None:
         """A vector over the same shards, with any values; None where memory is not kept."""
@@ -369,32 +384,3 @@ class Scratch:
             return None
         # The list itself: by it, what is returned is known to be of these shards.
         return Vector(like.host, self._shards, None, flat=torch.empty(size, dtype=dtype, device=device), lent=True)
-
-
-class ByName(dict[str, Tensor]):
-    """State of a mixin that is per element: parameter name to this rank's slice. Saved whole, by name."""
-
-    _vector: Vector | None = None
-
-    @classmethod
-    def of(cls, vector: Vector) -> ByName:
-        """The tensors of a vector, which stays in one piece; its tensors may be edited in place, and not be replaced."""
-        result = cls({s.name: t for s, t in vector})
-        result._vector = vector
-        return result
-
-    def over(self, host: Sums, shards: list[Shard]) -> Vector:
-        """A vector of what is kept for these shards: the one it was made of; after loading a new one, in one piece as that was
-        (sums over pieces round otherwise), to whose memory what is kept moves."""
-        if self._vector is None or self._vector.host is not host or self._vector.shards != shards:
-            self._vector = Vector(host, shards, [self[s.name] for s in shards]).clone()
-            self.update({s.name: t for s, t in self._vector})
-        return self._vector
-
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
-        """Copies and pickles hold the tensors alone."""
-        return type(self), (dict(self),)
-
-
-class Whole(dict[str, Tensor]):
-    """State of a mixin that every rank holds whole: tensors by a key of the mixin's own, saved once."""

@@ -19,7 +19,7 @@ from everbatch.engines.arrivals import InOrder, Reach
 from everbatch.engines.clocks import Clocks
 from everbatch.engines.engine_modes import GROUPS, TESTED, check_internals, check_optimizer, clear_stale, in_leaf, refuse_modes
 from everbatch.engines.host import Alone, Host, plain_name, refuse_complex, refuse_partly, refuse_sparse
-from everbatch.engines.shards import Shard, Vector, count_bad, masters_of
+from everbatch.engines.shards import Shard, Vector, count_bad
 from everbatch.engines.taken import passage
 from everbatch.engines.watch import Watch
 from everbatch.errors import check
@@ -248,7 +248,7 @@ class ZeroHost(Host):
         """
         shards = self.shards if self._shards is None else self._shards
         gradient = self.gradient()
-        bad_here = count_bad(masters_of(self, shards), gradient, self.device)
+        bad_here = count_bad([*self.scratch.masters(shards), *gradient.tensors], self.device)
         reach = self._reach
         flags = reach.all if len(reach.last) == len(reach.names) else reach.flags()
         table = torch.cat([bad_here.view(1), flags])

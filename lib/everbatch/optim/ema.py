@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from everbatch.contract import Cost
-from everbatch.engines.shards import ByName, wide
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import wide
 from everbatch.errors import check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.standing import standing_in

@@ -266,8 +266,7 @@ class OptimizerMixin(Contract):
                 self._watch_precision(vector, saved)
             yield
         finally:
-            saved.copy_into_masters()
-            scratch.give(saved)
+            scratch.restore(saved)
 
     def _watch_precision(self, vector: Vector, saved: Vector) -> None:
         """At every hundredth step, where weights compute in fewer bits than fp32: what is left of a displacement."""

@@ -17,7 +17,8 @@ from everbatch.checkpoint import Checkpoint, Piece
 from everbatch.contract import base_of, parts_of
 from everbatch.distributed import World
 from everbatch.engines.host import plain_name
-from everbatch.engines.shards import ByName, Shard, Whole
+from everbatch.engines.named import ByName, Whole
+from everbatch.engines.shards import Shard
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim import state_checks
 from everbatch.optim.composed import Composed

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everbatch.checkpoint.files import CODES
 from everbatch.contract import base_of, parts_of
-from everbatch.engines.shards import ByName, Whole
+from everbatch.engines.named import ByName, Whole
 from everbatch.errors import CheckpointMismatch
 from everbatch.optim.composed import Composed
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from everbatch.contract import Cost
-from everbatch.engines.shards import ByName
+from everbatch.engines.named import ByName
 from everbatch.errors import check, check_real
 from everbatch.objective.table import ewc, online_ewc
 from everbatch.objective.terms import WeightTerm

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from everbatch.engines.host import Host
-from everbatch.engines.shards import ByName, wide
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import wide
 from everbatch.errors import check, check_whole
 from everbatch.optim.memory.fisher import ESTIMATORS, Rows, diagonal_fisher
 from everbatch.optim.mixin import OptimizerMixin

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everbatch.contract import Cost
-from everbatch.engines.shards import ByName
+from everbatch.engines.named import ByName
 from everbatch.errors import check_real, check_whole
 from everbatch.objective import table
 from everbatch.objective.terms import WeightTerm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from everbatch.contract import Cost, base_of
-from everbatch.engines.shards import ByName
+from everbatch.engines.named import ByName
 from everbatch.errors import check, check_real
 from everbatch.objective.table import ncl
 from everbatch.objective.terms import WeightTerm

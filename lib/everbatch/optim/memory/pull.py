@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from everbatch.engines.host import Host
-from everbatch.engines.shards import ByName, wide
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import wide
 from everbatch.objective.terms import WeightTerm
 
 __all__ = ["penalty", "pull", "weights_now"]

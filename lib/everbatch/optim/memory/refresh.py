@@ -11,8 +11,9 @@ from torch import Tensor
 
 from everbatch import seeds
 from everbatch.contract import Cost
+from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
-from everbatch.engines.shards import ByName, Shard, Vector
+from everbatch.engines.shards import Shard, Vector
 from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.memory.fisher import Estimator, Factory, Rows
 from everbatch.optim.memory.importance import accumulate, check_estimator, chosen_importance, slices

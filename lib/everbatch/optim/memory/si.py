@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from everbatch.contract import Cost
+from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
-from everbatch.engines.shards import ByName, wide
+from everbatch.engines.shards import wide
 from everbatch.errors import check, check_real
 from everbatch.objective import table
 from everbatch.objective.terms import WeightTerm

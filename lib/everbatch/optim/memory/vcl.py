@@ -12,8 +12,9 @@ from torch import Tensor
 
 from everbatch import seeds
 from everbatch.contract import Cost
+from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
-from everbatch.engines.shards import ByName, Shard, Vector, wide
+from everbatch.engines.shards import Shard, Vector, wide
 from everbatch.errors import check_real, check_whole
 from everbatch.objective.table import vcl
 from everbatch.objective.terms import PosteriorTerm

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from everbatch import seeds
 from everbatch.contract import Cost, parts_of
-from everbatch.engines.shards import ByName, Shard, Vector, wide
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import Shard, Vector, wide
 from everbatch.errors import check_real
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.standing import standing_in

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 
 from everbatch.contract import Cost
+from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
-from everbatch.engines.shards import ByName, Vector, inner
+from everbatch.engines.shards import Vector, inner
 from everbatch.errors import check, check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.sharpness.ascent import ascent, by_tensor, masters_copy, paired
@@ -92,11 +93,13 @@ class LookSAM(OptimizerMixin):
         return h.map_(lambda s, t: t.mul_((rest[s.name].sqrt() > noise * whole[s.name].sqrt()).to(t)))
 
     def _look_reuse(self, alpha: float) -> None:
-        kept, gradient = self.states[LookSAM].direction, self.host.gradient()
-        # A parameter that the full step did not reach, or that did not exist then, keeps its plain gradient.
-        steered = [(s, g) for s, g in gradient if s.name in kept]
-        v = kept.over(self.host, [s for s, _ in steered])
-        into = Vector(self.host, v.shards, [g for _, g in steered])
+        kept, into = self.states[LookSAM].direction, self.host.gradient()
+        gradient = into
+        if len(kept) != len(gradient.shards) or not all(s.name in kept for s in gradient.shards):
+            # A parameter that the full step did not reach, or that did not exist then, keeps its plain gradient.
+            steered = [(s, g) for s, g in gradient if s.name in kept]
+            into = Vector(self.host, [s for s, _ in steered], [g for _, g in steered])
+        v = kept.over(self.host, into.shards)
         if self.configs[LookSAM].norms == "tensor":
             own, kept_norms = by_tensor(self.host, (into, into), (v, v))
             for (shard, g), t in zip(into, v.tensors, strict=True):
@@ -104,6 +107,7 @@ class LookSAM(OptimizerMixin):
                 g.add_(t.to(g.dtype) * (alpha * own[shard.name].sqrt() / (kept_norms[shard.name].sqrt() + 1e-8)).to(g))
             return
         reached = self.host.reached()
+        copy = None
         if reached is None:
             copy = self.host.scratch.copy(gradient)
             gg, vv = inner(self.host, (copy, copy), (v, v)).unbind()
@@ -112,11 +116,11 @@ class LookSAM(OptimizerMixin):
             gg = torch.stack(list(of_g.values())).sum()
             vv = (torch.stack(list(of_v.values())) * (reached > 0)).sum()
         scale = alpha * gg.sqrt() / (vv.sqrt() + 1e-12)
-        if reached is None and gradient.shards == v.shards and len({t.dtype for t in (*gradient.tensors, *v.tensors)}) == 1:
+        if copy is not None and into is gradient and _of_one_type(copy, v):
             copy.add_(v, scale).copy_into(gradient.tensors)
         else:
             into.add_(Vector(v.host, v.shards, [t.to(g.dtype) for t, g in zip(v.tensors, into.tensors, strict=True)]), scale)
-        if reached is None:
+        if copy is not None:
             self.host.scratch.give(copy)
 
     def _look_keep(self, kept: Vector) -> None:
@@ -128,3 +132,8 @@ class LookSAM(OptimizerMixin):
         config = self.configs[LookSAM]
         share = 1 / config.every
         return Cost(passes=share, state_bytes=4, transient_bytes=12, scalar_reductions=1 + 2 * share) if config.rho else Cost()
+
+
+def _of_one_type(a: Vector, b: Vector) -> bool:
+    """Whether both lie in one piece each, of the same type."""
+    return a.flat is not None and b.flat is not None and a.flat.dtype == b.flat.dtype

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from everbatch.contract import Cost
+from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
-from everbatch.engines.shards import ByName
+from everbatch.engines.shards import Vector
 from everbatch.errors import check_real, check_whole
 from everbatch.optim.mixin import OptimizerMixin
-from everbatch.optim.sharpness.ascent import ascent, masters_copy
+from everbatch.optim.sharpness.ascent import ascent
 
 __all__ = ["StaleSAM"]
 
@@ -62,13 +63,16 @@ class StaleSAM(OptimizerMixin):
             shards = [s for s in self.host.shards if s.name in old]
             with self.displaced(ascent(old.over(self.host, shards), config.rho)):
                 loss = super().estimate_gradient(objective)
-        fresh = ByName.of(masters_copy(self.host.gradient()))
+        fresh = self.host.scratch.to_masters(self.host.gradient())
         self.on_apply(lambda: self._stale_keep(fresh))
         return loss
 
-    def _stale_keep(self, fresh: ByName) -> None:
+    def _stale_keep(self, fresh: Vector) -> None:
         state, tau = self.states[StaleSAM], self.configs[StaleSAM].tau
-        state.history = [*state.history, fresh][-tau:]
+        kept = [*state.history, ByName.of(fresh)]
+        state.history = kept[-tau:]
+        for old in kept[:-tau]:
+            old.give_to(self.host.scratch)
 
     def cost(self) -> Cost:
         """No more passes."""

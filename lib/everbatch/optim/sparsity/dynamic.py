@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from everbatch.contract import Cost, parts_of
+from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
-from everbatch.engines.shards import ByName, Vector
+from everbatch.engines.shards import Vector
 from everbatch.optim.ema import EMA, zero_averages
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.sparsity import recall, tasks, topology

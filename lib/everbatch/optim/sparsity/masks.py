@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from everbatch.engines.host import Host
-from everbatch.engines.shards import ByName, Shard, Vector
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import Shard, Vector
 from everbatch.errors import check, nearest
 from everbatch.optim.sparsity.agreement import digest, verify
 from everbatch.optim.sparsity.densities import draw_mask, exact_counts, layer_densities

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from everbatch.engines.shards import ByName
+from everbatch.engines.named import ByName
 from everbatch.errors import check, check_real
 from everbatch.optim.sparsity import topology
 from everbatch.optim.sparsity.grow import CRITERIA as GROW

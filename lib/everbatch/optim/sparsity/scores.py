@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from everbatch.engines.shards import ByName, Shard
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import Shard
 from everbatch.optim.sparsity.options import Kept, Options
 
 __all__ = ["Scores"]

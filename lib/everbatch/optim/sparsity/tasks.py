@@ -21,7 +21,8 @@ from torch import Tensor
 
 from everbatch.distributed import World
 from everbatch.engines.host import Host
-from everbatch.engines.shards import ByName, Shard
+from everbatch.engines.named import ByName
+from everbatch.engines.shards import Shard
 from everbatch.errors import check
 from everbatch.optim.sparsity import recall
 from everbatch.optim.sparsity.frozen import Capacity, capacity, check_frozen, checksums

@@ -15,7 +15,8 @@ from everbatch.contract import parts_of
 from everbatch.distributed import World
 from everbatch.engines.host import Host
 from everbatch.engines.local import LocalHost
-from everbatch.engines.shards import Shard, Whole
+from everbatch.engines.named import Whole
+from everbatch.engines.shards import Shard
 from everbatch.errors import CompositionError, check, nearest
 from everbatch.optim.subspace.transforms import Projection
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.engines.host import Host
-from everbatch.engines.shards import Whole
+from everbatch.engines.named import Whole
 from everbatch.errors import check
 from everbatch.optim.subspace.maps import agreed, gathered
 from everbatch.optim.subspace.options import GripOptions
