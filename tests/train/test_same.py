@@ -148,9 +148,9 @@ def test_tokens_count_once(way: str) -> None:
 class Tokens(nn.Module):
     """Means over the tokens that are no padding."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 4) -> None:
         super().__init__()
-        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.fc, self.head = nn.Linear(6, 8), nn.Linear(8, classes)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         y = self.fc(x).tanh() * attention_mask[..., None]
@@ -169,6 +169,23 @@ def test_padding_of_named_inputs_is_left_out() -> None:
     torch.testing.assert_close(history["fc/second"], rows.T @ rows)
     kept = torch.cat([made.states[SAME].probes[f"fc/{task}/inputs"] for task in (0, 1)])
     assert len(kept) == 64 and all(bool((rows == row).all(1).any()) for row in kept)
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["first task", "no token"])
+def test_that_nothing_is_protected_is_logged_once(caplog: pytest.LogCaptureFixture, blind: bool) -> None:
+    """Before the first task ends, where it is as it must be; and a warning where the mask has left out every token."""
+    x, mask = drawn(24, 5, 6).float(), torch.ones(24, 5)
+    source = RowSource({"x": x, "attention_mask": mask}, labels=torch.arange(24) % 6)
+    made: Any = Learner(Tokens(6), functools.partial(compose(base=torch.optim.SGD), lr=0.01), layers=("fc",), device="cpu",
+                        config=Trainer.Config(batch_size=4, epochs=1), statistics="float64", router="null")
+    made._same.watch._mask_of = (lambda _x: torch.zeros(4, 5)) if blind else made._same.watch._mask_of
+    with caplog.at_level("INFO", logger="everbatch"):
+        made.fit(class_incremental(source, source, tasks=3))
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if "SAME" in r.getMessage()]
+    assert said[0] == ("INFO", "SAME: before task 0, no task has ended: the maps of 1 layers are the identity")
+    assert [level for level, _ in said[1:]] == ["WARNING"] * blind
+    assert not blind or "before task 1, no training token of an ended task has reached layers ['fc']" in said[1][1]
+    assert bool(made.optimizer.projections) is not blind
 
 
 @pytest.mark.parametrize("action", [When(place, 2).param(action) for place, action in enumerate(("grad", "mask"))])

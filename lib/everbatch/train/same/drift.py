@@ -37,6 +37,8 @@ def drift_of(probes: Probes, routers: Mapping[str, Tensor], top_k: int | None) -
     for key in [key for key in probes if key.endswith("/inputs")]:
         layer, task, _ = key.rsplit("/", 2)
         x, then = probes[key], probes[f"{layer}/{task}/logits"]
+        if not len(x):  # no token of this task has reached the layer
+            continue
         now = logits_of(x, routers[layer])
         old, new = (logits.softmax(-1) if top_k is None else leading(logits.softmax(-1), top_k) for logits in (then, now))
         values = torch.stack([(now - then).abs().max(), 0.5 * (new - old).abs().sum(-1).mean(),

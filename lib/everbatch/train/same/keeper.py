@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ class Keeper:
         self.watch = Watch(self.layers)
         self.draws = {name: draw_of(layer.in_features, config.wide_rank, name, seed) for name, layer in self.layers.items()}
         self._applied: Tensor | None = None
+        self._told: set[tuple[str, bool]] = set()
+        """Layers without a map, as was logged, and whether a task had ended."""
 
     def begin(self, sums: TaskSums, device: torch.device) -> None:
         """Sums of a task, all zero."""
@@ -52,20 +55,37 @@ class Keeper:
     # ------------------------------------------------------------------------------------------------------- what is set
     def maps(self, history: Mapping[str, Tensor], present: Mapping[str, LayerSums] | None, device: torch.device,
              before: str) -> dict[str, Projection]:
-        """The maps of every layer: of ended tasks, and for the printed rule of the present one as well."""
-        config, found = self.config, dict[str, Projection]()
+        """The maps of every layer: of ended tasks, and for the printed rule of the present one as well. A layer that no token of
+        an ended task has reached has none, which is the identity, and logged once."""
+        config, found, free = self.config, dict[str, Projection](), list[str]()
         for name in self.names:
             who = f"SAME: layer {name!r}, {before}"
             past = _of(history, name, device)
             if past is not None and past["numbers"][0] > 0:
                 split = split_of(past, self.draws[name], config, router=config.router, who=who)
                 found |= maps_of(name, config.experts, split, config, config.mu_rel * mean_square(past))
+            else:
+                free.append(name)
             if present is not None:
                 both = present[name] if past is None else {key: value + past[key] for key, value in present[name].items()}
                 split = split_of(both, self.draws[name], config, router="paper", who=who)
                 if split.rank:
                     found[f"{name}.router"] = Projection(right=router_map(split, config, 0.0, "paper"))
+        self._tell(free, bool(history), before)
         return found
+
+    def _tell(self, free: list[str], ended: bool, before: str) -> None:
+        """Log, once for each, in which layers nothing is protected: all before the first task ends, later those left out."""
+        new = [name for name in free if (name, ended) not in self._told]
+        self._told |= {(name, ended) for name in new}
+        if not new or World.current().rank:
+            return
+        log = logging.getLogger("everbatch")
+        if ended:
+            log.warning("SAME: %s, no training token of an ended task has reached layers %s: their maps are the identity, which "
+                        "protects nothing; look at the mask, or leave these layers out", before, new)
+        else:
+            log.info("SAME: %s, no task has ended: the maps of %d layers are the identity", before, len(new))
 
     def decided(self, sums: TaskSums, history: Mapping[str, Tensor], world: World, device: torch.device) -> Tensor | None:
         """(layers, experts), who rests, on the CPU and the same on every rank; None while too few tokens were seen. Two
