@@ -105,11 +105,14 @@ def test_one_all_reduce_of_float64_in_a_step_with_units(make: Any, stream: Any, 
 
 
 def test_a_batch_without_a_token_moves_nothing() -> None:
-    empty = iid(texts.source(0, 8, first=8), texts.source(1, 4))
+    empty = iid(texts.source(0, 8, first=8), texts.source(1, 4, first=4))
     t = texts.trainer(momentum=0.0)
     before, records = texts.weights(t), list[StepRecord]()
     t.after_step = records.append
-    t.fit(empty)
+    with pytest.warns(UserWarning) as said:
+        t.fit(empty)
+    assert [str(w.message).partition(" counts, so")[0] for w in said] == [
+        "CausalLM: no unit of the batch of step 0, of task 0,", "CausalLM: no unit of the test samples of task 0"]
     assert texts.far(before, texts.weights(t)) == 0.0 and float(records[0].loss) == 0.0 and records[0].applied
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from everbatch.optim.mixin import OptimizerMixin
 from everbatch.rows import named
 from everbatch.train.record import StepRecord
 
-__all__ = ["where_not_finite"]
+__all__ = ["warn_of_no_units", "where_not_finite"]
 
 
 def where_not_finite(optimizer: OptimizerMixin, world: World, record: StepRecord) -> str:
@@ -65,3 +66,10 @@ def _bad(rows: Tensor) -> Tensor:
 
 def _short(ids: list[int]) -> str:
     return f"{ids[:8]}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
+
+
+def warn_of_no_units(problem: str, where: str, rank: int) -> None:
+    """Warn, on rank 0, of samples in which nothing counts: they teach nothing, and scores of them are not a number."""
+    if rank == 0:
+        warnings.warn(f"{problem}: no unit of {where} counts, so they teach nothing and scores of them are NaN; look at the "
+                      "targets, of which a language model leaves out those that equal `ignore`", stacklevel=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 import warnings
@@ -19,7 +20,7 @@ from everbatch.evaluate.evaluator import firsts, scores
 from everbatch.train import persist
 from everbatch.train.boundaries import begins, ends, steps_before, visible_steps
 from everbatch.train.consolidate import Consolidate
-from everbatch.train.diagnosis import where_not_finite
+from everbatch.train.diagnosis import warn_of_no_units, where_not_finite
 from everbatch.train.modes import warn_if_nothing_trains
 from everbatch.train.record import StepRecord
 from everbatch.train.run import Run
@@ -164,6 +165,9 @@ def _close_task(trainer: Stepper, run: Run, stream: Stream) -> None:
 
     found = scores(trainer, stream, run.task_index, list(stream.tasks[first:last]), stop=stop)
     row = firsts(found)
+    if row is not None and trainer.problem.in_units:
+        if math.isnan(row[run.task_index - first]):
+            warn_of_no_units(type(trainer.problem).__name__, f"the test samples of task {task.id}", trainer.world.rank)
     run.end_task()
     if found is not None and row is not None:
         run.matrix.append([float("nan")] * first + row + [float("nan")] * (len(stream) - last))

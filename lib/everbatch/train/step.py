@@ -23,6 +23,7 @@ from everbatch.problems import Problem
 from everbatch.report.recorder import Recorder
 from everbatch.rows import Rows, each, rows_of, stacked
 from everbatch.train.begun import Begun
+from everbatch.train.diagnosis import warn_of_no_units
 from everbatch.train.growth import Growth
 from everbatch.train.launch import Engine
 from everbatch.train.outputs import Pick, described, told
@@ -69,6 +70,8 @@ class Stepper:
     """Whether a step takes a gradient; without, it is one forward of each part."""
     tells_end = True
     """Whether `fit` says that nothing was left to train; a recipe says it itself."""
+    _looked_in = -1
+    """Task in which it was looked whether units count."""
     handles_signals = True
     """Whether `fit` takes the signals that ask a run to end, in the main thread and with a folder."""
 
@@ -200,6 +203,11 @@ class Stepper:
         shares = [(weight.double() * self.problem.units(part.targets)).sum()
                   for part, weight in zip(parts, weights, strict=True)]
         means = self.world.sum(torch.stack(shares)) / self.world.size
+        if self._looked_in != parts[0].task:  # one host sync per task
+            self._looked_in = parts[0].task
+            if not bool(means[0] > 0):
+                warn_of_no_units(type(self.problem).__name__, f"the batch of step {self.step}, of task {parts[0].task},",
+                                 self.world.rank)
         factors = torch.where(means > 0, 1.0 / means, 0.0)  # a part without units has no loss
         return [replace(part, weight=(weight.double() * factor).to(weight.dtype))
                 for part, weight, factor in zip(parts, weights, factors, strict=True)]
