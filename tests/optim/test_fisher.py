@@ -10,10 +10,12 @@ import pytest
 import torch
 from quadratics import same, small_net, weights
 from torch import Tensor, nn
+from torch.nn import functional
 
 from everbatch.composition import compose
 from everbatch.errors import UnsupportedHost
 from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
+from everbatch.optim.memory import fisher
 from everbatch.optim.memory.fisher import ESTIMATORS
 from everbatch.optim.memory.importance import slices
 from rotation import When
@@ -99,6 +101,143 @@ def test_what_torch_func_cannot_is_taken_row_by_row_and_said(kind: str) -> None:
         got = diagonal_fisher(opt, BATCHES, "empirical", chunk=4)
     close(got, by_loop(model, X, Y, "empirical"))
     close(diagonal_fisher(opt, BATCHES, "empirical", chunk=1), got)  # and says nothing
+
+
+class Rich(nn.Module):
+    """Every layer whose weights' gradients are known by row, one of them called twice, and writes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
+        self.batch, self.group, self.layer = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm((4, 7))
+        self.tokens, self.again, self.norm, self.head = nn.Linear(7, 5), nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.flat = nn.BatchNorm1d(5)
+        self.batch.running_mean += torch.arange(4)  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.batch(self.conv(x.view(-1, 2, 3, 5))), inplace=True)
+        x = self.layer(self.group(x).mean(2))
+        x = self.norm(self.again(self.tokens(x).tanh()))
+        return self.head(self.flat(self.again(x.mean(1)).sigmoid_()))  # type: ignore[no-any-return]
+
+
+class Odd(nn.Module):
+    """A net that is not what it looks like."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.kind, self.first, self.head = kind, nn.Linear(6, 6), nn.Linear(6, 3)
+        self.deep = nn.Conv2d(2, 2, 1, groups=2) if kind == "depthwise" else nn.Identity()
+        if kind == "scaled":
+            self.first.register_parameter("scale", nn.Parameter(torch.full((6,), 0.5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.abs().sum(1, keepdim=True) > 0
+        order = x[:, 0].argsort()
+        if self.kind == "sorted":
+            x = x[order]
+        x = self.deep(self.first(x).tanh().view(-1, 2, 1, 3)).flatten(1)
+        if "elsewhere" in self.kind:
+            x = x + (0.5 if self.kind == "used elsewhere" else 1e-4) * x @ self.first.weight
+        if self.kind == "scaled":
+            x = x * self.first.scale
+        y: Tensor = self.head(x - x.mean(0)) if self.kind == "rows see each other" else self.head(x)
+        return seen * (y[order.argsort()] if self.kind == "sorted" else y)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "reference", "exact"])
+def test_by_layer_is_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows but those of the first four, which torch.func takes as well."""
+    opt, model = optimizer(Rich())
+    x = torch.randn(11, 30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    y = torch.arange(11) % 3
+    asked = listened(monkeypatch)
+    got = diagonal_fisher(opt, [(x[:6], y[:6]), (x[6:], y[6:])], kind, chunk=4)
+    model.eval()
+    close(got, by_loop(model, x, y, kind))
+    assert asked == [4]
+
+
+def listened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows torch.func is asked for, piece by piece."""
+    asked: list[int] = []
+    torchs = fisher._vectorised
+
+    def vectorised(many: Any, weights: Any, part: Any) -> Any:
+        asked.append(len(part[0]))
+        return torchs(many, weights, part)
+
+    monkeypatch.setattr(fisher, "_vectorised", vectorised)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["rows see each other", "used elsewhere", "used a little elsewhere", "depthwise", "scaled"])
+def test_a_net_that_is_not_what_it_looks_like_is_not_taken_by_layer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where the first rows have no gradient at all, in which nothing shows."""
+    opt, model = optimizer(Odd(kind))
+    asked = listened(monkeypatch)
+    close(diagonal_fisher(opt, BATCHES, "empirical", chunk=4), by_loop(model, X, Y, "empirical"))
+    assert asked == [4, 4, 2]
+    blind = torch.cat([torch.zeros(4, 6, dtype=torch.float64), X])
+    labels = torch.cat([Y[:4], Y])
+    got = diagonal_fisher(opt, [(blind, labels)], "empirical", chunk=4)
+    close({name: g * 14 / 10 for name, g in got.items()}, by_loop(model, X, Y, "empirical"))
+
+
+@pytest.mark.parametrize("kind", ["reference", "exact"])
+def test_rows_may_change_places_on_their_way(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt, model = optimizer(Odd("sorted"))
+    asked = listened(monkeypatch)
+    close(diagonal_fisher(opt, BATCHES, kind, chunk=4), by_loop(model, X, Y, kind))
+    assert asked == [4]
+
+
+@pytest.mark.parametrize("shape", ["no rows", "rows last"])
+def test_outputs_of_any_shape_are_sensitive(shape: str) -> None:
+    """Of a row, all that the model gives for it counts, wherever its dimension is."""
+    class Turned(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y.squeeze() if shape == "no rows" else y.T
+
+    model = Turned(nn.Linear(6, 1 if shape == "no rows" else 3)).double()
+    opt, _ = optimizer(model)
+    wanted = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in X:
+        found = torch.autograd.grad(model(row[None]).square().sum(), list(model.parameters()))
+        for name, g in zip(wanted, found, strict=True):
+            wanted[name] += g.abs() / len(X)
+    for chunk in (1, 4):
+        close(output_sensitivity(opt, BATCHES, chunk=chunk), wanted)
+
+
+def test_autocast_inside_a_net_costs_no_more_by_layer() -> None:
+    class Narrow(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float()  # type: ignore[no-any-return]
+
+    torch.manual_seed(3)
+    model = Narrow(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
+    opt = SGD(model, lr=0.1)
+    batches = [(x.float(), y) for x, y, _ in BATCHES] * 4
+    one, other = (diagonal_fisher(opt, batches, chunk=chunk) for chunk in (1, 4))
+    for name, value in one.items():
+        assert float((value - other[name]).norm() / value.norm()) < 0.02, name
+
+
+def test_a_net_that_does_something_else_with_later_rows_is_taken_otherwise_from_there_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changes(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            x, (weight, bias) = self.first(x).tanh(), self.head.parameters()
+            return functional.linear(x, weight, bias) if len(x) == 2 else self.head(x)  # type: ignore[no-any-return]
+
+    opt, model = optimizer(Changes(""))
+    asked = listened(monkeypatch)
+    close(diagonal_fisher(opt, BATCHES, "empirical", chunk=4), by_loop(model, X, Y, "empirical"))
+    assert asked == [4, 2]
 
 
 def test_an_error_of_the_model_is_no_matter_of_rows() -> None:

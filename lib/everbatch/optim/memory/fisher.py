@@ -20,6 +20,7 @@ from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.engines.shards import wide
 from everbatch.errors import check
+from everbatch.optim.memory.by_layer import ByLayer, Size, Values, count_of, of_one
 from everbatch.optim.memory.replica import Call, Factory, Weights, evaluating, replica, require_replica
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.problems import Problem
@@ -39,7 +40,7 @@ ESTIMATORS = ("reference", "empirical", "sampled", "exact", "batch")
 # ---------------------------------------------------------------------------------------------------------- kernels
 def fisher_sums(
     call: Call, weights: Weights, inputs: Inputs, targets: Tensor, estimator: Estimator, *, chunk: int = 16,
-    uniform: Tensor | None = None, problem: Problem | None = None,
+    uniform: Tensor | None = None, problem: Problem | None = None, layers: ByLayer | None = None,
 ) -> Weights:
     """Sum over the rows of one batch of an estimator of the diagonal Fisher information.
 
@@ -60,6 +61,7 @@ def fisher_sums(
         uniform: (n,) in (0, 1), for `sampled`: the label is the quantile of the predicted distribution.
         problem: whose -losses(row) stand in the place of ln p(y_i|x_i), for `empirical` and `batch`; None: class indices. A row's
             loss is summed over its units, so that importance grows with the square of a sequence's length.
+        layers: what an earlier batch of the same model has shown of it; None: this one is asked anew.
 
     Returns:
         Sums by name, in the weights' dtype, float32 at least.
@@ -67,10 +69,11 @@ def fisher_sums(
     Raises:
         ValueError: a label outside the classes.
 
-    Cost: n backward passes in n / chunk calls (`exact`: C times as many; `batch`: one).
+    Cost: n backward passes in n / chunk calls (`exact`: C times as many; `batch`: one); for models of the layers that `ByLayer`
+    knows, and chunk > 1, those of a batch without its weights' gradients, and per layer about as much again.
     """
     if problem is not None:
-        return _loss_sums(call, weights, inputs, targets, estimator, chunk, problem)
+        return _loss_sums(call, weights, inputs, targets, estimator, chunk, problem, layers)
     with torch.no_grad():  # how many classes there are, one row tells
         logits = call(weights, inputs if estimator == "sampled" else each(lambda v: v[:1], inputs))
     classes = logits.shape[-1]
@@ -85,20 +88,19 @@ def fisher_sums(
         targets = torch.searchsorted(steps, uniform.to(steps)[:, None]).squeeze(1).clamp(max=classes - 1)
     labels = [torch.full_like(targets, c) for c in range(classes)] if estimator == "exact" else [targets]
 
-    def log_probability(w: Weights, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        value = functional.log_softmax(call(w, x[None])[0], -1).gather(-1, y[None])[0]
-        return value, value.exp()
+    def log_probability(w: Weights, x: Inputs, y: Tensor) -> Tensor:
+        return functional.log_softmax(call(w, x), -1).gather(-1, y[:, None])[:, 0]
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     for label in labels:
-        _accumulate(sums, log_probability, weights, (inputs, label), chunk,
-                    lambda g, p: g * g if p is None else g * g * p.view(-1, *(1,) * (g.dim() - 1)),
+        _accumulate(sums, log_probability, weights, [inputs, label], chunk, torch.square, layers,
                     weighted=estimator in ("reference", "exact"))
     return sums
 
 
 def _loss_sums(
     call: Call, weights: Weights, inputs: Inputs, targets: Tensor, estimator: Estimator, chunk: int, problem: Problem,
+    layers: ByLayer | None,
 ) -> Weights:
     """`fisher_sums` of a problem."""
     check(estimator in ("empirical", "batch"), "fisher_sums", f"estimator={estimator!r} and problem={type(problem).__name__}",
@@ -107,16 +109,17 @@ def _loss_sums(
         gradient = grad(lambda w: problem.losses(call(w, inputs), targets).mean())(weights)
         return {name: g.to(wide(g)).square() for name, g in gradient.items()}
 
-    def loss(w: Weights, x: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        value = problem.losses(call(w, each(lambda v: v[None], x)), y[None])[0]
-        return value, value
+    def loss(w: Weights, x: Inputs, y: Tensor) -> Tensor:
+        return problem.losses(call(w, x), y)
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
-    _accumulate(sums, loss, weights, (inputs, targets), chunk, lambda g, _: g * g, weighted=False)
+    _accumulate(sums, loss, weights, [inputs, targets], chunk, torch.square, layers)
     return sums
 
 
-def sensitivity_sums(call: Call, weights: Weights, inputs: Inputs, *, per_sample: bool = True, chunk: int = 16) -> Weights:
+def sensitivity_sums(
+    call: Call, weights: Weights, inputs: Inputs, *, per_sample: bool = True, chunk: int = 16, layers: ByLayer | None = None,
+) -> Weights:
     """Sum of absolute gradients of the squared output norm, which MAS takes for importance; no labels.
 
         per_sample:  sum_i |d ||u(x_i)||^2|          the original definition
@@ -125,57 +128,71 @@ def sensitivity_sums(call: Call, weights: Weights, inputs: Inputs, *, per_sample
     Args and cost as `fisher_sums`. Source: Aljundi et al. 2018, arXiv 1711.09601.
     """
     if not per_sample:
-        count = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+        count = count_of([inputs])
         gradient = grad(lambda w: call(w, inputs).reshape(count, -1).square().sum(-1).mean())(weights)
         return {name: g.to(wide(g)).abs() for name, g in gradient.items()}
 
-    def output(w: Weights, x: Inputs) -> tuple[Tensor, Tensor]:
-        value = call(w, each(lambda v: v[None], x)).square().sum()
-        return value, value
+    def output(w: Weights, x: Inputs) -> Tensor:
+        return call(w, x).reshape(count_of([x]), -1).square().sum(-1)
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
-    _accumulate(sums, output, weights, (inputs,), chunk, lambda g, _: g.abs(), weighted=False)
+    _accumulate(sums, output, weights, [inputs], chunk, torch.abs, layers)
     return sums
 
 
 def _accumulate(
-    sums: Weights, function: Callable[..., tuple[Tensor, Tensor]], weights: Weights, rows: Rows, chunk: int,
-    size: Callable[[Tensor, Tensor | None], Tensor], *, weighted: bool,
+    sums: Weights, values: Values, weights: Weights, rows: list[Any], chunk: int, size: Size, layers: ByLayer | None, *,
+    weighted: bool = False,
 ) -> None:
-    """Add size(gradient of `function` of a row, its auxiliary value) of every row to `sums`, `chunk` rows at a time.
+    """Add a_i size(d values_i / d w) of every row i to `sums`, `chunk` rows at a time; a_i is exp(values_i) where `weighted`.
 
-    Where torch.func has no rule for what the model does, row by row by autograd, and a warning says so.
+    By torch.func; where that has no rule for what the model does, row by row by autograd, and a warning says so; by layer where
+    that has shown to give the same.
     """
-    many = vmap(grad(function, has_aux=True), in_dims=(None, *(0,) * len(rows)))
-    first = rows[0]
-    count = len(next(iter(first.values()))) if isinstance(first, dict) else len(first)
-    start = 0
+    def one(w: Weights, *row: Any) -> tuple[Tensor, Tensor]:
+        (value,) = values(w, *(each(lambda v: v[None], r) for r in row))
+        return value, value
+
+    shared, layers = layers is not None, layers or ByLayer()
+    many = vmap(grad(one, has_aux=True), in_dims=(None, *(0,) * len(rows)))
+    count, start = count_of(rows), 0
     while start < count:
         piece = slice(start, start + chunk)
         part = [each(lambda v, piece=piece: v[piece], r) for r in rows]  # type: ignore[misc]
+        if layers.fits and chunk > 1:
+            try:
+                _add(sums, layers.sums(values, weights, part, size, weighted=weighted))
+                start += chunk
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # the model does other things with these rows; what is wrong with it shows below
+                layers.fits = False
+            continue
         if chunk == 1:
-            found, aux = _of_one(function, weights, [each(lambda v: v[0], r) for r in part])
+            gradients, value = of_one(values, weights, [each(lambda v: v[0], r) for r in part])
+            gradients, value = {name: g[None] for name, g in gradients.items()}, value[None]
         else:
             try:
-                found, aux = _vectorised(many, weights, part)
+                gradients, value = _vectorised(many, weights, part)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
                 _say_row_by_row(error)
                 chunk = 1
                 continue
-        for name, g in found.items():
-            sums[name] += size(g.to(sums[name].dtype), aux if weighted else None).sum(0)
+        found = {}
+        for name, g in gradients.items():
+            sizes = size(g.to(sums[name].dtype))
+            found[name] = (sizes * value.exp().view(-1, *(1,) * (g.dim() - 1)) if weighted else sizes).sum(0)
+        if layers.fits is None and chunk > 1 and (shared or start + chunk < count):
+            layers.compare(values, weights, part, size, found, weighted=weighted)
+        _add(sums, found)
         start += chunk
 
 
-def _of_one(function: Callable[..., tuple[Tensor, Tensor]], weights: Weights, row: list[Any]) -> tuple[Weights, Tensor]:
-    """Gradient and auxiliary value of one row, as of one in a batch; by autograd, which takes all that trains."""
-    with torch.enable_grad():
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-        value, aux = function(leaves, *row)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return {name: g[None] for name, g in zip(leaves, found, strict=True)}, aux.detach()[None]
+def _add(sums: Weights, found: Weights) -> None:
+    for name, value in found.items():
+        sums[name] += value
 
 
 def _say_row_by_row(error: Exception) -> None:
@@ -241,8 +258,10 @@ def diagonal_fisher(
                   "yield (inputs, targets, ids)")
             uniform = torch.from_numpy(seeds.uniform_keys(rows[2].cpu().numpy(), opt.seed, "fisher", draw))
         chosen = opt.problem if problem is None else problem
-        return fisher_sums(call, weights, rows[0], rows[1], estimator, chunk=chunk, uniform=uniform, problem=chosen)
+        return fisher_sums(call, weights, rows[0], rows[1], estimator, chunk=chunk, uniform=uniform, problem=chosen,
+                           layers=layers)
 
+    layers = ByLayer()
     count = "batches" if estimator == "batch" else "loader" if denominator == "loader" else "rows"
     return _estimate(opt, batches, sums, seen, count, factory)
 
@@ -252,9 +271,10 @@ def output_sensitivity(
 ) -> Weights:
     """Mean absolute gradient of the squared output norm over the rows of all ranks; see `sensitivity_sums` and, for what is
     passed, returned, raised and paid, `diagonal_fisher`. Of each item of `batches` only the inputs are used."""
-    seen = _Counter(partial_matters=not per_sample)
+    seen, layers = _Counter(partial_matters=not per_sample), ByLayer()
     return _estimate(opt, batches, lambda call, weights, rows: sensitivity_sums(
-        call, weights, rows[0], per_sample=per_sample, chunk=chunk), seen, "rows" if per_sample else "batches", factory)
+        call, weights, rows[0], per_sample=per_sample, chunk=chunk, layers=layers), seen, "rows" if per_sample else "batches",
+        factory)
 
 
 class _Counter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from everbatch.engines.host import Host, plain_name, unwrap
 from everbatch.errors import UnsupportedHost, check
+from everbatch.nn.compiled import is_compiled
 from everbatch.rows import Rows
 
 __all__ = ["Call", "Factory", "Weights", "evaluating", "replica", "require_replica"]
@@ -100,11 +101,14 @@ def _whole(p: Any) -> Tensor:
 
 @contextmanager
 def evaluating(root: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every module's own mode after it."""
+    """Evaluation mode inside the block; every module's own mode after it. What was compiled for training runs as it is: each
+    number of rows would be one more graph."""
     modes = [(m, m.training) for m in root.modules()]
+    compiled = any(is_compiled(m) for m, _ in modes)
     root.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -1,0 +1,229 @@
+"""Sums over rows of what each row's gradient is, from what layers were given and the gradient of what they returned: one backward
+pass for all rows, and for linear layers no gradient of a row is ever built."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
+
+from everbatch.rows import each
+
+__all__ = ["ByLayer", "Size", "Unsuited", "Values", "count_of", "of_one"]
+
+Weights = dict[str, Tensor]
+Values = Callable[..., Tensor]
+"""Of weights by name and rows: a value of each row, (n,), differentiable."""
+Size = Callable[[Tensor], Tensor]
+"""Elementwise, and of a product the product of both: a square, or an absolute value."""
+NEAR, LEAST = 1e4, 10.0
+"""How far sums may be from those found otherwise, of a tensor's norm, and what share of the largest gradient is rounding of each:
+in units of the type's precision, so 1e-3 and 1e-6 in fp32."""
+TRIES = 3
+"""Batches that are compared at most, where some weight has no gradient in them."""
+
+
+class Unsuited(Exception):
+    """A weight is used in a way that is not known here."""
+
+
+Rule = Callable[[Tensor], Tensor]
+"""From the gradient at a layer's output to that of a weight, for each row: (n, ...)."""
+
+
+@dataclass
+class _Use:
+    """One call of a layer."""
+
+    layer: nn.Module
+    names: dict[str, str]
+    """Of its weights: "weight" and "bias" to names in the model."""
+    x: Tensor
+    rules: dict[str, Rule]
+    edge: GradientEdge
+
+
+class ByLayer:
+    """Whether a model's rows may be taken so, and their sums.
+
+    Of a row with gradient g at a linear layer's output and input x the weight's gradient is g x^T, of which the square is
+    g^2 (x^2)^T, so that the sum over rows is one product of matrices; with more dimensions, and for convolutions, g x^T is summed
+    within each row first. All weights have to be those of torch's own Linear, Conv2d without groups, LayerNorm, GroupNorm or
+    batch norm in evaluation mode. That nothing else uses them, and that rows do not see each other, shows in the first rows of an
+    estimate, which are taken otherwise as well: a model that does so with later rows alone is not found out.
+    """
+
+    def __init__(self) -> None:
+        self.fits: bool | None = None
+        """Whether it does; None: not known yet."""
+        self._tries = 0
+
+    def compare(self, values: Values, weights: Weights, rows: list[Any], size: Size, wanted: Weights, *, weighted: bool) -> None:
+        """Decide whether `sums` is right for this model, by what was found otherwise for these rows."""
+        if count_of(rows) < 2:
+            return
+        try:
+            found = self.sums(values, weights, rows, size, weighted=weighted)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model cannot do with several rows, `wanted` was found without
+            self.fits = False
+            return
+        norms = torch.stack([value.norm() for value in wanted.values()])
+        apart = torch.stack([(found[name] - value).norm() for name, value in wanted.items()])
+        eps = torch.finfo(norms.dtype).eps
+        if size is torch.square:  # (g + error)^2 - g^2
+            error = LEAST * eps * norms.max().sqrt()
+            rounding = 2 * norms.sqrt() * error + error.square()
+        else:
+            rounding = LEAST * eps * norms.max()
+        self._tries += 1
+        if not bool((apart <= NEAR * eps * norms + rounding).all()):
+            self.fits = False
+        elif bool((norms > 0).all()):  # a weight without a gradient shows nothing
+            self.fits = True
+        elif self._tries == TRIES:
+            self.fits = False
+
+    @staticmethod
+    def sums(values: Values, weights: Weights, rows: list[Any], size: Size, *, weighted: bool) -> Weights:
+        """sum_i a_i size(d values_i / d w) for every weight; a_i is exp(values_i) where `weighted`, of squares alone, else 1.
+
+        Args:
+            values: of weights and rows, (n,).
+            rows: tensors, or several by name, of n rows each.
+
+        Raises:
+            Unsuited: take them otherwise.
+        """
+        if any(w.dtype.itemsize < 4 for w in weights.values()):  # whose squares vanish
+            raise Unsuited
+        uses: list[_Use] = []
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        names = {id(leaf): name for name, leaf in leaves.items()}
+        handle = register_module_forward_hook(lambda layer, given, y: _note(uses, names, layer, given, y))
+        try:
+            with torch.enable_grad():
+                found = values(leaves, *rows)
+        finally:
+            handle.remove()
+        known = {name for use in uses for name in use.names.values()} == set(weights)
+        if not known or not found.requires_grad or found.shape != (count_of(rows),):
+            raise Unsuited
+        # The root of a_i goes with the row, wherever the model moves that.
+        whole = (found * (found.detach() / 2).exp() if weighted else found).sum()
+        slopes = torch.autograd.grad(whole, [use.edge for use in uses], allow_unused=True)
+        by_name = defaultdict[str, list[tuple[str, _Use, Tensor]]](list)
+        for use, slope in zip(uses, slopes, strict=True):
+            if slope is None:
+                continue
+            if len(slope) != len(found):  # rows are not where they are looked for
+                raise Unsuited
+            for kind, name in use.names.items():
+                by_name[name].append((kind, use, slope.to(weights[name].dtype)))
+        return {name: _of_weight(by_name[name], w, size) for name, w in weights.items()}
+
+
+def of_one(values: Values, weights: Weights, row: list[Any]) -> tuple[Weights, Tensor]:
+    """Gradient by every weight, and value, of one row: by autograd, which takes all that trains."""
+    with torch.enable_grad():
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        (value,) = values(leaves, *(each(lambda v: v[None], r) for r in row))
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True)), value.detach()
+
+
+def count_of(rows: list[Any]) -> int:
+    """How many rows."""
+    first = rows[0]
+    return len(next(iter(first.values()))) if isinstance(first, dict) else len(first)
+
+
+def _note(uses: list[_Use], names: dict[int, str], layer: nn.Module, given: tuple[Any, ...], y: Any) -> None:
+    """A layer was called: keep what its weights' gradients are made of."""
+    own = {kind: names[id(w)] for kind, w in layer._parameters.items() if id(w) in names}
+    if not own:
+        return
+    make = KNOWN.get(type(layer).forward)
+    if make is None or "forward" in layer.__dict__ or not own.keys() <= {"weight", "bias"}:
+        raise Unsuited
+    if len(given) != 1 or not isinstance(y, Tensor) or not y.requires_grad:
+        raise Unsuited
+    x = given[0].detach().to(next(w.dtype for w in layer._parameters.values() if w is not None))  # autocast gives less
+    uses.append(_Use(layer, own, x, make(layer, x), get_gradient_edge(y)))  # now: what follows may write into y
+
+
+def _of_weight(uses: list[tuple[str, _Use, Tensor]], w: Tensor, size: Size) -> Tensor:
+    """One weight's sum; a weight of several calls adds up its gradients first."""
+    if not uses:
+        return torch.zeros_like(w)
+    kind, use, slope = uses[0]
+    if len(uses) == 1 and kind == "weight" and isinstance(use.layer, nn.Linear) and use.x.ndim == 2:
+        return size(slope).T @ size(use.x)
+    rows = functools.reduce(torch.add, [use.rules[kind](slope).flatten(1) for kind, use, slope in uses])
+    return size(rows).sum(0).view_as(w)
+
+
+# ------------------------------------------------------------------------------- gradients of each row, by kind of layer
+def _linear(_layer: Any, x: Tensor) -> dict[str, Rule]:
+    def flat(t: Tensor) -> Tensor:
+        return t.reshape(len(t), -1, t.shape[-1])
+
+    return {"weight": lambda g: flat(g).transpose(1, 2) @ flat(x), "bias": lambda g: flat(g).sum(1)}
+
+
+def _conv2d(layer: Any, x: Tensor) -> dict[str, Rule]:
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.ndim != 4:
+        raise Unsuited
+
+    def weight(g: Tensor) -> Tensor:
+        (high, wide), (down, right), (top, left) = g.shape[2:], layer.stride, layer.padding
+        padded = functional.pad(x, (left, left, top, top))
+        starts = itertools.product(*(range(0, k * d, d) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)))
+        # What `unfold` gives, in a third of its time.
+        seen = torch.stack([padded[:, :, i : i + down * high : down, j : j + right * wide : right] for i, j in starts], 2)
+        return g.flatten(2) @ seen.flatten(3).flatten(1, 2).transpose(1, 2)
+
+    return {"weight": weight, "bias": lambda g: g.flatten(2).sum(2)}
+
+
+def _layer_norm(layer: Any, x: Tensor) -> dict[str, Rule]:
+    places = len(layer.normalized_shape)
+
+    def flat(t: Tensor) -> Tensor:
+        return t.flatten(-places).reshape(len(t), -1, t.shape[-places:].numel())
+
+    normal = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+    return {"weight": lambda g: flat(g * normal).sum(1), "bias": lambda g: flat(g).sum(1)}
+
+
+def _group_norm(layer: Any, x: Tensor) -> dict[str, Rule]:
+    return _by_channel(functional.group_norm(x, layer.num_groups, eps=layer.eps))
+
+
+def _batch_norm(layer: Any, x: Tensor) -> dict[str, Rule]:
+    if layer.training or layer.running_mean is None:
+        raise Unsuited
+    return _by_channel(functional.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps))
+
+
+def _by_channel(normal: Tensor) -> dict[str, Rule]:
+    def over_places(t: Tensor) -> Tensor:
+        return t.flatten(2).sum(2) if t.ndim > 2 else t
+
+    return {"weight": lambda g: over_places(g * normal), "bias": over_places}
+
+
+KNOWN: dict[Any, Callable[[Any, Tensor], dict[str, Rule]]] = {
+    nn.Linear.forward: _linear, nn.Conv2d.forward: _conv2d, nn.LayerNorm.forward: _layer_norm, nn.GroupNorm.forward: _group_norm,
+    nn.BatchNorm2d.forward: _batch_norm,
+}
