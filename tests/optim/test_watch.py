@@ -94,6 +94,48 @@ def test_a_module_that_the_given_one_gains_later_is_walked() -> None:
         assert counted(late) == step
 
 
+class Counts(nn.Identity):
+    """Counts its forwards in a buffer, once it has one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for seen in self.buffers():
+            seen += 1
+        return x
+
+
+@pytest.mark.parametrize("how", ["buffer", "child of a leaf"])
+def test_what_a_module_gains_between_steps_is_put_back(how: str) -> None:
+    """Where nothing had a buffer before, and where the number of children of the root stays."""
+    leaf = Counts()
+    model = nn.Sequential(nn.Linear(6, 5), leaf, nn.Linear(5, 3))
+    opt = Sharp(model, lr=0.1, rho=0.05)
+    for _ in range(3):
+        opt.step(closure_of(opt, model))
+    owner: nn.Module = leaf
+    if how == "child of a leaf":
+        owner = leaf.late = nn.Identity()
+    owner.register_buffer("seen", torch.zeros(()))
+    opt.step(closure_of(opt, model))
+    assert float(owner.seen) == 1.0  # type: ignore[arg-type]
+    opt.step(closure_of(opt, lambda x: model(x) * torch.nan))
+    assert float(owner.seen) == 1.0 and opt.skipped_count == 1  # type: ignore[arg-type]
+
+
+def test_a_layer_that_comes_after_others_were_moved_counts_one_batch_per_step() -> None:
+    """`pop` of a container replaces the dict of its children."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 5), nn.ReLU()), nn.Sequential(nn.Linear(5, 3)))
+    opt = Sharp(model, lr=0.1, rho=0.05)
+    opt.step(closure_of(opt, model))
+    first, second = model
+    second.insert(0, first.pop(-1))  # type: ignore[operator]
+    opt.step(closure_of(opt, model))
+    late = nn.BatchNorm1d(5, affine=False)
+    first.append(late)  # type: ignore[operator]
+    for step in range(1, 4):
+        opt.step(closure_of(opt, model))
+        assert counted(late) == step
+
+
 def test_a_skipped_step_puts_back_what_is_outside() -> None:
     model, outside = net(), nn.BatchNorm1d(6)
     opt = Sharp(model, lr=0.1, rho=0.05)
