@@ -95,27 +95,32 @@ class LookSAM(OptimizerMixin):
     def _look_reuse(self, alpha: float) -> None:
         kept, into = self.states[LookSAM].direction, self.host.gradient()
         gradient = into
-        if len(kept) != len(gradient.shards) or not all(s.name in kept for s in gradient.shards):
+        if not kept.covers(gradient.shards):
             # A parameter that the full step did not reach, or that did not exist then, keeps its plain gradient.
             steered = [(s, g) for s, g in gradient if s.name in kept]
             into = Vector(self.host, [s for s, _ in steered], [g for _, g in steered])
         v = kept.over(self.host, into.shards)
         if self.configs[LookSAM].norms == "tensor":
-            own, kept_norms = by_tensor(self.host, (into, into), (v, v))
+            norms, kept_norms = by_tensor(self.host, (into, into), (v, v))
             for (shard, g), t in zip(into, v.tensors, strict=True):
                 # 1e-8 as in the public implementation whose per-tensor rule this is
-                g.add_(t.to(g.dtype) * (alpha * own[shard.name].sqrt() / (kept_norms[shard.name].sqrt() + 1e-8)).to(g))
+                g.add_(t.to(g.dtype) * (alpha * norms[shard.name].sqrt() / (kept_norms[shard.name].sqrt() + 1e-8)).to(g))
             return
         reached = self.host.reached()
         copy = None
         if reached is None:
             copy = self.host.scratch.copy(gradient)
-            gg, vv = inner(self.host, (copy, copy), (v, v)).unbind()
+            if self.host.sharded:  # one all-reduce for both
+                gg, vv = inner(self.host, (copy, copy), (v, v)).unbind()
+                own, other = gg.sqrt(), vv.sqrt()
+            else:
+                own, other = copy.norm(), kept.norm(v)
         else:  # zeros stand for what no pass reached: its kept direction has no part in the norm
             of_g, of_v = by_tensor(self.host, (gradient, gradient), (v, v))
             gg = torch.stack(list(of_g.values())).sum()
             vv = (torch.stack(list(of_v.values())) * (reached > 0)).sum()
-        scale = alpha * gg.sqrt() / (vv.sqrt() + 1e-12)
+            own, other = gg.sqrt(), vv.sqrt()
+        scale = alpha * own / (other + 1e-12)
         if copy is not None and into is gradient and _of_one_type(copy, v):
             copy.add_(v, scale).copy_into(gradient.tensors)
         else:
