@@ -2,7 +2,8 @@
 
 python benchmarks/speed/replay.py                       everything; launches torchrun itself for the two ranks
 python benchmarks/speed/replay.py step memory           some parts: step, tasks, memory, fisher, ranks
-python benchmarks/speed/replay.py ranks --cores 3       two ranks on a core each, and a free one for what arrives meanwhile
+python benchmarks/speed/replay.py ranks --cores 3       two ranks on a core each, and a free one for what arrives meanwhile; on a
+                                                        machine of two, the ranks take turns on one and the other is free
 
 Arms of one part alternate in short blocks, one thread per process. Printed are, for each arm, the median over the rounds of its
 time to its base's in the same round with a 95 % interval, and the same of the thread's processor seconds, which a busy machine
@@ -205,11 +206,12 @@ def ranks_part(rounds: int, cores: int) -> dict[str, Any]:
     have = sorted(os.sched_getaffinity(0))
     pinned = len(have) >= world.size
     if pinned:
-        main = {have[world.rank]}
+        shared = cores > world.size and len(have) == world.size
+        main = {have[0 if shared else world.rank]}
+        spare = set(have[1:] if shared else have[world.size :]) if cores > world.size else set()
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), main)
-        if cores > world.size and len(have) > world.size:  # threads that come later, gloo's among them, are free to go there
-            os.sched_setaffinity(0, {have[world.rank], *have[world.size :]})
+        os.sched_setaffinity(0, main | spare)  # threads that come later, gloo's among them, are free to go there
     data = stream(1, 2000, 10)
     trainers = {"constant rows": Enlarged, "in time": InTime, "ahead": Learner}
     arms = {name: Driven(trainer(cls, BATCH * world.size, CAPACITY, engine="ddp", width=16), data)
@@ -220,13 +222,14 @@ def ranks_part(rounds: int, cores: int) -> dict[str, Any]:
             arm()
         sent[name] = exchanges(arm)
     if pinned:
-        os.sched_setaffinity(0, {have[world.rank]})
+        os.sched_setaffinity(0, main)
     rows = compared(arms, "constant rows", rounds, 2)
     for row in rows:
         row["all_to_alls"] = sent[row["arm"]]
-    free = cores > world.size and len(have) > world.size
+    free = pinned and bool(spare)
     limit = LIMITS["ranks, a core free"] if free else LIMITS["ranks"]
-    return {"rows": rows, "pinned": pinned, "core_free": free, "verdict": verdict(rows[-1], limit)}
+    return {"rows": rows, "pinned": pinned, "core_free": free, "ranks_on_one_core": pinned and shared,
+            "verdict": verdict(rows[-1], limit)}
 
 
 def exchanges(step: Callable[[], Any]) -> int:
