@@ -10,10 +10,15 @@ from torch import Tensor
 
 from everbatch.errors import check
 
-__all__ = ["Rows", "called", "device_of", "each", "joined", "named", "one_tensor", "rows_of",
+__all__ = ["Rows", "called", "count_of", "device_of", "each", "joined", "named", "one_tensor", "rows_of",
            "shapes", "split", "stacked", "unnamed"]
 
 Rows: TypeAlias = "Tensor | dict[str, Tensor]"
+
+
+def count_of(rows: Rows) -> int:
+    """How many rows there are."""
+    return len(next(iter(rows.values())) if isinstance(rows, dict) else rows)
 
 
 def each(function: Callable[[Tensor], Tensor], rows: Rows) -> Rows:
@@ -44,8 +49,7 @@ def rows_of(rows: Rows) -> Iterable[Rows]:
     """One row after the other, without the first dimension."""
     if not isinstance(rows, dict):
         return rows
-    count = len(next(iter(rows.values())))
-    return ({name: value[index] for name, value in rows.items()} for index in range(count))
+    return ({name: value[index] for name, value in rows.items()} for index in range(count_of(rows)))
 
 
 def stacked(rows: Sequence[Rows]) -> Rows:

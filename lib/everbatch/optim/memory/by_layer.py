@@ -16,11 +16,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
 
-from everbatch.rows import each
+from everbatch.optim.memory.replica import Weights
+from everbatch.rows import count_of, each
 
-__all__ = ["ByLayer", "Size", "Unsuited", "Values", "count_of", "of_one"]
+__all__ = ["ByLayer", "Size", "Unsuited", "Values", "of_one"]
 
-Weights = dict[str, Tensor]
 Values = Callable[..., Tensor]
 """Of weights by name and rows: a value of each row, (n,), differentiable."""
 Size = Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ class ByLayer:
 
     def compare(self, values: Values, weights: Weights, rows: list[Any], size: Size, wanted: Weights, *, weighted: bool) -> None:
         """Decide whether `sums` is right for this model, by what was found otherwise for these rows."""
-        if count_of(rows) < 2:
+        if count_of(rows[0]) < 2:
             return
         try:
             found = self.sums(values, weights, rows, size, weighted=weighted)
@@ -117,7 +117,7 @@ class ByLayer:
         finally:
             handle.remove()
         known = {name for use in uses for name in use.names.values()} == set(weights)
-        if not known or not found.requires_grad or found.shape != (count_of(rows),):
+        if not known or not found.requires_grad or found.shape != (count_of(rows[0]),):
             raise Unsuited
         # The root of a_i goes with the row, wherever the model moves that.
         whole = (found * (found.detach() / 2).exp() if weighted else found).sum()
@@ -140,12 +140,6 @@ def of_one(values: Values, weights: Weights, row: list[Any]) -> tuple[Weights, T
         (value,) = values(leaves, *(each(lambda v: v[None], r) for r in row))
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True)), value.detach()
-
-
-def count_of(rows: list[Any]) -> int:
-    """How many rows."""
-    first = rows[0]
-    return len(next(iter(first.values()))) if isinstance(first, dict) else len(first)
 
 
 def _note(uses: list[_Use], names: dict[int, str], layer: nn.Module, given: tuple[Any, ...], y: Any) -> None:

@@ -20,12 +20,12 @@ from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.engines.shards import wide
 from everbatch.errors import check
-from everbatch.optim.memory.by_layer import ByLayer, Size, Values, count_of, of_one
+from everbatch.optim.memory.by_layer import ByLayer, Size, Values, of_one
 from everbatch.optim.memory.replica import Call, Factory, Weights, evaluating, replica, require_replica
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.problems import Problem
 from everbatch.rows import Rows as Inputs
-from everbatch.rows import each, named
+from everbatch.rows import count_of, each
 
 __all__ = ["ESTIMATORS", "Estimator", "Factory", "Rows", "diagonal_fisher", "fisher_sums", "output_sensitivity",
            "sensitivity_sums"]
@@ -128,12 +128,12 @@ def sensitivity_sums(
     Args and cost as `fisher_sums`. Source: Aljundi et al. 2018, arXiv 1711.09601.
     """
     if not per_sample:
-        count = count_of([inputs])
+        count = count_of(inputs)
         gradient = grad(lambda w: call(w, inputs).reshape(count, -1).square().sum(-1).mean())(weights)
         return {name: g.to(wide(g)).abs() for name, g in gradient.items()}
 
     def output(w: Weights, x: Inputs) -> Tensor:
-        return call(w, x).reshape(count_of([x]), -1).square().sum(-1)
+        return call(w, x).reshape(count_of(x), -1).square().sum(-1)
 
     sums = {name: torch.zeros_like(w, dtype=wide(w)) for name, w in weights.items()}
     _accumulate(sums, output, weights, [inputs], chunk, torch.abs, layers)
@@ -155,7 +155,7 @@ def _accumulate(
 
     shared, layers = layers is not None, layers or ByLayer()
     many = vmap(grad(one, has_aux=True), in_dims=(None, *(0,) * len(rows)))
-    count, start = count_of(rows), 0
+    count, start = count_of(rows[0]), 0
     while start < count:
         piece = slice(start, start + chunk)
         part = [each(lambda v, piece=piece: v[piece], r) for r in rows]  # type: ignore[misc]
@@ -315,7 +315,7 @@ def _estimate(
         try:
             for rows in batches:
                 moved = tuple(each(to_host, r) for r in rows)
-                count_here = len(next(iter(named("rows", rows[0]).values())))
+                count_here = count_of(rows[0])
                 if count_here:
                     seen.add(count_here)
                     for name, value in sums(call, weights, moved).items():

@@ -15,7 +15,7 @@ from everbatch.errors import check, nearest
 from everbatch.optim.memory.replica import Factory, evaluating, replica, require_replica
 from everbatch.optim.subspace.splits import NonFiniteStatistics
 from everbatch.rows import Rows as Inputs
-from everbatch.rows import each, named
+from everbatch.rows import count_of, each
 
 __all__ = ["Rows", "See", "chosen", "linear_weights", "visit"]
 
@@ -83,7 +83,7 @@ def visit(host: Host, names: Sequence[str], batches: Iterable[Rows], factory: Fa
         with evaluating(root):
             for rows in batches:
                 inputs: Inputs = each(to_host, rows[0])
-                count = len(next(iter(named("rows", inputs).values())))
+                count = count_of(inputs)
                 padding.clear()
                 if isinstance(inputs, dict) and "attention_mask" in inputs:
                     padding["mask"] = inputs["attention_mask"].bool()

@@ -13,7 +13,7 @@ from everbatch.data import Batch
 from everbatch.errors import check
 from everbatch.nn import unmix_layers
 from everbatch.problems import Classification
-from everbatch.rows import Rows
+from everbatch.rows import Rows, count_of
 from everbatch.train.record import Report, StepRecord
 from everbatch.train.task_ends import active_parts
 
@@ -113,7 +113,7 @@ def reset_components(model: nn.Module) -> None:
 
 def serve(trainer: Any, inputs: Rows) -> StepRecord:
     """A step on inputs as a source gives them, of which nobody knows a label."""
-    rows = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+    rows = count_of(inputs)
     ids = torch.arange(rows)
     unknown = torch.full((rows,), -1)
     record: StepRecord = trainer.training_step(Batch(inputs, unknown, ids, trainer.step * rows + ids))
