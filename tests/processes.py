@@ -160,14 +160,15 @@ def _serve() -> None:
     for name in FIRST_ENGINE:
         with contextlib.suppress(ModuleNotFoundError):  # another version of DeepSpeed has it elsewhere: the rank imports it
             importlib.import_module(f"deepspeed.{name}")
-    from deepspeed.comm.torch import build_shm_op
+    from deepspeed import ops
 
     from everbatch import methods
 
     for key in methods.TABLE:  # packages import a method when it is used: here once, not in every rank
         methods.load(key)
 
-    build_shm_op()  # compiled on the first use on a machine, a minute or more that no case shall be charged with
+    # The operator of `inference_all_reduce`, which nothing here calls, and which takes compilers a minute on a new machine.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_printoptions(threshold=0, edgeitems=1)  # ZeRO-3 formats every parameter, for a message that it does not print
     gc.collect()
     gc.freeze()  # what a rank's collector would walk each time, and so copy from this process page by page
