@@ -4,6 +4,7 @@ python benchmarks/speed/replay.py                       everything; launches tor
 python benchmarks/speed/replay.py step memory           some parts: step, tasks, memory, fisher, ranks
 python benchmarks/speed/replay.py ranks --cores 3       two ranks on a core each, and a free one for what arrives meanwhile; on a
                                                         machine of two, the ranks take turns on one and the other is free
+python benchmarks/speed/replay.py ranks --width 32      with the net of `step`
 
 Arms of one part alternate in short blocks, one thread per process. Printed are, for each arm, the median over the rounds of its
 time to its base's in the same round with a 95 % interval, and the same of the thread's processor seconds, which a busy machine
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -151,7 +153,9 @@ def fisher_part(rounds: int) -> dict[str, Any]:
     """Diagonal Fisher information by chunks beside sample by sample, as an estimate goes over its second batch; one backward of
     all rows, which gives no gradient of a sample, is the least that the arithmetic takes."""
     rows: list[Row] = []
-    nets: dict[str, Callable[[], nn.Module]] = {"mixer": mixer, "conv net": lambda: conv_net(0, 8), "MLP": mlp}
+    nets: dict[str, Callable[[], nn.Module]] = {
+        "mixer": mixer, "ResNet-18": lambda: timm.create_model("resnet18", num_classes=10), "conv net": lambda: conv_net(0, 8),
+        "MLP": mlp}
     for net, make in nets.items():
         model, count = make().eval(), 32
         for p in model.parameters():  # a head that begins at zero lets no gradient through
@@ -181,7 +185,9 @@ def fisher_part(rounds: int) -> dict[str, Any]:
             return fisher_sums(call, weights, x, y, "empirical", chunk=size, layers=layers)
 
         one, other = by_hand(), chunks(16)
-        apart = max(float((one[n] - other[n]).abs().max() / one[n].abs().max().clamp(min=1e-30)) for n in one)
+        most = {n: float(sums.abs().max()) for n, sums in one.items()}
+        # Where all gradients are zero but for rounding, so is what they differ by.
+        apart = max(float((one[n] - other[n]).abs().max()) / max(most[n], 1e-9 * max(most.values())) for n in one)
         arms = {"sample by sample": by_hand, "chunk=1": lambda chunks=chunks: chunks(1),
                 "chunk=16": lambda chunks=chunks: chunks(16), "chunk=32": lambda chunks=chunks: chunks(32),
                 "torch.func, chunk=16": lambda chunks=chunks, without=without: chunks(16, without),
@@ -200,7 +206,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers[:-1])
 
 
-def ranks_part(rounds: int, cores: int) -> dict[str, Any]:
+def ranks_part(rounds: int, cores: int, width: int) -> dict[str, Any]:
     """On each rank: DER++ that draws ahead or in time, beside the same batch enlarged by constant rows."""
     world = init("cpu")
     have = sorted(os.sched_getaffinity(0))
@@ -214,7 +220,7 @@ def ranks_part(rounds: int, cores: int) -> dict[str, Any]:
         os.sched_setaffinity(0, main | spare)  # threads that come later, gloo's among them, are free to go there
     data = stream(1, 2000, 10)
     trainers = {"constant rows": Enlarged, "in time": InTime, "ahead": Learner}
-    arms = {name: Driven(trainer(cls, BATCH * world.size, CAPACITY, engine="ddp", width=16), data)
+    arms = {name: Driven(trainer(cls, BATCH * world.size, CAPACITY, engine="ddp", width=width), data)
             for name, cls in trainers.items()}
     sent: dict[str, int] = {}
     for name, arm in arms.items():
@@ -257,13 +263,13 @@ def verdict(row: Row, limit: float) -> str:
             f"({row['cpu_interval'][0]:.3f} to {row['cpu_interval'][1]:.3f}), limit {limit:.3f}")
 
 
-def launched(rounds: int, cores: int) -> dict[str, Any]:
+def launched(rounds: int, cores: int, width: int) -> dict[str, Any]:
     """`ranks_part` under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "ranks",
-                   "--rounds", str(rounds), "--cores", str(cores), "--json", str(out)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, timeout=900)
+                   "--rounds", str(rounds), "--cores", str(cores), "--width", str(width), "--json", str(out)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, timeout=1800)
         found: dict[str, Any] = json.loads(out.read_text())["ranks"]
         return found
 
@@ -292,6 +298,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="step, tasks, memory, fisher, ranks; all of them")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--cores", type=int, default=2, help="cores that two ranks may use")
+    parser.add_argument("--width", type=int, default=16, help="of the two ranks' net; its first layer's channels")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -299,7 +306,8 @@ def main() -> None:
     result: dict[str, Any] = {}
     for name in args.parts or [*PARTS, "ranks"]:
         if name == "ranks":
-            result[name] = ranks_part(args.rounds, args.cores) if within else launched(args.rounds, args.cores)
+            part = ranks_part if within else launched
+            result[name] = part(args.rounds, args.cores, args.width)
         else:
             result[name] = PARTS[name](args.rounds)
         if not within:

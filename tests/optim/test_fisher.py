@@ -15,7 +15,7 @@ from torch.nn import functional
 from everbatch.composition import compose
 from everbatch.errors import UnsupportedHost
 from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
-from everbatch.optim.memory import fisher
+from everbatch.optim.memory import by_layer, fisher
 from everbatch.optim.memory.fisher import ESTIMATORS
 from everbatch.optim.memory.importance import slices
 from rotation import When
@@ -147,9 +147,11 @@ class Odd(nn.Module):
         return seen * (y[order.argsort()] if self.kind == "sorted" else y)
 
 
+@pytest.mark.parametrize("nearby", [2**18, 21])
 @pytest.mark.parametrize("kind", ["empirical", "reference", "exact"])
-def test_by_layer_is_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows but those of the first four, which torch.func takes as well."""
+def test_by_layer_is_one_by_one(kind: Any, nearby: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows but those of the first four, which torch.func takes as well; with gradients that fit a cache, and not."""
+    monkeypatch.setattr(by_layer, "NEARBY", nearby)
     opt, model = optimizer(Rich())
     x = torch.randn(11, 30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     y = torch.arange(11) % 3
@@ -158,6 +160,31 @@ def test_by_layer_is_one_by_one(kind: Any, monkeypatch: pytest.MonkeyPatch) -> N
     model.eval()
     close(got, by_loop(model, x, y, kind))
     assert asked == [4]
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+@pytest.mark.parametrize("nearby", [2**18, 21])
+def test_images_by_layer(nearby: int, viewed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a net takes them with their channels last or, for the sake of `view`, as they come; down to a single place."""
+    class Viewed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(len(x), -1)
+
+    torch.manual_seed(1)
+    rest = [Viewed()] if viewed else [nn.Conv2d(4, 5, 2), nn.Conv2d(5, 3, 3, padding=1, bias=False), nn.Flatten()]
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), *rest, nn.LazyLinear(3))
+    model(torch.zeros(2, 2, 6, 6))
+    opt, _ = optimizer(model)
+    x = torch.randn(11, 2, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    y = torch.arange(11) % 3
+    monkeypatch.setattr(by_layer, "NEARBY", nearby)
+    asked = listened(monkeypatch)
+    batches = [(x[:6], y[:6]), (x[6:], y[6:])]
+    got, moved = diagonal_fisher(opt, batches, "empirical", chunk=4), output_sensitivity(opt, batches, chunk=4)
+    assert asked == [4, 4]
+    model.eval()
+    close(got, by_loop(model, x, y, "empirical"))
+    close(output_sensitivity(opt, batches, chunk=1), moved)
 
 
 def listened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -427,3 +454,19 @@ def test_given_importances_must_fit() -> None:
             slices(opt.host, {**good, **change}, "test")
     with pytest.raises(ValueError, match="is missing or too much"):
         slices(opt.host, {n: t for n, t in good.items() if n != "0.weight"}, "test")
+
+
+def test_batch_norm_with_means_far_above_deviations_loses_no_digits() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 3)).eval()
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % 3
+    conv, norm = model[0], model[1]
+    with torch.no_grad():
+        norm.running_var.copy_(conv(x).var((0, 2, 3)))
+        conv.bias += 300 * norm.running_var.sqrt()
+        norm.running_mean.copy_(conv(x).mean((0, 2, 3)))
+    batches = [(x[:6], y[:6]), (x[6:], y[6:])]
+    got = diagonal_fisher(SGD(model, lr=0.1), batches, "empirical", chunk=6)["1.weight"].double()
+    wanted = by_loop(copy.deepcopy(model).double(), x.double(), y, "empirical")["1.weight"]
+    assert float((got - wanted).norm() / wanted.norm()) < 5e-6

@@ -4,7 +4,6 @@ pass for all rows, and for linear layers no gradient of a row is ever built."""
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,16 +27,57 @@ Size = Callable[[Tensor], Tensor]
 NEAR, LEAST = 1e4, 10.0
 """How far sums may be from those found otherwise, of a tensor's norm, and what share of the largest gradient is rounding of each:
 in units of the type's precision, so 1e-3 and 1e-6 in fp32."""
-TRIES = 3
-"""Batches that are compared at most, where some weight has no gradient in them."""
+COMPARED, TRIES = 4, 3
+"""Rows that are taken both ways, and how often at most, where some weight has no gradient in them."""
+NEARBY = 2**18
+"""Numbers that a processor keeps near it."""
 
 
 class Unsuited(Exception):
     """A weight is used in a way that is not known here."""
 
 
-Rule = Callable[[Tensor], Tensor]
-"""From the gradient at a layer's output to that of a weight, for each row: (n, ...)."""
+@dataclass
+class Product:
+    """Gradients of each row that are products of matrices."""
+
+    slopes: Tensor
+    """(n, outputs, places), what arrives at them."""
+    seen: list[Tensor]
+    """(n, places, inputs) each, what was seen there; beside each other they are all inputs."""
+    shape: Callable[[Tensor], Tensor]
+    """From (..., outputs, inputs) to (..., *weight)."""
+
+    def rows(self) -> Tensor:
+        """(n, *weight)."""
+        return self.shape(torch.cat([self.slopes @ part for part in self.seen], -1))
+
+    def sum(self, size: Size) -> Tensor:
+        """Sum of the rows' sizes, (*weight)."""
+        n, outputs, places = self.slopes.shape
+        inputs = sum(part.shape[-1] for part in self.seen)
+        if places == 1:  # the size of a product is the product of sizes
+            return self.shape(size(self.slopes[:, :, 0]).T @ size(torch.cat(self.seen, -1)[:, 0]))
+        if n * outputs * inputs <= NEARBY or self.slopes.device.type != "cpu":
+            return size(self.rows()).sum(0)
+        # Larger ones are made piece by piece and added up at once: written to memory, they would take five times as long.
+        total = self.slopes.new_zeros(outputs, inputs)
+        some = max(1, NEARBY // inputs)
+        buffer = total.new_empty(some, inputs)
+        for slopes, *parts in zip(self.slopes, *self.seen, strict=True):
+            seen = torch.cat(parts, -1)
+            for start in range(0, outputs, some):
+                few, sums = slopes[start : start + some], total[start : start + some]
+                gradient = torch.mm(few, seen, out=buffer[: len(few)])
+                if size is torch.square:
+                    sums.addcmul_(gradient, gradient)
+                else:
+                    sums.add_(size(gradient))
+        return self.shape(total)
+
+
+Rule = Callable[[Tensor], Tensor | Product]
+"""From the gradient at a layer's output to that of a weight, for each row: (n, *weight), or what it is a product of."""
 
 
 @dataclass
@@ -65,6 +105,10 @@ class ByLayer:
     def __init__(self) -> None:
         self.fits: bool | None = None
         """Whether it does; None: not known yet."""
+        self.classes: int | None = None
+        """How many outputs a row has; None: not known yet."""
+        self._last = True
+        """Whether images go in with their channels last, with which processors convolve and pool faster."""
         self._tries = 0
 
     def compare(self, values: Values, weights: Weights, rows: list[Any], size: Size, wanted: Weights, *, weighted: bool) -> None:
@@ -76,7 +120,11 @@ class ByLayer:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a model cannot do with several rows, `wanted` was found without
-            self.fits = False
+            if not self._last:
+                self.fits = False
+                return
+            self._last = False  # `view` may need channels where they were
+            self.compare(values, weights, rows, size, wanted, weighted=weighted)
             return
         norms = torch.stack([value.norm() for value in wanted.values()])
         apart = torch.stack([(found[name] - value).norm() for name, value in wanted.items()])
@@ -94,8 +142,7 @@ class ByLayer:
         elif self._tries == TRIES:
             self.fits = False
 
-    @staticmethod
-    def sums(values: Values, weights: Weights, rows: list[Any], size: Size, *, weighted: bool) -> Weights:
+    def sums(self, values: Values, weights: Weights, rows: list[Any], size: Size, *, weighted: bool) -> Weights:
         """sum_i a_i size(d values_i / d w) for every weight; a_i is exp(values_i) where `weighted`, of squares alone, else 1.
 
         Args:
@@ -110,10 +157,11 @@ class ByLayer:
         uses: list[_Use] = []
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
         names = {id(leaf): name for name, leaf in leaves.items()}
+        inputs = each(_channels_last, rows[0]) if self._last else rows[0]
         handle = register_module_forward_hook(lambda layer, given, y: _note(uses, names, layer, given, y))
         try:
             with torch.enable_grad():
-                found = values(leaves, *rows)
+                found = values(leaves, inputs, *rows[1:])
         finally:
             handle.remove()
         known = {name for use in uses for name in use.names.values()} == set(weights)
@@ -130,7 +178,7 @@ class ByLayer:
                 raise Unsuited
             for kind, name in use.names.items():
                 by_name[name].append((kind, use, slope.to(weights[name].dtype)))
-        return {name: _of_weight(by_name[name], w, size) for name, w in weights.items()}
+        return {name: _of_weight(by_name[name], w, size).reshape(w.shape) for name, w in weights.items()}
 
 
 def of_one(values: Values, weights: Weights, row: list[Any]) -> tuple[Weights, Tensor]:
@@ -140,6 +188,11 @@ def of_one(values: Values, weights: Weights, row: list[Any]) -> tuple[Weights, T
         (value,) = values(leaves, *(each(lambda v: v[None], r) for r in row))
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True)), value.detach()
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    image = x.ndim == 4 and x.is_floating_point() and x.device.type == "cpu"
+    return x.contiguous(memory_format=torch.channels_last) if image else x
 
 
 def _note(uses: list[_Use], names: dict[int, str], layer: nn.Module, given: tuple[Any, ...], y: Any) -> None:
@@ -160,11 +213,12 @@ def _of_weight(uses: list[tuple[str, _Use, Tensor]], w: Tensor, size: Size) -> T
     """One weight's sum; a weight of several calls adds up its gradients first."""
     if not uses:
         return torch.zeros_like(w)
-    kind, use, slope = uses[0]
-    if len(uses) == 1 and kind == "weight" and isinstance(use.layer, nn.Linear) and use.x.ndim == 2:
-        return size(slope).T @ size(use.x)
-    rows = functools.reduce(torch.add, [use.rules[kind](slope).flatten(1) for kind, use, slope in uses])
-    return size(rows).sum(0).view_as(w)
+    gradients = [use.rules[kind](slope) for kind, use, slope in uses]
+    first = gradients[0]
+    if len(uses) == 1 and isinstance(first, Product):
+        return first.sum(size)
+    rows = functools.reduce(torch.add, [g.rows() if isinstance(g, Product) else g for g in gradients])
+    return size(rows).sum(0)
 
 
 # ------------------------------------------------------------------------------- gradients of each row, by kind of layer
@@ -172,20 +226,31 @@ def _linear(_layer: Any, x: Tensor) -> dict[str, Rule]:
     def flat(t: Tensor) -> Tensor:
         return t.reshape(len(t), -1, t.shape[-1])
 
-    return {"weight": lambda g: flat(g).transpose(1, 2) @ flat(x), "bias": lambda g: flat(g).sum(1)}
+    def weight(g: Tensor) -> Product:
+        return Product(flat(g).transpose(1, 2), [flat(x)], lambda t: t)
+
+    return {"weight": weight, "bias": lambda g: flat(g).sum(1)}
 
 
 def _conv2d(layer: Any, x: Tensor) -> dict[str, Rule]:
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.ndim != 4:
         raise Unsuited
+    (tall, broad), (down, right), (top, left) = layer.kernel_size, layer.stride, layer.padding
+    below, beside = layer.dilation
 
-    def weight(g: Tensor) -> Tensor:
-        (high, wide), (down, right), (top, left) = g.shape[2:], layer.stride, layer.padding
-        padded = functional.pad(x, (left, left, top, top))
-        starts = itertools.product(*(range(0, k * d, d) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)))
-        # What `unfold` gives, in a third of its time.
-        seen = torch.stack([padded[:, :, i : i + down * high : down, j : j + right * wide : right] for i, j in starts], 2)
-        return g.flatten(2) @ seen.flatten(3).flatten(1, 2).transpose(1, 2)
+    def shape(t: Tensor) -> Tensor:
+        return t.reshape(*t.shape[:-1], tall, broad, x.shape[1]).movedim(-1, -3)
+
+    def weight(g: Tensor) -> Product:
+        n, out, high, wide = g.shape
+        padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+        row, line, place, _ = padded.stride()
+        # What each place of a line sees of it, for all lines of the kernel: a third of what `unfold` makes.
+        windows = (n, padded.shape[1], wide, broad, padded.shape[3])
+        seen = padded.as_strided(windows, (row, line, right * place, beside * place, 1)).flatten(3).contiguous()
+        lines = [seen[:, start : start + down * high : down].flatten(1, 2) for start in range(0, tall * below, below)]
+        slopes = g.permute(0, 2, 3, 1).reshape(n, high * wide, out).transpose(1, 2)
+        return Product(slopes, lines, shape)
 
     return {"weight": weight, "bias": lambda g: g.flatten(2).sum(2)}
 
@@ -201,20 +266,26 @@ def _layer_norm(layer: Any, x: Tensor) -> dict[str, Rule]:
 
 
 def _group_norm(layer: Any, x: Tensor) -> dict[str, Rule]:
-    return _by_channel(functional.group_norm(x, layer.num_groups, eps=layer.eps))
+    normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
+    return {"weight": lambda g: _over_places(g * normal), "bias": _over_places}
 
 
 def _batch_norm(layer: Any, x: Tensor) -> dict[str, Rule]:
     if layer.training or layer.running_mean is None:
         raise Unsuited
-    return _by_channel(functional.batch_norm(x, layer.running_mean, layer.running_var, eps=layer.eps))
+    mean: Tensor = layer.running_mean.to(x.dtype)
+    scale: Tensor = (layer.running_var + layer.eps).rsqrt().to(x.dtype)
+
+    def weight(g: Tensor) -> Tensor:
+        centred = x - mean.view(-1, *(1,) * (x.ndim - 2))  # first: means may be far above deviations
+        return _over_places(g * centred) * scale
+
+    return {"weight": weight, "bias": _over_places}
 
 
-def _by_channel(normal: Tensor) -> dict[str, Rule]:
-    def over_places(t: Tensor) -> Tensor:
-        return t.flatten(2).sum(2) if t.ndim > 2 else t
-
-    return {"weight": lambda g: over_places(g * normal), "bias": over_places}
+def _over_places(t: Tensor) -> Tensor:
+    """Sum of each row's channel."""
+    return t.sum(tuple(range(2, t.ndim))) if t.ndim > 2 else t
 
 
 KNOWN: dict[Any, Callable[[Any, Tensor], dict[str, Rule]]] = {

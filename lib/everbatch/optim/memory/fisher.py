@@ -20,7 +20,7 @@ from everbatch import seeds
 from everbatch.distributed import World
 from everbatch.engines.shards import wide
 from everbatch.errors import check
-from everbatch.optim.memory.by_layer import ByLayer, Size, Values, of_one
+from everbatch.optim.memory.by_layer import COMPARED, ByLayer, Size, Values, of_one
 from everbatch.optim.memory.replica import Call, Factory, Weights, evaluating, replica, require_replica
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.problems import Problem
@@ -74,9 +74,13 @@ def fisher_sums(
     """
     if problem is not None:
         return _loss_sums(call, weights, inputs, targets, estimator, chunk, problem, layers)
-    with torch.no_grad():  # how many classes there are, one row tells
-        logits = call(weights, inputs if estimator == "sampled" else each(lambda v: v[:1], inputs))
-    classes = logits.shape[-1]
+    classes = None if layers is None else layers.classes
+    if classes is None or estimator == "sampled":
+        with torch.no_grad():  # how many classes there are, one row tells
+            logits = call(weights, inputs if estimator == "sampled" else each(lambda v: v[:1], inputs))
+        classes = logits.shape[-1]
+        if layers is not None:
+            layers.classes = classes
     odd = targets[(targets < 0) | (targets >= classes)]
     check(not odd.numel(), "fisher_sums", f"label {odd[:1].tolist()}", f"be in [0, {classes})")
     if estimator == "batch":
@@ -157,12 +161,13 @@ def _accumulate(
     many = vmap(grad(one, has_aux=True), in_dims=(None, *(0,) * len(rows)))
     count, start = count_of(rows[0]), 0
     while start < count:
-        piece = slice(start, start + chunk)
+        rows_now = chunk if layers.fits is not None else min(chunk, COMPARED)
+        piece = slice(start, start + rows_now)
         part = [each(lambda v, piece=piece: v[piece], r) for r in rows]  # type: ignore[misc]
         if layers.fits and chunk > 1:
             try:
                 _add(sums, layers.sums(values, weights, part, size, weighted=weighted))
-                start += chunk
+                start += rows_now
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # the model does other things with these rows; what is wrong with it shows below
@@ -184,10 +189,10 @@ def _accumulate(
         for name, g in gradients.items():
             sizes = size(g.to(sums[name].dtype))
             found[name] = (sizes * value.exp().view(-1, *(1,) * (g.dim() - 1)) if weighted else sizes).sum(0)
-        if layers.fits is None and chunk > 1 and (shared or start + chunk < count):
+        if layers.fits is None and chunk > 1 and (shared or start + rows_now < count):
             layers.compare(values, weights, part, size, found, weighted=weighted)
         _add(sums, found)
-        start += chunk
+        start += rows_now
 
 
 def _add(sums: Weights, found: Weights) -> None:
