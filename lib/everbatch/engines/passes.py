@@ -148,6 +148,7 @@ class Objective:
     def prove(self) -> None:
         """Once, in the first step with several passes, after the recorded one: the same pass again must give the same gradient.
 
+        It begins with the buffers that the recorded one began with: outputs may depend on those that move, as with spectral norm.
         A host that fails to forget the first gradient shows a norm twice as large. Cost: one pass, once.
         """
         if "loss" not in self.closures:
@@ -155,7 +156,8 @@ class Objective:
         first = self.host.gradient().norm().item()
         if not math.isfinite(first):  # this step will be skipped; the next one is as good
             return
-        self()
+        with self.host.watch.rolled_back():
+            self()
         second = self.host.gradient().norm().item()
         unproven, self.host.unproven = self.host.unproven, ""
         if not abs(second - first) <= 1e-2 * first:

@@ -7,7 +7,8 @@ first one, the first of a task, and every one where something outside has buffer
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +100,20 @@ class Watch:
         """Put every buffer the recorded pass may have moved back to where it was before the step."""
         for entry in self.buffers:
             put_back(*entry)
+
+    @contextmanager
+    def rolled_back(self) -> Iterator[None]:
+        """Inside, buffers are as before the recorded pass; afterwards as it left them."""
+        after = [(module, name, module._buffers.get(name)) for module, name, *_ in self.buffers]
+        kept = [None if now is None else now.clone() for *_, now in after]
+        self.rollback()
+        try:
+            yield
+        finally:
+            for (module, name, now), values in zip(after, kept, strict=True):
+                module._buffers[name] = now
+                if now is not None and values is not None:
+                    now.copy_(values)
 
     def meet(self, module: nn.Module) -> None:
         """A module is about to run."""

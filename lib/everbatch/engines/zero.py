@@ -42,8 +42,8 @@ class ZeroHost(Host):
         super().__init__()
         refuse_modes(engine)
         self.engine, self.zero, self.stage = engine, engine.optimizer, int(engine.zero_optimization_stage())
-        self.inner: torch.optim.Optimizer = engine.basic_optimizer
-        self.kind = type(self.zero).__name__ if self.zero is not self.inner else "torch"
+        self.kind = "torch" if self.zero is engine.basic_optimizer else type(self.zero).__name__
+        self.inner: torch.optim.Optimizer = self.zero if self.kind == "torch" else self.zero.optimizer  # Adagrad's is its own
         check_optimizer(self.inner, base, self.stage)
         check_internals(engine, self.zero, self.kind)
         self.module = engine.module
