@@ -181,7 +181,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 class Growing(nn.Module):
-    """Buffers that a run makes longer, makes at all, or does not save."""
+    """Buffers that a run makes longer, makes at all, or of another type, or does not save."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +189,8 @@ class Growing(nn.Module):
         self.register_buffer("passing", torch.zeros(0, 2), persistent=False)
         self.register_buffer("table", torch.zeros(1))
         self.register_buffer("later", None)
+        self.register_buffer("empty", torch.empty(0))
+        self.register_buffer("fine", torch.zeros(()))
         self.table: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,10 +198,12 @@ class Growing(nn.Module):
             self.passing = torch.ones(len(self.passing) + 1, 2)
             self.table = torch.cat([self.table, self.table[-1:] + 1])[-7:]
             self.later = torch.full((3,), float(len(self.table)))
+            self.empty = torch.cat([self.empty.view(-1, 2), torch.ones(1, 2)])
+            self.fine = 0.9 * self.fine.double() + 0.1 * x.detach().double().mean()
             if not hasattr(self, "made"):
                 self.register_buffer("made", torch.zeros(2, dtype=torch.int64))
             self.made += 1
-        return self.head(x.flatten(1)) + self.table.mean() + 0 * self.passing.sum()  # type: ignore[no-any-return]
+        return self.head(x.flatten(1)) + self.table.mean() + self.fine.float() + 0 * self.passing.sum()  # type: ignore[no-any-return]
 
 
 def test_buffers_that_grew_shrank_or_came_later_are_resumed(tmp_path: Path) -> None:
@@ -215,7 +219,7 @@ def test_buffers_that_grew_shrank_or_came_later_are_resumed(tmp_path: Path) -> N
         growing(tmp_path / "cut", 5).fit(stream())
     kept = checkpoint.latest(tmp_path / "cut", world=World())
     assert kept is not None and {n for n in kept.names() if n.startswith("buffer/")} == {
-        "buffer/0/table", "buffer/0/later", "buffer/0/made"}
+        f"buffer/0/{name}" for name in ("table", "later", "empty", "fine", "made")}
     again = growing(tmp_path / "cut")
     again.fit(stream(), resume=True)
     assert str(again.matrix) == str(whole.matrix)

@@ -36,8 +36,9 @@ def buffer_pieces(module: nn.Module, rank: int) -> list[Piece]:
 def check_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
     """Raise `CheckpointMismatch` unless `load_buffers` would take them. Local; no tensor data is read.
 
-    Sizes may differ, for tables grow and shrink; a buffer the run made on the way is made again. One that the model has and the
-    checkpoint lacks, that no module could hold, or of another number of dimensions, belongs to another model.
+    Sizes may differ, for tables grow and shrink; a buffer the run made on the way, out of an empty one or none, is made again.
+    One that the model has and the checkpoint lacks, that no module could hold, or of another number of dimensions, belongs to
+    another model.
     """
     ours, theirs = persistent(module), _saved(kept, world)
     lacking = sorted(set(ours) - set(theirs))
@@ -50,7 +51,8 @@ def check_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
     for name, buffer in ours.items():
         for key in theirs[name]:
             shape, dtype = tuple(kept.shape(key)), kept.dtype(key)
-            if len(shape) != buffer.dim() or dtype.is_floating_point != buffer.is_floating_point():
+            kind = (len(shape), dtype.is_floating_point)
+            if buffer.numel() and kind != (buffer.dim(), buffer.is_floating_point()):
                 raise CheckpointMismatch(f"checkpoint {kept.path}: buffer {name} is {dtype} {shape}, the model's is "
                                          f"{buffer.dtype} {tuple(buffer.shape)}; build the same model")
 
@@ -67,9 +69,9 @@ def load_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
         values = [kept.whole(key) for key in own]
         value = max(values, key=Tensor.numel)
         if len(values) > 1 and value.is_floating_point() and len({v.shape for v in values}) == 1:
-            value = torch.stack([v.float() for v in values]).mean(0)
+            value = torch.stack(values).to(torch.promote_types(value.dtype, torch.float32)).mean(0)
         buffer = ours.get(name)
-        if buffer is not None and buffer.shape == value.shape:
+        if buffer is not None and buffer.shape == value.shape and buffer.dtype == _type(buffer, value):
             buffer.copy_(value)
         else:
             _place(module, name, buffer, value)
@@ -84,7 +86,7 @@ def buffer_problem(known: Mapping[str, Tensor], module: nn.Module) -> str:
         return f"has no place for buffers {lost[:3]}"
     for name, value in known.items():
         own = ours.get(name)
-        if own is not None and (own.dim(), own.is_floating_point()) != (value.dim(), value.is_floating_point()):
+        if own is not None and own.numel() and (own.dim(), own.is_floating_point()) != (value.dim(), value.is_floating_point()):
             return f"has a buffer {name} of {own.dtype} {tuple(own.shape)}, it was {value.dtype} {tuple(value.shape)}"
     return ""
 
@@ -95,7 +97,7 @@ def carry_buffers(known: Mapping[str, Tensor], module: nn.Module) -> None:
     ours = persistent(module)
     for name, value in known.items():
         buffer = ours.get(name)
-        if buffer is not None and buffer.shape == value.shape:
+        if buffer is not None and buffer.shape == value.shape and buffer.dtype == _type(buffer, value):
             buffer.copy_(value)
         else:
             _place(module, name, buffer, value)
@@ -109,11 +111,17 @@ def _place(module: nn.Module, name: str, old: Tensor | None, value: Tensor) -> N
         part = module.get_submodule(path)
         part.register_buffer(last, value.to(device))
         return
-    fresh = value.to(old.device, old.dtype)
+    fresh = value.to(old.device, _type(old, value))
     for part in module.modules():
         for last, buffer in part._buffers.items():
             if buffer is old:
                 part._buffers[last] = fresh
+
+
+def _type(old: Tensor, value: Tensor) -> torch.dtype:
+    """The value's own type, but for those that engines give to a whole model: they stay the model's."""
+    engines = (torch.float32, torch.bfloat16, torch.float16)
+    return old.dtype if old.dtype in engines and value.dtype in engines else value.dtype
 
 
 def _saved(kept: Checkpoint, world: World) -> dict[str, list[str]]:
