@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from everbatch.composition import compose
 from everbatch.errors import UnsupportedHost
-from everbatch.optim import EWC, diagonal_fisher, output_sensitivity
+from everbatch.optim import EWC, MAS, NCL, Refresh, diagonal_fisher, output_sensitivity
 from everbatch.optim.memory import by_layer, fisher
 from everbatch.optim.memory.fisher import ESTIMATORS
 from everbatch.optim.memory.importance import slices
@@ -470,3 +470,29 @@ def test_batch_norm_with_means_far_above_deviations_loses_no_digits() -> None:
     got = diagonal_fisher(SGD(model, lr=0.1), batches, "empirical", chunk=6)["1.weight"].double()
     wanted = by_loop(copy.deepcopy(model).double(), x.double(), y, "empirical")["1.weight"]
     assert float((got - wanted).norm() / wanted.norm()) < 5e-6
+
+
+@pytest.mark.parametrize(("part", "call"), [(EWC, "consolidate_ewc"), (MAS, "consolidate_mas"), (NCL, "consolidate_ncl"),
+                                            (Refresh, "update_fisher")])
+def test_every_method_that_estimates_goes_by_layer(part: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opt = compose(part, base=torch.optim.SGD)(small_net(), lr=0.1)
+    asked = listened(monkeypatch)
+    getattr(opt, call)([tuple(value.float() if value.is_floating_point() else value for value in rows) for rows in BATCHES])
+    assert asked == [4]
+
+
+def test_batches_may_have_outputs_of_their_own_number() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, wide: Tensor) -> Tensor:
+            return self.head(x)[:, : wide.shape[1]]  # type: ignore[no-any-return]
+
+    torch.manual_seed(6)
+    opt, _ = optimizer(Heads())
+    batches = [({"x": x, "wide": torch.zeros(len(x), width)}, y) for (x, y, _), width in zip(BATCHES, (3, 5, 3), strict=True)]
+    found = diagonal_fisher(opt, batches, "exact", chunk=4)
+    alone = [{n: g * len(batch[1]) for n, g in diagonal_fisher(opt, [batch], "exact").items()} for batch in batches]
+    close(found, {n: sum(one[n] for one in alone) / len(X) for n in found})

@@ -27,10 +27,10 @@ Size = Callable[[Tensor], Tensor]
 NEAR, LEAST = 1e4, 10.0
 """How far sums may be from those found otherwise, of a tensor's norm, and what share of the largest gradient is rounding of each:
 in units of the type's precision, so 1e-3 and 1e-6 in fp32."""
-COMPARED, TRIES = 4, 3
+COMPARED, TRIES = 4, 12
 """Rows that are taken both ways, and how often at most, where some weight has no gradient in them."""
-NEARBY = 2**18
-"""Numbers that a processor keeps near it."""
+NEARBY, NARROW = 2**18, 24
+"""Numbers that a processor keeps near it, and how many inputs are too few for a product of matrices of their own."""
 
 
 class Unsuited(Exception):
@@ -50,6 +50,8 @@ class Product:
 
     def rows(self) -> Tensor:
         """(n, *weight)."""
+        if self.seen[0].shape[-1] < NARROW:
+            return self.shape(self.slopes @ torch.cat(self.seen, -1))
         return self.shape(torch.cat([self.slopes @ part for part in self.seen], -1))
 
     def sum(self, size: Size) -> Tensor:
@@ -58,9 +60,13 @@ class Product:
         inputs = sum(part.shape[-1] for part in self.seen)
         if places == 1:  # the size of a product is the product of sizes
             return self.shape(size(self.slopes[:, :, 0]).T @ size(torch.cat(self.seen, -1)[:, 0]))
-        if n * outputs * inputs <= NEARBY or self.slopes.device.type != "cpu":
+        at_once = NEARBY // (outputs * inputs)
+        if n <= at_once or self.slopes.device.type != "cpu":
             return size(self.rows()).sum(0)
-        # Larger ones are made piece by piece and added up at once: written to memory, they would take five times as long.
+        # More are made piece by piece and added up at once: written to memory, they would take five times as long.
+        if at_once >= 8:
+            starts = range(0, n, at_once)
+            return torch.stack([size(self._some(start, start + at_once).rows()).sum(0) for start in starts]).sum(0)
         total = self.slopes.new_zeros(outputs, inputs)
         some = max(1, NEARBY // inputs)
         buffer = total.new_empty(some, inputs)
@@ -74,6 +80,9 @@ class Product:
                 else:
                     sums.add_(size(gradient))
         return self.shape(total)
+
+    def _some(self, start: int, end: int) -> Product:
+        return Product(self.slopes[start:end], [part[start:end] for part in self.seen], self.shape)
 
 
 Rule = Callable[[Tensor], Tensor | Product]
@@ -105,8 +114,6 @@ class ByLayer:
     def __init__(self) -> None:
         self.fits: bool | None = None
         """Whether it does; None: not known yet."""
-        self.classes: int | None = None
-        """How many outputs a row has; None: not known yet."""
         self._last = True
         """Whether images go in with their channels last, with which processors convolve and pool faster."""
         self._tries = 0
@@ -120,12 +127,22 @@ class ByLayer:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a model cannot do with several rows, `wanted` was found without
-            if not self._last:
+            found = {}
+        if found and self._near(found, wanted, size):
+            self._tries += 1
+            if all(bool(value.any()) for value in wanted.values()):  # a weight without a gradient shows nothing
+                self.fits = True
+            elif self._tries == TRIES:
                 self.fits = False
-                return
-            self._last = False  # `view` may need channels where they were
+        elif self._last:  # `view` may need channels where they were
+            self._last = False
             self.compare(values, weights, rows, size, wanted, weighted=weighted)
-            return
+        else:
+            self.fits = False
+
+    @staticmethod
+    def _near(found: Weights, wanted: Weights, size: Size) -> bool:
+        """Whether they differ by rounding."""
         norms = torch.stack([value.norm() for value in wanted.values()])
         apart = torch.stack([(found[name] - value).norm() for name, value in wanted.items()])
         eps = torch.finfo(norms.dtype).eps
@@ -134,13 +151,7 @@ class ByLayer:
             rounding = 2 * norms.sqrt() * error + error.square()
         else:
             rounding = LEAST * eps * norms.max()
-        self._tries += 1
-        if not bool((apart <= NEAR * eps * norms + rounding).all()):
-            self.fits = False
-        elif bool((norms > 0).all()):  # a weight without a gradient shows nothing
-            self.fits = True
-        elif self._tries == TRIES:
-            self.fits = False
+        return bool((apart <= NEAR * eps * norms + rounding).all())
 
     def sums(self, values: Values, weights: Weights, rows: list[Any], size: Size, *, weighted: bool) -> Weights:
         """sum_i a_i size(d values_i / d w) for every weight; a_i is exp(values_i) where `weighted`, of squares alone, else 1.
@@ -168,7 +179,8 @@ class ByLayer:
         if not known or not found.requires_grad or found.shape != (count_of(rows[0]),):
             raise Unsuited
         # The root of a_i goes with the row, wherever the model moves that.
-        whole = (found * (found.detach() / 2).exp() if weighted else found).sum()
+        with torch.enable_grad():
+            whole = (found * (found.detach() / 2).exp() if weighted else found).sum()
         slopes = torch.autograd.grad(whole, [use.edge for use in uses], allow_unused=True)
         by_name = defaultdict[str, list[tuple[str, _Use, Tensor]]](list)
         for use, slope in zip(uses, slopes, strict=True):
@@ -247,8 +259,11 @@ def _conv2d(layer: Any, x: Tensor) -> dict[str, Rule]:
         row, line, place, _ = padded.stride()
         # What each place of a line sees of it, for all lines of the kernel: a third of what `unfold` makes.
         windows = (n, padded.shape[1], wide, broad, padded.shape[3])
-        seen = padded.as_strided(windows, (row, line, right * place, beside * place, 1)).flatten(3).contiguous()
-        lines = [seen[:, start : start + down * high : down].flatten(1, 2) for start in range(0, tall * below, below)]
+        seen = padded.as_strided(windows, (row, line, right * place, beside * place, 1))
+        if down == 1:  # lines share what is copied
+            seen = seen.flatten(3).contiguous()
+        starts = range(0, tall * below, below)
+        lines = [seen[:, start : start + down * high : down].flatten(1, 2).flatten(2) for start in starts]
         slopes = g.permute(0, 2, 3, 1).reshape(n, high * wide, out).transpose(1, 2)
         return Product(slopes, lines, shape)
 

@@ -74,13 +74,9 @@ def fisher_sums(
     """
     if problem is not None:
         return _loss_sums(call, weights, inputs, targets, estimator, chunk, problem, layers)
-    classes = None if layers is None else layers.classes
-    if classes is None or estimator == "sampled":
-        with torch.no_grad():  # how many classes there are, one row tells
-            logits = call(weights, inputs if estimator == "sampled" else each(lambda v: v[:1], inputs))
-        classes = logits.shape[-1]
-        if layers is not None:
-            layers.classes = classes
+    with torch.no_grad():  # how many classes there are, one row tells
+        logits = call(weights, inputs if estimator == "sampled" else each(lambda v: v[:1], inputs))
+    classes = logits.shape[-1]
     odd = targets[(targets < 0) | (targets >= classes)]
     check(not odd.numel(), "fisher_sums", f"label {odd[:1].tolist()}", f"be in [0, {classes})")
     if estimator == "batch":
