@@ -162,19 +162,16 @@ def test_by_layer_is_one_by_one(kind: Any, nearby: int, monkeypatch: pytest.Monk
     assert asked == [4]
 
 
-@pytest.mark.parametrize("viewed", [False, True])
-@pytest.mark.parametrize("nearby", [2**18, 21])
-def test_images_by_layer(nearby: int, viewed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a net takes them with their channels last or, for the sake of `view`, as they come; down to a single place."""
-    class Viewed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.view(len(x), -1)
-
+@pytest.mark.parametrize("narrow", [24, 0])
+@pytest.mark.parametrize("nearby", [2**18, 21, 1000])
+def test_images_by_layer(nearby: int, narrow: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to a single place, in every way of summing."""
     torch.manual_seed(1)
-    rest = [Viewed()] if viewed else [nn.Conv2d(4, 5, 2), nn.Conv2d(5, 3, 3, padding=1, bias=False), nn.Flatten()]
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), *rest, nn.LazyLinear(3))
-    model(torch.zeros(2, 2, 6, 6))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=(2, 1), padding=(3, 1)), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(4, 5, (2, 3)),
+        nn.Conv2d(5, 3, 3, padding=1, bias=False), nn.AdaptiveMaxPool2d(1), nn.Conv2d(3, 3, 1), nn.Flatten())
     opt, _ = optimizer(model)
+    monkeypatch.setattr(by_layer, "NARROW", narrow)
     x = torch.randn(11, 2, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     y = torch.arange(11) % 3
     monkeypatch.setattr(by_layer, "NEARBY", nearby)

@@ -50,16 +50,14 @@ class Product:
 
     def rows(self) -> Tensor:
         """(n, *weight)."""
-        if self.seen[0].shape[-1] < NARROW:
-            return self.shape(self.slopes @ torch.cat(self.seen, -1))
-        return self.shape(torch.cat([self.slopes @ part for part in self.seen], -1))
+        return self.shape(_joined([self.slopes @ part for part in self.seen]))
 
     def sum(self, size: Size) -> Tensor:
         """Sum of the rows' sizes, (*weight)."""
         n, outputs, places = self.slopes.shape
         inputs = sum(part.shape[-1] for part in self.seen)
         if places == 1:  # the size of a product is the product of sizes
-            return self.shape(size(self.slopes[:, :, 0]).T @ size(torch.cat(self.seen, -1)[:, 0]))
+            return self.shape(size(self.slopes[:, :, 0]).T @ size(_joined(self.seen)[:, 0]))
         at_once = NEARBY // (outputs * inputs)
         if n <= at_once or self.slopes.device.type != "cpu":
             return size(self.rows()).sum(0)
@@ -71,7 +69,7 @@ class Product:
         some = max(1, NEARBY // inputs)
         buffer = total.new_empty(some, inputs)
         for slopes, *parts in zip(self.slopes, *self.seen, strict=True):
-            seen = torch.cat(parts, -1)
+            seen = _joined(parts)
             for start in range(0, outputs, some):
                 few, sums = slopes[start : start + some], total[start : start + some]
                 gradient = torch.mm(few, seen, out=buffer[: len(few)])
@@ -83,6 +81,10 @@ class Product:
 
     def _some(self, start: int, end: int) -> Product:
         return Product(self.slopes[start:end], [part[start:end] for part in self.seen], self.shape)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 Rule = Callable[[Tensor], Tensor | Product]
@@ -114,8 +116,6 @@ class ByLayer:
     def __init__(self) -> None:
         self.fits: bool | None = None
         """Whether it does; None: not known yet."""
-        self._last = True
-        """Whether images go in with their channels last, with which processors convolve and pool faster."""
         self._tries = 0
 
     def compare(self, values: Values, weights: Weights, rows: list[Any], size: Size, wanted: Weights, *, weighted: bool) -> None:
@@ -128,16 +128,12 @@ class ByLayer:
             raise
         except Exception:  # whatever a model cannot do with several rows, `wanted` was found without
             found = {}
-        if found and self._near(found, wanted, size):
-            self._tries += 1
-            if all(bool(value.any()) for value in wanted.values()):  # a weight without a gradient shows nothing
-                self.fits = True
-            elif self._tries == TRIES:
-                self.fits = False
-        elif self._last:  # `view` may need channels where they were
-            self._last = False
-            self.compare(values, weights, rows, size, wanted, weighted=weighted)
-        else:
+        self._tries += 1
+        if not found or not self._near(found, wanted, size):
+            self.fits = False
+        elif all(bool(value.any()) for value in wanted.values()):  # a weight without a gradient shows nothing
+            self.fits = True
+        elif self._tries == TRIES:
             self.fits = False
 
     @staticmethod
@@ -168,11 +164,10 @@ class ByLayer:
         uses: list[_Use] = []
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
         names = {id(leaf): name for name, leaf in leaves.items()}
-        inputs = each(_channels_last, rows[0]) if self._last else rows[0]
         handle = register_module_forward_hook(lambda layer, given, y: _note(uses, names, layer, given, y))
         try:
             with torch.enable_grad():
-                found = values(leaves, inputs, *rows[1:])
+                found = values(leaves, *rows)
         finally:
             handle.remove()
         known = {name for use in uses for name in use.names.values()} == set(weights)
@@ -200,11 +195,6 @@ def of_one(values: Values, weights: Weights, row: list[Any]) -> tuple[Weights, T
         (value,) = values(leaves, *(each(lambda v: v[None], r) for r in row))
         found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True)), value.detach()
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    image = x.ndim == 4 and x.is_floating_point() and x.device.type == "cpu"
-    return x.contiguous(memory_format=torch.channels_last) if image else x
 
 
 def _note(uses: list[_Use], names: dict[int, str], layer: nn.Module, given: tuple[Any, ...], y: Any) -> None:
@@ -257,14 +247,19 @@ def _conv2d(layer: Any, x: Tensor) -> dict[str, Rule]:
         n, out, high, wide = g.shape
         padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
         row, line, place, _ = padded.stride()
+        slopes = g.permute(0, 2, 3, 1).reshape(n, high * wide, out).transpose(1, 2)
+        channels = padded.shape[3]
+        if broad * channels < NARROW:
+            strides: tuple[int, ...] = (row, down * line, right * place, below * line, beside * place, 1)
+            seen = padded.as_strided((n, high, wide, tall, broad, channels), strides)
+            return Product(slopes, [seen.flatten(3).flatten(1, 2)], shape)
         # What each place of a line sees of it, for all lines of the kernel: a third of what `unfold` makes.
-        windows = (n, padded.shape[1], wide, broad, padded.shape[3])
-        seen = padded.as_strided(windows, (row, line, right * place, beside * place, 1))
+        strides = (row, line, right * place, beside * place, 1)
+        seen = padded.as_strided((n, padded.shape[1], wide, broad, channels), strides)
         if down == 1:  # lines share what is copied
             seen = seen.flatten(3).contiguous()
         starts = range(0, tall * below, below)
         lines = [seen[:, start : start + down * high : down].flatten(1, 2).flatten(2) for start in starts]
-        slopes = g.permute(0, 2, 3, 1).reshape(n, high * wide, out).transpose(1, 2)
         return Product(slopes, lines, shape)
 
     return {"weight": weight, "bias": lambda g: g.flatten(2).sum(2)}
