@@ -137,6 +137,7 @@ def test_what_is_no_switch() -> None:
         Trainer.Config(compile="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.rotated(0, 2)
 @pytest.mark.distributed
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_graphs_on_engines(tmp_path: Path, zygote: Zygote) -> None:

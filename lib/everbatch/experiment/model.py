@@ -59,7 +59,8 @@ class Model:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(seed, "model"))
-            check(sample.ndim == 3, "model", f"samples of shape {tuple(sample.shape)}", "be images (C, H, W)")
+            check(sample.ndim == 3, "model", f"samples of shape {tuple(sample.shape)}", "be images (C, H, W)",
+                  "save grey ones as (N, 1, H, W)")
             if self.name == "small_conv":
                 with _told("model", f"small_conv on inputs of shape {tuple(sample.shape)}", "take images of this size",
                            "set data.image_size"):
