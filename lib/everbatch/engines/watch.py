@@ -111,9 +111,10 @@ class Watch:
             yield
         finally:
             for (module, name, now), values in zip(after, kept, strict=True):
-                module._buffers[name] = now
-                if now is not None and values is not None:
-                    now.copy_(values)
+                if now is None or values is None:
+                    module._buffers[name] = None
+                else:
+                    put_back(module, name, now, values)
 
     def meet(self, module: nn.Module) -> None:
         """A module is about to run."""

@@ -70,11 +70,7 @@ def load_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
         value = max(values, key=Tensor.numel)
         if len(values) > 1 and value.is_floating_point() and len({v.shape for v in values}) == 1:
             value = torch.stack(values).to(torch.promote_types(value.dtype, torch.float32)).mean(0)
-        buffer = ours.get(name)
-        if buffer is not None and buffer.shape == value.shape and buffer.dtype == _type(buffer, value):
-            buffer.copy_(value)
-        else:
-            _place(module, name, buffer, value)
+        _place(module, name, ours.get(name), value)
 
 
 def buffer_problem(known: Mapping[str, Tensor], module: nn.Module) -> str:
@@ -96,15 +92,14 @@ def carry_buffers(known: Mapping[str, Tensor], module: nn.Module) -> None:
     """Put buffers of another model into this one, by name. Local."""
     ours = persistent(module)
     for name, value in known.items():
-        buffer = ours.get(name)
-        if buffer is not None and buffer.shape == value.shape and buffer.dtype == _type(buffer, value):
-            buffer.copy_(value)
-        else:
-            _place(module, name, buffer, value)
+        _place(module, name, ours.get(name), value)
 
 
 def _place(module: nn.Module, name: str, old: Tensor | None, value: Tensor) -> None:
-    """Make `value` the buffer, under every name the old one has."""
+    """Make `value` the buffer, under every name the old one has; in its memory where that fits."""
+    if old is not None and old.shape == value.shape and old.dtype == _type(old, value):
+        old.copy_(value)
+        return
     if old is None:
         path, _, last = name.rpartition(".")
         device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
