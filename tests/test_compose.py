@@ -13,7 +13,7 @@ from torch import nn
 from everbatch.composition import compose
 from everbatch.contract import Contract, base_of, option_names, parts_of, route
 from everbatch.errors import CompositionError
-from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin, ShrinkPerturb
+from everbatch.optim import EMA, SAM, ClipGradNorm, LookSAM, OptimizerMixin, ShrinkPerturb
 
 
 class Mask(OptimizerMixin):
@@ -118,13 +118,17 @@ def test_config_and_state_are_what_the_contract_says() -> None:
             lambda: type("Part", (OptimizerMixin,), {"State": Needy}))
 
 
-def test_a_field_never_shadows_an_option_of_the_base() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        momentum: float = 0.5
-
-    part = type("Heavy", (OptimizerMixin,), {"Config": Config})
-    refused("Heavy.Config.momentum shadows an option of SGD; rename the field", lambda: compose(part, base=torch.optim.SGD))
+def test_an_option_of_a_part_and_of_the_base_is_named_in_full() -> None:
+    model, cls = nn.Linear(2, 1), compose(LookSAM, base=torch.optim.RMSprop)
+    optimizer = cls(model, lr=0.1, looksam_alpha=0.3, rmsprop_alpha=0.9)
+    assert (optimizer.configs[LookSAM].alpha, optimizer.param_groups[0]["alpha"]) == (0.3, 0.9)
+    optimizer = cls(model, lr=0.1)
+    assert (optimizer.configs[LookSAM].alpha, optimizer.param_groups[0]["alpha"]) == (0.7, 0.99)
+    with pytest.raises(ValueError, match="alpha=0.5 is an option of LookSAM and RMSprop, must name one of them; "
+                                         "pass looksam_alpha= or rmsprop_alpha="):
+        cls(model, lr=0.1, alpha=0.5)
+    with pytest.raises(TypeError, match="unknown option 'rmsprop_momentum'"):  # a field of one of them has its plain name
+        cls(model, lr=0.1, rmsprop_momentum=0.5)
 
 
 def test_compose_sorts_and_builds_the_class_a_statement_would() -> None:
@@ -191,7 +195,7 @@ def test_a_composed_class_can_be_composed_further() -> None:
 def test_an_option_of_two_parts_needs_its_longer_name() -> None:
     cls = compose(ClipGradNorm, Mask, base=torch.optim.SGD)
     with pytest.raises(ValueError, match="max_norm=3 is an option of ClipGradNorm and Mask, must name one of them; "
-                                         "pass clipgradnorm_max_norm= and mask_max_norm="):
+                                         "pass clipgradnorm_max_norm= or mask_max_norm="):
         cls(nn.Linear(2, 1), lr=0.1, max_norm=3)
     opt: Any = cls(nn.Linear(2, 1), lr=0.1, clipgradnorm_max_norm=3.0, mask_max_norm=4.0, gamma=0.1)
     assert (opt.configs[ClipGradNorm].max_norm, opt.configs[Mask].max_norm, opt.configs[Mask].gamma) == (3.0, 4.0, 0.1)

@@ -161,31 +161,34 @@ def route(cls: type, options: dict[str, Any]) -> tuple[dict[type, dict[str, Any]
     """Sort keyword options to the parts that own them.
 
     A field that one part owns is a plain keyword, `rho=`; `sam_rho=` does as well, and is the only form where two parts own
-    the field. Returns the fields by part, and the options no part owns.
+    the field, or a part and the base: `looksam_alpha=` and `rmsprop_alpha=`. Returns the fields by part, and the options no
+    part owns.
     """
     owners: dict[str, list[type]] = {}
     prefixed: dict[str, tuple[type, str]] = {}
-    for part in parts_of(cls):
+    parts, base = parts_of(cls), base_of(cls)
+    for part in parts:
         for name in _fields(part):
             owners.setdefault(name, []).append(part)
             prefixed[f"{part.__name__.lower()}_{name}"] = (part, name)
-    chosen: dict[type, dict[str, Any]] = {part: {} for part in parts_of(cls)}
-    rest: dict[str, Any] = {}
+    assert base is not None
+    for name in owners.keys() & inspect.signature(base.__init__).parameters.keys():  # type: ignore[misc]
+        owners[name].append(base)
+        prefixed[f"{base.__name__.lower()}_{name}"] = (base, name)
+    chosen: dict[type, dict[str, Any]] = {part: {} for part in (*parts, base)}
+    rest: dict[str, Any] = chosen[base]
     for name, value in options.items():
         if name in owners:
             names = [part.__name__ for part in owners[name]]
-            longer = " and ".join(f"{n.lower()}_{name}=" for n in names)
+            longer = " or ".join(f"{n.lower()}_{name}=" for n in names)
             check(len(names) == 1, cls.__name__, f"{name}={value!r} is an option of {' and '.join(names)}",
                   "name one of them", f"pass {longer}")
-            part, field = owners[name][0], name
-        elif name in prefixed:
-            part, field = prefixed[name]
+            owner, field = owners[name][0], name
         else:
-            rest[name] = value
-            continue
-        check(field not in chosen[part], cls.__name__, f"{part.__name__}'s {field} is given twice", "be given once")
-        chosen[part][field] = value
-    return chosen, rest
+            owner, field = prefixed.get(name, (base, name))
+        check(field not in chosen[owner], cls.__name__, f"{owner.__name__}'s {field} is given twice", "be given once")
+        chosen[owner][field] = value
+    return {part: chosen[part] for part in parts}, rest
 
 
 def option_names(cls: type) -> set[str]:
@@ -279,7 +282,7 @@ def _calls_super(function: Any) -> bool:
 
 
 def _check_composed(cls: type[Contract], base: type) -> None:
-    """Refuse a class whose parts are in a wrong place or order, fight over a resource, or shadow the base's options."""
+    """Refuse a class whose parts are in a wrong place or order, or fight over a resource."""
     parts = parts_of(cls)
     line = f"class {cls.__name__}({', '.join([*(p.__name__ for p in _repaired(parts)), base.__name__])}): ..."
     order = list(cls.__mro__)
@@ -309,12 +312,6 @@ def _check_composed(cls: type[Contract], base: type) -> None:
             if _is_left_of(part, other):
                 raise CompositionError(f"{cls.__name__}: {part.__name__} must stand to the left of {other.__name__}; "
                                        f"write {line}")
-    known = set(inspect.signature(base.__init__).parameters)  # type: ignore[misc]
-    for part in parts:
-        shadowed = sorted(known.intersection(_fields(part)))
-        if shadowed:
-            raise CompositionError(f"{cls.__name__}: {part.__name__}.Config.{shadowed[0]} shadows an option of "
-                                   f"{base.__name__}; rename the field")
 
 
 def _repaired(parts: tuple[type, ...]) -> tuple[type, ...]:
