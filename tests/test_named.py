@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from everbatch import cli, config, methods
+from everbatch import cli, compose, config, methods
 from everbatch.config.strict_yaml import load_file
 from everbatch.errors import CompositionError
 from everbatch.experiment import MIXINS, TRAINER_MIXINS, ClassIncremental, LargeBatch, named
 from everbatch.optim import OptimizerMixin
-from everbatch.train import Replay
+from everbatch.train import Replay, Trainer
 
 YAML = Path(__file__).parents[1] / "recipes" / "class_incremental.yaml"
 
@@ -68,6 +68,19 @@ def test_options_win_wherever_they_stand(tmp_path: Path) -> None:
     assert other.optimizer.ewc is None and other.optimizer.clip is not None and other.replay.method == "er"
     config.dump(other, tmp_path / "config.yaml")
     assert config.resolved(chosen("--config", str(tmp_path / "config.yaml"))) == config.resolved(other)
+
+
+def test_options_of_what_a_method_has_not_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: ewc\nreplay: {capacity: 10}\n")
+    for words in (("method=ewc", "replay.capacity=10"), ("replay.capacity=10", "method=ewc"), ("--config", str(file))):
+        with pytest.raises(SystemExit):
+            chosen(*words)
+        assert "replay.capacity beside method=ewc, which has no replay, must be left out; or join" in capsys.readouterr().err
+    assert chosen("method=ewc", "replay=null").replay is None
+    assert chosen("method=ewc+er", "replay.capacity=10").replay.capacity == 10
+    with pytest.raises(CompositionError, match="GDumb and Joint both own the samples that a task trains on"):
+        compose(methods.load("gdumb"), methods.load("joint"), base=Trainer)
 
 
 def test_methods_are_joined_and_called_what_others_call_them() -> None:

@@ -73,13 +73,15 @@ def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) ->
     """An instance of `recipe` from nested mappings, later ones over earlier ones, over `base` or the field defaults.
 
     A recipe may have `words`, names and their texts, that are no options but stand for some: `recipe.meaning(word, value)` gives
-    them as nested mappings, which lie right below the layer that says the word.
+    them as nested mappings, which lie right below the layer that says the word. What a word turns off stays off.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or a value out of range; one line with the key's path.
+        ConfigError: an unknown key, a wrong type or a value out of range, an option of what a word turned off; one line with the
+            key's path.
     """
     root = tree(recipe, base)
     merged: dict[str, Any] = {}
+    off: dict[str, str] = {}
     for layer in layers:
         own = dict(layer)
         for word in getattr(recipe, "words", {}):
@@ -87,9 +89,21 @@ def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) ->
             if said is not None:
                 if not isinstance(said, str):
                     raise ConfigError(f"{word}={said!r}, must be text")
-                _merge(root, merged, recipe.meaning(word, said), _Claims())  # type: ignore[attr-defined]
+                meaning = recipe.meaning(word, said)  # type: ignore[attr-defined]
+                off = {path: f"{word}={said}" for path, value in _paths(meaning) if value is None}
+                _merge(root, merged, meaning, _Claims())
+        _refuse_off(own, off)
         _merge(root, merged, own, _Claims())
     return grow(root, merged)  # type: ignore[no-any-return]
+
+
+def _refuse_off(layer: Mapping[str, Any], off: Mapping[str, str]) -> None:
+    """Refuse options of what a word left out: taken, they would be those of something else than the word says."""
+    for path, value in _paths(layer):
+        above = next((part for part in off if f"{path}.".startswith(f"{part}.")), None)
+        if above is not None and value is not None:
+            raise ConfigError(f"{path} beside {off[above]}, which has no {above}, must be left out; or join what has it, as in "
+                              f"{off[above]}+NAME")
 
 
 def _refuse_unused(config: Any, root: Group, files: Sequence[Mapping[str, Any]], overrides: Sequence[Mapping[str, Any]]) -> None:

@@ -70,6 +70,7 @@ class GDumb(TrainerMixin):
     """
 
     makes = {"gdumb": {"optimizer.shrink_perturb.shrink": 0.0, "optimizer.shrink_perturb.perturb": 1.0}}
+    owns = ("samples that a task trains on",)
     example = {"capacity": 32}
     off = {"capacity": 0}
     search = {}

@@ -31,6 +31,7 @@ class Joint(TrainerMixin):
     """
 
     makes = {"joint": {"optimizer.shrink_perturb.shrink": 0.0, "optimizer.shrink_perturb.perturb": 1.0}, "cumulative": {}}
+    owns = ("samples that a task trains on",)
     example = {}
     off = {"share": 0.0}
     search = {}
