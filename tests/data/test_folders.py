@@ -194,3 +194,16 @@ def test_a_folder_too_deep_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     fill(tmp_path / "one" / "cat", 1)
     with pytest.raises(ValueError, match="1 sample of class 'cat', must be at least 2"):
         load(tmp_path / "one", train=True)
+
+
+def test_a_part_that_is_not_used_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            fill(tmp_path / part / name)
+    number(tmp_path)
+    assert capsys.readouterr().err == ""  # val is judged on
+    for name in ("cat", "dog"):
+        fill(tmp_path / "test" / name)
+    number(tmp_path)
+    line = f"imagefolder: {str(tmp_path)!r}: 'train' is trained on and 'test' judged on; not used: val\n"
+    assert capsys.readouterr().err == line

@@ -112,11 +112,14 @@ def test_inputs_that_are_none(inputs: Any, text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keys", [("x_{}", "y_{}"), ("{}_images", "{}_labels"), ("X_{}", "y_{}")])
-def test_the_names_that_others_write(keys: tuple[str, str], tmp_path: Path) -> None:
+def test_the_names_that_others_write(keys: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell.cache_clear()
     arrays = {key.format(part): value for part in ("train", "val", "test")
               for key, value in zip(keys, (np.zeros((24, 4, 4, 3), np.uint8), Y[:, None].astype(np.uint8)), strict=True)}
     train, test = (load(saved(tmp_path, **arrays), train=part) for part in (True, False))
     assert (len(train), len(test), train.classes) == (24, 24, ("0", "1", "2"))
+    unused = ", ".join(key.format("val") for key in keys)
+    assert capsys.readouterr().err == f"npz: {str(tmp_path / 'x.npz')!r}: not used: {unused}\n"
 
 
 def test_damaged_files_are_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from everbatch.data.arrays import as_labels, check_labels, numbered
 from everbatch.data.folders import class_files
+from everbatch.data.notes import tell
 from everbatch.data.sources import Source, SubsetSource, digest, stratified_split, target_bytes
 from everbatch.errors import check, nearest
 
@@ -231,6 +232,9 @@ def open_folder(
     odd = sorted(set(tested) ^ set(classes))
     check(not odd, "imagefolder", f"classes {odd[:5]} are in only one of {str(root / 'train')!r} and {str(held)!r}",
           "be in both")
+    idle = sorted({path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."} - {"train", held.name})
+    if idle:
+        tell(f"imagefolder: {str(root)!r}: 'train' is trained on and {held.name!r} judged on; not used: {', '.join(idle)}")
     return _folder(name, part, held, tested, look)
 
 

@@ -39,6 +39,10 @@ def open_npz(path: Path, train: bool, image_size: int | None, test_fraction: flo
         x, y = (_array(arrays, key, path) for key in keys)
         others = [_array(arrays, split[1].format("test" if train else "train"), path)] if split else []
         classes = [str(c) for c in _array(arrays, "classes", path)] if "classes" in found else None
+    used = {key.format(p) for key in split for p in ("train", "test")} if split else set(keys)
+    idle = sorted(found - used - {"classes"})
+    if idle:
+        tell(f"npz: {str(path)!r}: not used: {', '.join(idle[:10])}" + ", ..." * (len(idle) > 10))
     inputs = _pictures(path, keys[0], as_inputs("npz", f"{keys[0]} of {str(path)!r}", x))
     labels = [as_labels("npz", f"{keys[1]} of {str(path)!r}", y),
               *(as_labels("npz", f"the labels of the other part of {str(path)!r}", other) for other in others)]
