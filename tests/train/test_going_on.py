@@ -21,6 +21,7 @@ from everbatch.data.sources import SubsetSource
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
 from everbatch.train import Schedule, Trainer, TrainerMixin
+from everbatch.train.buffers import buffer_problem, carry_buffers, persistent, vacant
 from learning import Abandoned, stream
 
 
@@ -187,10 +188,12 @@ class Growing(nn.Module):
         super().__init__()
         self.head = nn.Linear(64, 6)
         self.register_buffer("passing", torch.zeros(0, 2), persistent=False)
-        self.register_buffer("table", torch.zeros(1))
         self.register_buffer("later", None)
         self.register_buffer("empty", torch.empty(0))
         self.register_buffer("fine", torch.zeros(()))
+        self.register_buffer("number", torch.tensor(0))
+        self.register_buffer("given_up", torch.ones(3))
+        self.register_buffer("table", torch.zeros(1))
         self.table: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -199,11 +202,14 @@ class Growing(nn.Module):
             self.table = torch.cat([self.table, self.table[-1:] + 1])[-7:]
             self.later = torch.full((3,), float(len(self.table)))
             self.empty = torch.cat([self.empty.view(-1, 2), torch.ones(1, 2)])
+            self.number = torch.full((2, 2), 0.5) * self.fine
+            self.given_up = None
             self.fine = 0.9 * self.fine.double() + 0.1 * x.detach().double().mean()
             if not hasattr(self, "made"):
                 self.register_buffer("made", torch.zeros(2, dtype=torch.int64))
             self.made += 1
-        return self.head(x.flatten(1)) + self.table.mean() + self.fine.float() + 0 * self.passing.sum()  # type: ignore[no-any-return]
+        shift = self.table.mean() + self.fine.float() + self.number.float().mean() + (0 if self.given_up is None else 1)
+        return self.head(x.flatten(1)) + shift + 0 * self.passing.sum()  # type: ignore[no-any-return]
 
 
 def test_buffers_that_grew_shrank_or_came_later_are_resumed(tmp_path: Path) -> None:
@@ -219,12 +225,22 @@ def test_buffers_that_grew_shrank_or_came_later_are_resumed(tmp_path: Path) -> N
         growing(tmp_path / "cut", 5).fit(stream())
     kept = checkpoint.latest(tmp_path / "cut", world=World())
     assert kept is not None and {n for n in kept.names() if n.startswith("buffer/")} == {
-        f"buffer/0/{name}" for name in ("table", "later", "empty", "fine", "made")}
+        f"buffer/0/{name}" for name in ("table", "later", "empty", "fine", "number", "made")}
     again = growing(tmp_path / "cut")
     again.fit(stream(), resume=True)
     assert str(again.matrix) == str(whole.matrix)
     one, other = whole.module.state_dict(), again.module.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one) and one["made"].tolist() == [24, 24]
+
+
+def test_buffers_go_over_to_a_model_that_has_grown() -> None:
+    old, new = Growing(), Growing()
+    old(torch.ones(2, 1, 8, 8))
+    assert buffer_problem(persistent(old), new) == ""
+    carry_buffers(persistent(old), vacant(old), new)
+    one, other = old.state_dict(), new.state_dict()
+    assert one.keys() == other.keys() and "given_up" not in one
+    assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("head"))
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +254,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (lambda m: m.register_buffer("more", torch.zeros(2)), r"holds no buffers \['more'\], which the model has"),
     (lambda m: (m._buffers.pop("table"), setattr(m, "table", 3)), r"holds buffers \['table'\], which the model lacks"),
     (lambda m: m.register_buffer("table", torch.zeros(1, 2)), r"buffer table is torch.float32 \(7,\), the model's is .*\(1, 2\)"),
-    (lambda m: m.register_buffer("table", torch.zeros(1, dtype=torch.int64)), r"buffer table is torch.float32 \(7,\), .*int64"),
+    (lambda m: m.register_buffer("table", torch.zeros(2, dtype=torch.int64)), r"buffer table is torch.float32 \(7,\), .*int64"),
 ], ids=["more", "fewer", "dimensions", "kind"])
 def test_buffers_of_another_model_are_refused_untouched(grown: Path, change: Any, text: str) -> None:
     model = Growing()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from everbatch.errors import CheckpointMismatch
 from everbatch.nn.own_buffers import own_buffers
 
 __all__ = ["buffer_pieces", "buffer_problem", "carry_buffers", "check_buffers", "load_buffers",
-           "persistent"]
+           "persistent", "vacant"]
 
 
 def persistent(module: nn.Module) -> dict[str, Tensor]:
@@ -28,6 +28,12 @@ def persistent(module: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+def vacant(module: nn.Module) -> list[str]:
+    """Names of persistent buffers that are None."""
+    return [f"{path}.{name}".lstrip(".") for path, part in module.named_modules() for name, buffer in part._buffers.items()
+            if buffer is None and name not in part._non_persistent_buffers_set]
+
+
 def buffer_pieces(module: nn.Module, rank: int) -> list[Piece]:
     """This rank's persistent buffers."""
     return [Piece(f"buffer/{rank}/{name}", tuple(b.shape), 0, b) for name, b in persistent(module).items()]
@@ -36,12 +42,12 @@ def buffer_pieces(module: nn.Module, rank: int) -> list[Piece]:
 def check_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
     """Raise `CheckpointMismatch` unless `load_buffers` would take them. Local; no tensor data is read.
 
-    Sizes may differ, for tables grow and shrink; a buffer the run made on the way, out of an empty one or none, is made again.
-    One that the model has and the checkpoint lacks, that no module could hold, or of another number of dimensions, belongs to
-    another model.
+    Sizes may differ, for tables grow and shrink; a buffer the run made on the way, out of one number or none, is made again, and
+    one that it gave up is None again. One that the model has and the checkpoint lacks, that no module could hold, or of another
+    number of dimensions, belongs to another model.
     """
     ours, theirs = persistent(module), _saved(kept, world)
-    lacking = sorted(set(ours) - set(theirs))
+    lacking = sorted(set(ours) - set(theirs) - set(kept.meta.get("vacant", ())))
     if lacking:
         raise CheckpointMismatch(f"checkpoint {kept.path}: holds no buffers {lacking[:5]}, which the model has; build the same "
                                  "model")
@@ -49,10 +55,9 @@ def check_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
     if odd:
         raise CheckpointMismatch(f"checkpoint {kept.path}: holds buffers {odd[:5]}, which the model lacks; build the same model")
     for name, buffer in ours.items():
-        for key in theirs[name]:
+        for key in theirs.get(name, ()):
             shape, dtype = tuple(kept.shape(key)), kept.dtype(key)
-            kind = (len(shape), dtype.is_floating_point)
-            if buffer.numel() and kind != (buffer.dim(), buffer.is_floating_point()):
+            if not _like(buffer, len(shape), dtype):
                 raise CheckpointMismatch(f"checkpoint {kept.path}: buffer {name} is {dtype} {shape}, the model's is "
                                          f"{buffer.dtype} {tuple(buffer.shape)}; build the same model")
 
@@ -71,6 +76,7 @@ def load_buffers(module: nn.Module, kept: Checkpoint, world: World) -> None:
         if len(values) > 1 and value.is_floating_point() and len({v.shape for v in values}) == 1:
             value = torch.stack(values).to(torch.promote_types(value.dtype, torch.float32)).mean(0)
         _place(module, name, ours.get(name), value)
+    _vacate(module, [name for name in kept.meta.get("vacant", ()) if name in ours])
 
 
 def buffer_problem(known: Mapping[str, Tensor], module: nn.Module) -> str:
@@ -82,17 +88,29 @@ def buffer_problem(known: Mapping[str, Tensor], module: nn.Module) -> str:
         return f"has no place for buffers {lost[:3]}"
     for name, value in known.items():
         own = ours.get(name)
-        if own is not None and own.numel() and (own.dim(), own.is_floating_point()) != (value.dim(), value.is_floating_point()):
+        if own is not None and not _like(own, value.dim(), value.dtype):
             return f"has a buffer {name} of {own.dtype} {tuple(own.shape)}, it was {value.dtype} {tuple(value.shape)}"
     return ""
 
 
 @torch.no_grad()
-def carry_buffers(known: Mapping[str, Tensor], module: nn.Module) -> None:
-    """Put buffers of another model into this one, by name. Local."""
+def carry_buffers(known: Mapping[str, Tensor], gone: Iterable[str], module: nn.Module) -> None:
+    """Put buffers of another model into this one, by name, and None in place of those that are `gone` there. Local."""
     ours = persistent(module)
+    _vacate(module, [name for name in gone if name in ours])
     for name, value in known.items():
         _place(module, name, ours.get(name), value)
+
+
+def _like(own: Tensor, dimensions: int, dtype: torch.dtype) -> bool:
+    """Whether what a fresh model has may have become this: anything may, of one number or none."""
+    return own.numel() <= 1 or (own.dim(), own.is_floating_point()) == (dimensions, dtype.is_floating_point)
+
+
+def _vacate(module: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        path, _, last = name.rpartition(".")
+        module.get_submodule(path)._buffers[last] = None
 
 
 def _place(module: nn.Module, name: str, old: Tensor | None, value: Tensor) -> None:

@@ -23,7 +23,7 @@ from everbatch.engines.nonfinite import nonfinite_weights
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.optim import state as optimizer_state
 from everbatch.optim.state_checks import like
-from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers
+from everbatch.train.buffers import buffer_pieces, check_buffers, load_buffers, vacant
 from everbatch.train.growth import wanted_growths
 from everbatch.train.identity import changes, check_plain, identity, known, parts, steps_per_epoch
 from everbatch.train.modes import in_evaluation, put_into_evaluation
@@ -66,8 +66,13 @@ def save(trainer: Stepper) -> None:
                 "evaluation": in_evaluation(trainer.module)}
     if run.scores != _of_accuracies(run.matrix):
         counters["scores"] = run.scores
-    grown = {"growths": {"done": trainer.growth.done, "born": trainer.growth.born}} if trainer.growth.done else {}
-    everything = {**grown, "optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
+    more: dict[str, Any] = {}
+    if trainer.growth.done:
+        more["growths"] = {"done": trainer.growth.done, "born": trainer.growth.born}
+    given_up = vacant(trainer.module)
+    if given_up:
+        more["vacant"] = given_up
+    everything = {**more, "optimizer": meta, "trainer": counters, "identity": identity(trainer), "layout": LAYOUT,
                   "stream": known(trainer)[1], "seconds": run.seconds}
     checkpoint.save(trainer.folder, trainer.step, pieces, everything, world=trainer.world, keep_last=trainer.config.keep_last,
                     healthy=run.bad_steps == 0)

@@ -25,7 +25,7 @@ from everbatch.engines.frozen import frozen_of
 from everbatch.engines.host import plain_name
 from everbatch.errors import check
 from everbatch.optim.restart.fresh import digest
-from everbatch.train.buffers import buffer_problem, carry_buffers, persistent
+from everbatch.train.buffers import buffer_problem, carry_buffers, persistent, vacant
 
 __all__ = ["relaunch", "replay"]
 
@@ -184,6 +184,8 @@ class _Carried:
     """Frozen ones too."""
     buffers: dict[str, Tensor]
     """This rank's own."""
+    vacant: list[str]
+    """Buffers that are None."""
     training: dict[str, bool]
     """Mode of each module."""
 
@@ -200,7 +202,7 @@ class _Carried:
         frozen = {name: value.cpu() for name, value in frozen_of(module).items()}
         return cls(
             {"everbatch": {**saved, "tensors": tensors}}, frozen | trained,
-            {name: b.detach().cpu().clone() for name, b in persistent(module).items()},
+            {name: b.detach().cpu().clone() for name, b in persistent(module).items()}, vacant(module),
             {name: part.training for name, part in module.named_modules()})
 
     @torch.no_grad()
@@ -214,6 +216,6 @@ class _Carried:
         """After it: DDP gives every rank the first one's buffers. Collective where weights are
         sharded."""
         trainer.optimizer.load_state_dict(self.optimizer, grown=True)
-        carry_buffers(self.buffers, trainer.module)
+        carry_buffers(self.buffers, self.vacant, trainer.module)
         for name, part in trainer.module.named_modules():
             part.training = self.training.get(name, part.training)
