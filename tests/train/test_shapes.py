@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from everbatch.composition import compose
+from everbatch.config.deepspeed import deepspeed_config
 from everbatch.data import TensorSource
+from everbatch.errors import UnsupportedHost
 from everbatch.optim import EWC, SAM
 from everbatch.train import Trainer
 from processes import ENVIRONMENT, Zygote
@@ -144,6 +146,14 @@ def test_what_a_model_raises_of_its_inputs_is_told_with_them() -> None:
         learner(nn.Linear(6, 3)).fit([data()])
     with pytest.raises(ValueError, match=r"logits of \(16, 4\) for 8 samples, must be one row for each"):
         learner(nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1), nn.Linear(3, 4))).fit([data()])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_parameters_without_dimensions_are_named_before_deepspeed_meets_them(stage: int) -> None:
+    model = nn.Linear(6, 4)
+    model.register_parameter("temperature", nn.Parameter(torch.tensor(2.0)))
+    with pytest.raises(UnsupportedHost, match="DeepSpeed: parameter 'temperature' has no dimension"):
+        learner(model, engine=deepspeed_config(stage=stage, micro_batch=8, world_size=1))
 
 
 @pytest.mark.parametrize("layer", [nn.Embedding(9, 4, sparse=True), nn.EmbeddingBag(9, 4, sparse=True, mode="sum")])

@@ -12,7 +12,7 @@ from everbatch.engines.shards import Shard
 from everbatch.errors import UnsupportedHost
 
 __all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "in_leaf", "refuse_modes",
-           "refuse_moe"]
+           "refuse_moe", "refuse_scalars"]
 
 TESTED = "0.19.8"
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -72,6 +72,15 @@ def refuse_moe(who: str, model: nn.Module) -> None:
             raise UnsupportedHost(f"{who}: {name!r}, a {kind.__name__} of DeepSpeed's mixture of experts, is not supported: its "
                                   "experts differ by rank; leave it out, or put experts into linear layers with "
                                   "everbatch.train.SAME")
+
+
+def refuse_scalars(who: str, model: nn.Module) -> None:
+    """Refuse parameters without dimensions, by name: DeepSpeed (0.19) hands out every parameter's bytes, which torch cannot view
+    of such a one."""
+    for name, p in model.named_parameters():
+        if p.dim() == 0:
+            raise UnsupportedHost(f"{who}: parameter {name!r} has no dimension, which its first broadcast cannot take; give it "
+                                  "one, torch.nn.Parameter(value.reshape(1)), or use engine ddp")
 
 
 def refuse_modes(engine: Any) -> None:

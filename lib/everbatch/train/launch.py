@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from everbatch.contract import base_of, option_names, route
 from everbatch.distributed import World, init
-from everbatch.engines.engine_modes import refuse_moe
+from everbatch.engines.engine_modes import refuse_moe, refuse_scalars
 from everbatch.engines.release import release
 from everbatch.errors import UnsupportedHost, check, nearest
 from everbatch.optim.groups import groups, grown_groups
@@ -136,6 +136,7 @@ def _deepspeed(model: nn.Module, cls: type[OptimizerMixin], options: dict[str, A
     except ImportError as error:
         raise ImportError("engine: DeepSpeed is not installed; pip install everbatch[deepspeed]") from error
     refuse_moe("DeepSpeed", model)
+    refuse_scalars("DeepSpeed", model)
     chosen, rest = route(cls, options)
     base = base_of(cls)
     assert base is not None
