@@ -107,6 +107,25 @@ def test_a_timm_model_is_rebuilt_and_predicts_as_the_run_did(tmp_path: Path, nam
     assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in trainer.module.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "options", "why"), [
+    ("test_vit", {"patch_size": 8, "depth": 2, "num_heads": 4}, ""),
+    ("test_resnet", {"drop_rate": 0.1, "drop_path_rate": 0.1}, ""),
+    ("test_resnet", {"act_layer": nn.SiLU}, "act1 is SiLU, there ReLU"),
+    ("test_resnet", {"global_pool": "max"}, "global_pool has pool_type='max', there 'avg'"),
+    ("test_resnet", {"output_stride": 8}, r"layer3.0(.conv1)? has .*, there")])
+def test_a_model_that_its_name_does_not_give_again_is_not_said_to(tmp_path: Path, name: str, options: Any, why: str) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, in_chans=1, num_classes=6, **options, **({"img_size": 32} if name == "test_vit" else {}))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()  # another class of layer, of the same predictions
+    path = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=model).export(tmp_path / "model.safetensors")
+    if why:
+        with pytest.raises(CheckpointMismatch, match=f"is of a model like {name}, but {why}"):
+            load_model(path)
+    else:
+        x = torch.rand(2, 1, 32, 32)
+        assert torch.equal(load_model(path)(x), model(x))
+
+
 def test_what_split_norms_add_stays_at_home(tmp_path: Path) -> None:
     model = learning.net()
     convert_split_bn(model)

@@ -16,7 +16,7 @@ from everbatch.distributed import World
 from everbatch.engines.frozen import frozen_of
 from everbatch.engines.host import plain_name
 from everbatch.evaluate.evaluator import mean_buffers
-from everbatch.evaluate.weights import built_as, holds, metadata_texts
+from everbatch.evaluate.weights import built_as, differs, holds, metadata_texts, sizes_of
 from everbatch.nn.adapters import adapters_of
 from everbatch.nn.experts_attach import expert_layers, experts_made_of
 from everbatch.nn.heads import PartsHead, joined
@@ -94,7 +94,8 @@ def export(
     Of layers with experts (`attach_experts`) "experts" holds what they are made of; `load_model` puts them in again.
 
     Of a model that has grown the file holds "growths". Where it has grown by more than a head, so that timm's model or
-    `SmallConv` cannot hold it, "base" names that model in place of "model", and `load_model` needs `build`.
+    `SmallConv` cannot hold it, "base" names that model in place of "model", and `load_model` needs `build`; so it does for a
+    model that computes otherwise than that of its name, in an activation or a stride say, which "differs" tells.
 
     Raises:
         RuntimeError: the disk refused; an older file is untouched.
@@ -119,9 +120,21 @@ def export(
         told |= {"experts": layers} if layers else {}
         if "growths" in told and "model" in told and not holds(told, state):
             told["base"] = told.pop("model")
+        elif "model" in known and "model" not in given:
+            told = _unless_unlike(told, trainer.module)
         checkpoint.export_weights(path, state | beside, metadata_texts(told))
     trainer.world.barrier()
     return Path(path)
+
+
+def _unless_unlike(told: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """What is said of a model, with the options that give it again; of one that no name gives again, only what it is like."""
+    sized = told | {"options": {**told.get("options", {}), **sizes_of(module)}}
+    for said in (told, sized):
+        if not differs(said, module):
+            return said
+    rest = {key: value for key, value in told.items() if key != "model"}
+    return rest | {"base": told["model"], "differs": differs(told, module)}
 
 
 def _normalisation(module: nn.Module, world: World) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from everbatch.errors import CheckpointMismatch
+from everbatch.evaluate.likeness import unlike
 from everbatch.nn import PartsHead, Retriever, SmallConv, attach_adapters, attach_experts
 from everbatch.nn.norm_settings import converted_again
 
-__all__ = ["built_as", "holds", "load_model", "metadata_texts", "model_info"]
+__all__ = ["built_as", "differs", "holds", "load_model", "metadata_texts", "model_info",
+           "sizes_of"]
 
 BESIDE = "retrieval."
 """What the names of tensors begin with that are of a `Retriever`, and not of its network."""
@@ -42,9 +44,23 @@ def built_as(model: nn.Module) -> dict[str, Any]:
     if not name:
         return {}
     options = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    options["img_size"] = list(size) if isinstance(size, tuple) else size
+    options["img_size"] = _listed(getattr(getattr(model, "patch_embed", None), "img_size", None))
     return {"model": name, "options": {key: value for key, value in options.items() if value is not None}}
+
+
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    """Sizes of a vision transformer that its name does not say where they were given."""
+    embed, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", None)
+    if embed is None or not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        return {}
+    found = {"patch_size": _listed(getattr(embed, "patch_size", None)), "depth": len(blocks),
+             "embed_dim": getattr(model, "embed_dim", None),
+             "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None)}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def model_info(path: str | Path) -> dict[str, Any]:
@@ -93,22 +109,33 @@ def load_model(path: str | Path, *, build: Callable[[dict[str, Any]], nn.Module]
     return model.eval()
 
 
+def differs(info: Mapping[str, Any], model: nn.Module) -> str:
+    """What shows that the model of the metadata is not like this one, in words; "" where nothing does. Cost: its skeleton."""
+    bare = _skeleton(info)
+    return "it cannot be built by its name" if bare is None else unlike(model, bare)
+
+
 def holds(info: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
     """Whether the model that the metadata name has weights of these names and shapes. Cost: its skeleton, and no memory where
     it can be built on the meta device."""
+    model = _skeleton(info)
+    own = {} if model is None else {name: value.shape for name, value in model.state_dict().items()}
+    return own == {name: value.shape for name, value in state.items()}
+
+
+def _skeleton(info: Mapping[str, Any]) -> nn.Module | None:
+    """The model that the metadata name, without memory where that can be; None: it cannot be built."""
     told = dict(info)
     wrong = (ImportError, RuntimeError, TypeError, AttributeError, ValueError)  # NotImplementedError is a RuntimeError
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                model = _rebuilt("this export", told)
+                return _rebuilt("this export", told)
         except wrong:  # it looks at a value while it is built, or cannot be built
             try:
-                model = _rebuilt("this export", told)
+                return _rebuilt("this export", told)
             except wrong:
-                return False
-    own = {name: value.shape for name, value in model.state_dict().items()}
-    return own == {name: value.shape for name, value in state.items()}
+                return None
 
 
 def _rebuilt(path: str | Path, info: dict[str, Any], build: Callable[[dict[str, Any]], nn.Module] | None = None) -> nn.Module:
@@ -130,6 +157,9 @@ def _build(path: str | Path, info: dict[str, Any]) -> nn.Module:
     if name is None and info.get("growths"):
         raise CheckpointMismatch(f"{path}: is of a model that has grown, by {info['growths']}; pass "
                                  "build=lambda info: grown(info['growths']), with the factory that the trainer had")
+    if name is None and "base" in info:
+        raise CheckpointMismatch(f"{path}: is of a model like {info['base']}, but {info.get('differs')}; pass build=lambda info: "
+                                 "your_model(), or export with metadata={'model': name, 'options': {...}}")
     if name is None:
         raise CheckpointMismatch(f"{path}: does not say what model it is of; pass build=, or export with "
                                  "metadata={'model': name, 'options': {...}}")
