@@ -116,6 +116,8 @@ def test_a_timm_model_is_rebuilt_and_predicts_as_the_run_did(tmp_path: Path, nam
 def test_a_model_that_its_name_does_not_give_again_is_not_said_to(tmp_path: Path, name: str, options: Any, why: str) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, in_chans=1, num_classes=6, **options, **({"img_size": 32} if name == "test_vit" else {}))
+    last = "head" if name == "test_vit" else "fc"
+    setattr(model, last, nn.Linear(getattr(model, last).in_features, 5))  # as many fine-tune
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()  # another class of layer, of the same predictions
     path = learning.trainer("plain", cls=Trainer, optimizer=learning.PLAIN, model=model).export(tmp_path / "model.safetensors")
     if why:

@@ -14,7 +14,8 @@ __all__ = ["unlike"]
 
 OURS = "everbatch."
 """Modules of this library are put into a network by what the file says of them."""
-IDLE = {"training", "momentum", "inplace", "fused_attn", "grad_checkpointing", "strict_img_size", "dynamic_img_size"}
+IDLE = {
+    "training", "num_classes", "momentum", "inplace", "fused_attn", "grad_checkpointing", "strict_img_size", "dynamic_img_size"}
 """Settings that change no prediction; so do those with one of these in their names:"""
 IDLE_PARTS = ("drop", "init")
 

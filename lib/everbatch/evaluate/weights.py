@@ -43,7 +43,10 @@ def built_as(model: nn.Module) -> dict[str, Any]:
     name = config.get("architecture") if isinstance(config, Mapping) else None
     if not name:
         return {}
-    options = {"num_classes": getattr(model, "num_classes", None), "in_chans": getattr(model, "in_chans", None)}
+    classifier: Any = getattr(model, "get_classifier", None)
+    head = classifier() if callable(classifier) else None  # which a user may have put there
+    classes = head.out_features if isinstance(head, nn.Linear) else getattr(model, "num_classes", None)
+    options = {"num_classes": classes, "in_chans": getattr(model, "in_chans", None)}
     options["img_size"] = _listed(getattr(getattr(model, "patch_embed", None), "img_size", None))
     return {"model": name, "options": {key: value for key, value in options.items() if value is not None}}
 
