@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["InOrder", "Reach"]
+__all__ = ["InOrder", "Reach", "add_local"]
 
 
 class Reach:
@@ -108,3 +108,12 @@ class InOrder:
     def _after(first: Callable[[], None], then: Callable[..., Any], *args: Any, **options: Any) -> Any:
         first()
         return then(*args, **options)
+
+
+def add_local(own: dict[str, Tensor], named: Sequence[tuple[str, Tensor]], loss: Tensor) -> None:
+    """Add this rank's gradient to `own`, past the engine: nothing is reduced, nothing of the engine's state moves."""
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    grads = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
+    for (name, _), grad in zip(trained, grads, strict=True):
+        if grad is not None:
+            own[name] = own[name] + grad if name in own else grad

@@ -93,6 +93,21 @@ class Clocks:
                 clock = clocks.get(name)
                 self.behind[name] = None if clock is None else {k: _copy(v) for k, v in clock.items()}
 
+    def forget(self, shards: Sequence[Shard]) -> None:
+        """Have no state for these weights, as before their first update. What shares a flat tensor with one keeps its own."""
+        names, state = {s.name for s in shards}, self.inner.state
+        for owner, inside in _by_owner(self._all_shards()):
+            mine = [s for s in inside if s.name in names]
+            if len(mine) == len(inside):
+                state.pop(owner, None)
+            for s in mine:
+                self.behind.pop(s.name, None)
+            for s in mine if owner in state else ():
+                self.behind[s.name] = None
+                for value in state[owner].values():
+                    if _per_element(value, owner):
+                        s.slice_of(value).zero_()
+
     @contextmanager
     def stepping(self, unreached: frozenset[str]) -> Iterator[None]:
         """Around the call in which the engine runs the base's step, once or once for each flat tensor.

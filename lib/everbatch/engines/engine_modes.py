@@ -11,8 +11,8 @@ from everbatch.contract import Contract
 from everbatch.engines.shards import Shard
 from everbatch.errors import UnsupportedHost
 
-__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "in_leaf", "refuse_modes",
-           "refuse_moe", "refuse_scalars"]
+__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "places_of", "in_leaf",
+           "refuse_modes", "refuse_moe", "refuse_scalars"]
 
 TESTED = "0.19.8"
 PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -61,6 +61,16 @@ def clear_stale(zero: Any, late: Mapping[str, Any], shards: Sequence[Shard]) -> 
     for shard in shards:
         if shard.name in late and shard.grad is not None:
             shard.grad.zero_()
+
+
+def places_of(zero: Any, kind: str, stage: int, groups: Sequence[Mapping[str, Any]],
+                 named: Sequence[tuple[str, Any]]) -> dict[str, int]:
+    """Parameter group of every trained parameter, by name."""
+    sets: Any = [g["params"] for g in groups] if kind == "torch" else getattr(zero, GROUPS.get(kind, "fp16_groups"))
+    place = {id(p): i for i, params in enumerate(sets) for p in params}
+    if stage == 3:
+        place = {k: zero.sub_group_to_group_id[i] for k, i in place.items()}
+    return {name: place[id(p)] for name, p in named}
 
 
 def refuse_moe(who: str, model: nn.Module) -> None:

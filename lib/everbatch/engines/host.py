@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ class Host(abc.ABC):
         """How often masters were edited other than by the base's update."""
         self.local = False
         """Whether the pass under way shall leave each rank's own gradient."""
+        self._frozen_too = False
         self._shards: list[Shard] | None = None
         self.unreached: frozenset[str] = frozenset()
         """Trained parameters to which no pass on any rank gave a gradient, where the engine holds something else than None for
@@ -112,10 +113,15 @@ class Host(abc.ABC):
     def names(self) -> list[str]:
         """Names of all trained parameters, the same list on every rank."""
 
-    def frozen_too(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def frozen_too(self) -> Iterator[None]:
         """Inside the block, parameters that are frozen just now count as trained: for what is kept by name and must neither be
         lost nor be left out. DeepSpeed's engines have no masters of parameters that were frozen when they were built."""
-        return nullcontext()
+        before, self._frozen_too = self._frozen_too, True
+        try:
+            yield
+        finally:
+            self._frozen_too = before
 
     @abc.abstractmethod
     def _build_shards(self) -> list[Shard]: ...

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,7 +67,6 @@ class LocalHost(Host):
         super().__init__()
         # The optimizer owns its host; a strong reference back would keep both alive until the garbage collector runs.
         self._optimizer = weakref.proxy(optimizer)
-        self._frozen_too = False
         self._built: dict[bool, _Present] = {}
         """Without and with frozen parameters."""
         self._in_step = False
@@ -141,14 +139,6 @@ class LocalHost(Host):
 
     def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         return {n: (p.dtype, p.shape) for n, p in self._counted}
-
-    @contextmanager
-    def frozen_too(self) -> Iterator[None]:
-        before, self._frozen_too = self._frozen_too, True
-        try:
-            yield
-        finally:
-            self._frozen_too = before
 
     @property
     def shards(self) -> list[Shard]:

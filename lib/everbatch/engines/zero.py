@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from everbatch.distributed import World
-from everbatch.engines.arrivals import InOrder, Reach
+from everbatch.engines.arrivals import InOrder, Reach, add_local
 from everbatch.engines.clocks import Clocks
-from everbatch.engines.engine_modes import GROUPS, TESTED, check_internals, check_optimizer, clear_stale, in_leaf, refuse_modes
+from everbatch.engines.engine_modes import TESTED, check_internals, check_optimizer, clear_stale, in_leaf, places_of, refuse_modes
 from everbatch.engines.host import Alone, Host, plain_name, refuse_complex, refuse_partly, refuse_sparse
 from everbatch.engines.shards import Shard, Vector, count_bad
 from everbatch.engines.taken import passage
@@ -68,7 +68,7 @@ class ZeroHost(Host):
         self._gradient_of: dict[str, Callable[[], Tensor | None]] = {}
         self._own_methods: dict[str, tuple[Callable[..., Any], Any]] = {}
         self._reach = Reach(self._named, self.device)
-        self._clocks = Clocks(self.inner, lambda: self.shards)
+        self._clocks = Clocks(self.inner, self._every)
         self._in_order = None
         if self.kind == "DeepSpeedZeroOptimizer":
             self._in_order = InOrder(self.zero, engine.module.parameters())
@@ -79,13 +79,25 @@ class ZeroHost(Host):
                 master.data.copy_(low.data)
 
     # ------------------------------------------------------------------------------------------------ the shards
+    def _every(self) -> list[Shard]:
+        """The slices of all that was trained when the engine was built."""
+        if self._shards is None:
+            self._shards = self._build_shards()
+        return self._shards
+
+    @property
+    def shards(self) -> list[Shard]:
+        every = self._every() if self._shards is None else self._shards
+        frozen = [] if self._frozen_too else [n for n, p in self._named if not p.requires_grad]
+        return [s for s in every if s.name not in frozen] if frozen else every
+
     @property
     def names(self) -> list[str]:
-        return [n for n, _ in self._named]
+        return [n for n, p in self._named if p.requires_grad or self._frozen_too]
 
     def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         return {n: (p.dtype if self.kind == "torch" else torch.float32, torch.Size(getattr(p, "ds_shape", p.shape)))
-                for n, p in self._named}
+                for n, p in self._named if p.requires_grad or self._frozen_too}
 
     def state(self) -> dict[Any, Any]:
         return self.inner.state
@@ -94,14 +106,7 @@ class ZeroHost(Host):
         return self.inner.param_groups
 
     def group_index(self) -> dict[str, int]:
-        """Parameter group of every trained parameter, by name."""
-        sets: Any = [g["params"] for g in self.groups()]
-        if self.kind != "torch":
-            sets = getattr(self.zero, GROUPS.get(self.kind, "fp16_groups"))
-        place = {id(p): i for i, params in enumerate(sets) for p in params}
-        if self.stage == 3:
-            place = {k: self.zero.sub_group_to_group_id[i] for k, i in place.items()}
-        return {n: place[id(p)] for n, p in self._named}
+        return places_of(self.zero, self.kind, self.stage, self.groups(), self._named)
 
     def _build_shards(self) -> list[Shard]:
         build = {0: self._whole_shard, 3: self._stage3_shard}.get(self.stage, self._fragment_shard)
@@ -167,8 +172,7 @@ class ZeroHost(Host):
 
     # ----------------------------------------------------------------------------------------------- the gradient
     def gradient(self) -> Vector:
-        shards = self.shards if self._shards is None else self._shards
-        pairs = [(s, g) for s in shards if (g := self._gradient_of[s.name]()) is not None]
+        pairs = [(s, g) for s in self.shards if (g := self._gradient_of[s.name]()) is not None]
         return Vector(self, [s for s, _ in pairs], [g for _, g in pairs])
 
     def total(self, value: Tensor) -> Tensor:
@@ -236,7 +240,8 @@ class ZeroHost(Host):
         flags = self._reach.flags().clone()
         if self.world > 1:
             dist.all_reduce(flags)
-        return flags
+        trained = [i for i, (_, p) in enumerate(self._named) if p.requires_grad]
+        return flags if len(trained) == len(flags) else flags[trained]
 
     def finite(self) -> Tensor:
         """Whether every gradient element is finite, and at the same time which parameters no rank has reached. One all-reduce of
@@ -246,9 +251,8 @@ class ZeroHost(Host):
             RuntimeError: at stage 3, on every rank, when only some ranks reached a parameter: they gathered and reduced different
                 parameters together.
         """
-        shards = self.shards if self._shards is None else self._shards
         gradient = self.gradient()
-        bad_here = count_bad([*self.scratch.masters(shards), *gradient.tensors], self.device)
+        bad_here = count_bad([*self.scratch.masters(self._every()), *gradient.tensors], self.device)
         reach = self._reach
         flags = reach.all if len(reach.last) == len(reach.names) else reach.flags()
         table = torch.cat([bad_here.view(1), flags])
@@ -271,7 +275,7 @@ class ZeroHost(Host):
         """At stage 3: zero what an earlier pass left in the gradients of parameters that this one has not reached."""
         if self.stage == 3:
             late = {n: p for n, p in self._named if n not in self._reach.last}
-            clear_stale(self.zero, late, self.shards if boundary else [])
+            clear_stale(self.zero, late, self._every() if boundary else [])
 
     def _forget_buckets(self) -> None:
         """Empty what a backward past the engine, or one that raised, has put aside for a reduction that never came."""
@@ -324,7 +328,7 @@ class ZeroHost(Host):
                                "over opt.micro_batches(...)")
         self._open = False
         if self.local:
-            self._add_local(loss)
+            add_local(self._own, self._named, loss)
             return
         self._backwards += 1
         run = self._engines("backward")
@@ -338,13 +342,6 @@ class ZeroHost(Host):
         if known is None or known[1] is not guard:  # the first time, or set anew since
             known = self._own_methods[name] = (passage(self.engine, name), guard)
         return known[0]
-
-    def _add_local(self, loss: Tensor) -> None:
-        """Add this rank's gradient, past the engine: nothing is reduced, nothing of the engine's state moves."""
-        grads = torch.autograd.grad(loss, [p for _, p in self._named], allow_unused=True)
-        for (name, _), grad in zip(self._named, grads, strict=True):
-            if grad is not None:
-                self._own[name] = self._own[name] + grad if name in self._own else grad
 
     @property
     def working_dtype(self) -> torch.dtype:
@@ -360,7 +357,7 @@ class ZeroHost(Host):
 
     def working_shards(self) -> list[Shard]:
         return [Shard(n, p.shape, 0, p, view=lambda t: t.data, grad=lambda n=n: self._own.get(n),  # type: ignore[misc]
-                      group=dict, state=dict) for n, p in self._named]
+                      group=dict, state=dict) for n, p in self._named if p.requires_grad]
 
     def local_gradient(self) -> Vector:
         if self.stage == 3:
@@ -391,8 +388,7 @@ class ZeroHost(Host):
         self._clocks.restore(saved)
 
     def reset_moments(self) -> None:
-        super().reset_moments()
-        self._clocks.behind.clear()
+        self._clocks.forget(self.shards)
         if hasattr(self.zero, "_hp_optimizer_states_linked"):
             self.zero._hp_optimizer_states_linked = False
 
