@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from everbatch.declared import Cost, Made, Options, Range, Space
+from everbatch.declared import Cost, Made, Options, Range, Space, check_kinds
 from everbatch.errors import CompositionError, check, nearest
 
 __all__ = ["DECLARED", "Contract", "Cost", "Made", "Options", "Range", "Space", "base_of",
@@ -128,6 +128,9 @@ class Contract:
     def _configure(self, options: dict[str, Any]) -> dict[str, Any]:
         """Take every part's options out of `options`, build configs and fresh states; return what is left."""
         chosen, rest = route(type(self), options)
+        for part, values in chosen.items():
+            if values:
+                check_kinds(part, values)
         self.configs = {part: part.Config(**values) for part, values in chosen.items() if hasattr(part, "Config")}
         self.states = {part: part.State() for part in parts_of(type(self)) if hasattr(part, "State")}
         return rest

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from everbatch.errors import check
 
-__all__ = ["Cost", "Made", "Options", "Range", "Space"]
+__all__ = ["Cost", "Made", "Options", "Range", "Space", "check_kinds"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,3 +57,21 @@ Options: TypeAlias = "Mapping[str, Any] | Made"
 """Options by field. A field `factory` that they leave out gets the factory of the bare model."""
 Space: TypeAlias = "Mapping[str, tuple[Any, ...] | Range]"
 """Values to try, by field; the first of a tuple is where to begin."""
+
+
+def check_kinds(part: type, given: Mapping[str, Any]) -> None:
+    """Refuse options of another kind than the part's Config says, where any value would do: what is not True or False counts as
+    one of them, a text as a sequence of letters, and what cannot be called is called hours later."""
+    kinds = {f.name: getattr(f.type, "__name__", f.type) for f in dataclasses.fields(part.Config)}  # type: ignore[attr-defined]
+    for name, value in given.items():
+        kind, good, must = str(kinds[name]), True, ""
+        if kind == "bool":
+            good, must = type(value).__name__ in ("bool", "bool_"), "be True or False"
+        elif kind == "tuple[str, ...]":
+            good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+            must = f"be a tuple of texts, such as ({value!r},)" if isinstance(value, str) else "be a tuple of texts"
+        elif kind.startswith(("Factory", "Callable[")):
+            good, must = callable(value) or (value is None and "None" in kind), "be a function"
+        elif kind.startswith("Mapping["):
+            good, must = isinstance(value, Mapping) or (value is None and "None" in kind), "be a mapping"
+        check(good, part.__name__, f"{name}={value!r}", must)

@@ -1,12 +1,14 @@
 """Jobs of the launch about layers that are frozen after the engine was built: [HOST ...]. See worker.py.
 
 OUT.json, by "mix/host": the largest difference of any weight from one process, at any step, and how far the frozen layer moved.
+"fsdp1/whole": what an optimizer says of torch's older FSDP.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from hosts import BY_NAME
 from record import Job, Record
 from task_ends import TaskEnd
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from everbatch import compose
 from everbatch.optim import EMA, EWC, MAS, NCL, SAM, SI, VCL, ClipGradNorm, DynamicSparsity, MeanTeacher, ShrinkPerturb, StaleSAM
@@ -72,6 +75,17 @@ def apart(mix: str, name: str) -> tuple[float, float]:
     return max(hosts.difference(a, b) for a, b in zip(ours, theirs, strict=True)), moved + alone
 
 
+def older(whole: bool) -> str:
+    """What FSDP1 is told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it is the older one
+        model = FullyShardedDataParallel(hosts.net(), use_orig_params=whole, device_id=torch.device("cpu"))
+    compose(SAM, base=torch.optim.SGD)(model, lr=0.1)
+    return "taken"
+
+
 def jobs(record: Record, *names: str) -> Iterator[Job]:
     for mix, name in itertools.product(MIXES, names):
         yield record.noted(f"{mix}/{name}", apart, mix, name)
+    for whole in (False, True):
+        yield record.noted(f"fsdp1/{whole}", older, whole)

@@ -32,3 +32,8 @@ def found(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_a_layer_frozen_on_the_way_rests(found: dict[str, Any], mix: str, host: str) -> None:
     apart, moved = found[f"{mix}/{host}"]
     assert apart <= 1e-6 and moved == 0.0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_torchs_older_fsdp_is_refused(found: dict[str, Any], whole: bool) -> None:
+    assert "FullyShardedDataParallel (FSDP1): parameter" in found[f"fsdp1/{whole}"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from everbatch.composition import compose
 from everbatch.engines.shards import Vector
-from everbatch.optim import EMA, SAM, ClipGradNorm, OptimizerMixin
+from everbatch.optim import EMA, EWC, GSAM, SAM, ClipGradNorm, DynamicSparsity, OptimizerMixin
 
 
 class Sharp(ClipGradNorm, EMA, SAM, torch.optim.SGD):
@@ -391,6 +393,80 @@ def test_a_base_with_passes_of_its_own_and_complex_weights_are_refused() -> None
     with pytest.raises(ValueError, match=r"complex parameters \['weight', 'bias'\], must be real"):
         compose(SAM, base=torch.optim.SGD)(model, lr=0.1)
     compose(SAM, base=torch.optim.SGD)(nn.Sequential(small_net(), model.requires_grad_(False)), lr=0.1)  # nothing trains them
+
+
+def test_autocast_around_steps_is_autocast_inside_closures() -> None:
+    """Its cache of weights in fewer bits lives as long as the context."""
+    x, y = torch.randn(32, 20, generator=torch.Generator().manual_seed(1)), torch.arange(32) % 5
+    bf16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+    def losses(inside: Any, around: Any, loop: Any) -> list[float]:
+        torch.manual_seed(0)
+        model, found = nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 5)), []
+        opt: Any = compose(EMA, SAM, base=torch.optim.SGD)(model, lr=0.5, rho=1.0, ema_decay=0.5)
+
+        def closure() -> Tensor:
+            with inside():
+                loss = nn.functional.cross_entropy(model(x), y)
+            found.append(loss.item())
+            opt.backward(loss)
+            return loss
+
+        with loop():
+            for _ in range(3):
+                with around():
+                    opt.step(closure)
+            with opt.averaged(), bf16():
+                found.append(model(x).float().square().mean().item())
+        return found
+
+    nothing = contextlib.nullcontext
+    wanted = losses(bf16, nothing, nothing)
+    assert wanted == losses(nothing, bf16, nothing) == losses(nothing, nothing, bf16) and len(set(wanted)) == 7
+
+
+def test_a_step_while_other_weights_stand_in_is_refused() -> None:
+    model = small_net()
+    opt: Any = compose(EMA, base=torch.optim.SGD)(model, lr=0.1, ema_decay=0.5)
+    opt.step(closure_of(opt, lambda: model(batch()[0]).square().mean()))
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="inside a block where other weights stand in"), opt.averaged():
+        opt.step(closure_of(opt, lambda: model(batch()[0]).square().mean()))
+    assert same(before, weights(model))
+    opt.step(closure_of(opt, lambda: model(batch()[0]).square().mean()))
+
+
+def test_options_of_mixins_in_a_group_are_refused() -> None:
+    model = small_net()
+    groups = [{"params": list(model.named_parameters()), "rho": 2.0}]
+    with pytest.raises(ValueError, match=r"SAMSGD: \['rho'\] in a parameter group, must be an option of the optimizer"):
+        compose(SAM, base=torch.optim.SGD)(groups, lr=0.1)
+    opt: Any = compose(SAM, base=torch.optim.Adadelta)(groups, lr=0.1, sam_rho=0.1)  # its own
+    assert opt.param_groups[0]["rho"] == 2.0
+    more = {"params": [("more", nn.Parameter(torch.ones(2)))], "rho": 0.1}
+    opt = compose(SAM, base=torch.optim.SGD)(model, lr=0.1)
+    with pytest.raises(ValueError, match="in a parameter group"):
+        opt.add_param_group(more)
+    assert len(opt.param_groups) == 1
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    model, other = small_net(), small_net()
+    opt: Any = compose(SAM, base=torch.optim.SGD)(model, lr=0.1)
+    with pytest.raises(ValueError, match="occur twice"):
+        opt.add_param_group({"params": list(other.named_parameters())})
+    assert len(opt.param_groups) == 1
+    opt.step(closure_of(opt, lambda: model(batch()[0]).square().mean()))
+
+
+@pytest.mark.parametrize(("part", "options", "text"), [
+    (GSAM, {"adaptive": "elementwise"}, "GSAM: adaptive='elementwise', must be True or False"),
+    (EWC, {"factory": 5}, "EWC: factory=5, must be a function"),
+    (DynamicSparsity, {"exclude": "2.weight"}, r"exclude='2.weight', must be a tuple of texts, such as \('2.weight',\)"),
+    (DynamicSparsity, {"densities": 0.5}, "densities=0.5, must be a mapping")])
+def test_options_of_another_kind(part: type, options: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        compose(part, base=torch.optim.SGD)(small_net(), lr=0.1, **options)
 
 
 def test_methods_of_descent_refuse_a_base_that_maximises() -> None:

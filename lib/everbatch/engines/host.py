@@ -95,6 +95,8 @@ class Host(abc.ABC):
         """How often masters were edited other than by the base's update."""
         self.local = False
         """Whether the pass under way shall leave each rank's own gradient."""
+        self.replaced = False
+        """Whether other weights stand in the place of the model's own, for a while."""
         self._frozen_too = False
         self._shards: list[Shard] | None = None
         self.unreached: frozenset[str] = frozenset()

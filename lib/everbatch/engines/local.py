@@ -89,6 +89,10 @@ class LocalHost(Host):
         check(len(set(names)) == len(names), type(optimizer).__name__, f"parameter names {_twice(names)} occur twice",
               "be unique", "pass the module, or named_parameters() with a prefix for each module")
         check(bool(names), type(optimizer).__name__, "no parameters", "get at least one")
+        older = next((n for n, p in self._named if hasattr(p, "_fsdp_flattened")), None)
+        if older is not None:
+            raise UnsupportedHost(f"FullyShardedDataParallel (FSDP1): parameter {older!r} is this rank's part of a flat one, so "
+                                  "that norms would be this rank's; use torch.distributed.fsdp.fully_shard (FSDP2)")
         refuse_complex(type(optimizer).__name__, self._counted)
         if module is not None:
             refuse_sparse(type(optimizer).__name__, module)

@@ -129,6 +129,7 @@ class Objective:
         watch = host.watch
         try:
             watch.open(host.meet, recorded=recorded)
+            torch.clear_autocast_cache()  # an autocast around the step keeps weights as an earlier pass had them
             with torch.enable_grad():
                 result = closure()
         finally:

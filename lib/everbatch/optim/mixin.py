@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from everbatch.contract import Contract, Cost, base_of, parts_of, reject_unknown
+from everbatch.contract import Contract, Cost, base_of, option_names, parts_of, reject_unknown
 from everbatch.engines.host import Host
 from everbatch.engines.local import LocalHost
 from everbatch.engines.passes import Accumulation, Objective, backward
@@ -142,15 +142,19 @@ class OptimizerMixin(Contract):
         self.host = host
         self._savable = check_savable(self, options)
         self._accumulation = Accumulation(type(self).__name__, host)
-        self._check_direction(host.groups())
+        self._check_groups(host.groups())
         for part in parts_of(type(self)):
             part.on_attach(self)  # type: ignore[attr-defined]
 
-    def _check_direction(self, groups: Iterable[Mapping[str, Any]]) -> None:
+    def _check_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         down = [p.__name__ for p in parts_of(type(self)) if p.minimizes]  # type: ignore[attr-defined]
         up = any(group.get("maximize") for group in groups)
         check(not (down and up), type(self).__name__, f"maximize=True with {', '.join(down)}", "minimise", "back-propagate the "
               "negative of the objective instead; a part of your own for which it makes no difference says minimizes = False")
+        ours = option_names(type(self)) - self.defaults.keys()
+        odd = sorted({name for group in groups for name in group if name in ours})
+        check(not odd, type(self).__name__, f"{odd[:3]} in a parameter group", "be an option of the optimizer",
+              "a mixin has the same options for all groups; pass it as a keyword")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of named parameters, as `torch.optim.Optimizer.add_param_group` does.
@@ -161,14 +165,19 @@ class OptimizerMixin(Contract):
         host = self.__dict__.get("host")  # none yet while the base is being built
         if host is not None and not isinstance(host, LocalHost):
             raise UnsupportedHost(f"{host.title}: a built engine takes no more parameters; initialise it with all of them")
-        if host is not None:
-            self._check_direction([self.defaults | param_group])
+        if host is None:
+            super().add_param_group(param_group)  # type: ignore[misc]
+            return
+        self._check_groups([self.defaults | param_group])
+        before = list(self.param_groups)
         super().add_param_group(param_group)  # type: ignore[misc]
-        if host is not None:
+        try:
             self.host = LocalHost(self, *host.recipe())
-            self._accumulation = Accumulation(type(self).__name__, self.host)
-            self._accumulation.excused = True  # earlier passes may have reached the new ones
-
+        except Exception:  # what is refused stays out
+            self.param_groups[:] = before
+            raise
+        self._accumulation = Accumulation(type(self).__name__, self.host)
+        self._accumulation.excused = True  # earlier passes may have reached the new ones
 
     defaults: dict[str, Any]
 

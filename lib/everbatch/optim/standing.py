@@ -19,11 +19,13 @@ def standing_in(host: Host, values: Mapping[str, Tensor]) -> Iterator[None]:
     bit. Collective: two publications; one if the block raises, and the next pass then publishes the weights."""
     with host.frozen_too():
         saved = {s.name: s.data.clone() for s in host.shards}
+    before, host.replaced = host.replaced, True
     try:
         _write(host, saved | dict(values))
         host.publish_if_dirty()
         yield
     finally:
+        host.replaced = before
         _write(host, saved)  # locally: what raised on one rank must not start a collective
     host.publish_if_dirty()
 
@@ -34,4 +36,5 @@ def _write(host: Host, values: Mapping[str, Tensor]) -> None:
         shards = host.shards
     for shard in shards:
         shard.data.copy_(values[shard.name])
+    torch.clear_autocast_cache()  # which would go on with the others
     host.touch()

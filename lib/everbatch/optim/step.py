@@ -65,6 +65,9 @@ def take_step(opt: Stepped, closure: Callable[[], Any] | None = None, **auxiliar
     _require(opt, auxiliary)
     several = _several(opt)
     host, micro_batches = opt.host, opt._accumulation
+    if host.replaced:
+        raise RuntimeError(f"{type(opt).__name__}: step() inside a block where other weights stand in, such as averaged ones, "
+                           "would be lost at its end; take it after the block")
 
     # With a closure, gradients that are there were made outside of it, and would be lost; without, they are used.
     if closure is None:
@@ -122,6 +125,7 @@ def take_step(opt: Stepped, closure: Callable[[], Any] | None = None, **auxiliar
     host.discard()
     if host.dirty:
         host.publish_if_dirty()
+    torch.clear_autocast_cache()  # an autocast around the loop keeps weights as they were before it
     micro_batches.excused, micro_batches.loop = False, None
     opt.last_applied, opt.last_passes = applied, objective.passes
     return objective.loss if closure is not None else loss
