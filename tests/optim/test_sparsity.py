@@ -84,6 +84,41 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ zeros and counts
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_that_are_loaded_after_the_masks_are_masked(late: bool) -> None:
+    opt, model = build(Averaging, update_every=100, ema_decay=0.9)
+    if late:
+        train(opt, model, 0, 2)
+    model.load_state_dict(net(5).state_dict())
+    train(opt, model, 2, 3)
+    for name, mask in opt.whole_masks().items():
+        assert not model.get_parameter(name)[~mask].any() and model.get_parameter(name)[mask].any()
+
+
+def test_a_base_that_moves_zeros_is_masked_and_resumed() -> None:
+    """Muon's update of a matrix with zeros has none."""
+
+    class Whitened(DynamicSparsity, torch.optim.Muon): ...
+
+    def matrices() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(10, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+
+    options = {"lr": 0.05, "weight_decay": 0.1, "density": 0.3, "update_every": 2}
+    model = matrices()
+    opt = Whitened(model, **options)
+    train(opt, model, 0, 3)
+    for name, mask in opt.whole_masks().items():
+        assert not model.get_parameter(name)[~mask].any() and mask.any()
+    other = matrices()
+    again = Whitened(other, **options)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(opt.state_dict())
+    for m, o in ((model, opt), (other, again)):
+        train(o, m, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_density_one_leaves_every_bit() -> None:
     opt, model = build(Full, density=1.0, rho=0.0, max_norm=float("inf"))
     bare_model = net()

@@ -35,7 +35,7 @@ EXPECTED = {
     "other base": "UnsupportedHost: DeepSpeed: the engine's optimizer is SGD, the class is built on AdamW",
     "passes of its own": "ValueError: SharpLBFGS: base LBFGS, which runs passes of its own, must update once per step",
     "complex weights": "ValueError: DeepSpeed: complex parameters ['weight', 'bias'], must be real",
-    "per tensor at stage 1": "UnsupportedHost: DeepSpeed: Lars uses norms of whole tensors, and stage 1 shows it slices",
+    "per tensor at stage 1": "UnsupportedHost: DeepSpeed: Lars, with these options, updates an element by what else",
     "per tensor at stage 0": "ok",
     "missing internal": "UnsupportedHost: DeepSpeed: DeepSpeedZeroOptimizer.micro_step_id is missing in this version",
     "option of the base": "TypeError: Sharp.on: lr is an option of SGD; set it on the optimizer that the engine was",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from everbatch.contract import Contract
+from everbatch.engines.habits import habits_of
 from everbatch.engines.shards import Shard
 from everbatch.errors import UnsupportedHost
 
@@ -36,7 +37,7 @@ GROUPS = {"DeepSpeedZeroOptimizer": "bit16_groups", "BF16_Optimizer": "bf16_grou
 """Where an engine's optimizer has the parameters of its groups, if not in `fp16_groups`."""
 PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo",
               "adamp", "sgdp", "fromage"}
-"""Base optimizers whose update of an element depends on its whole tensor: wrong on slices."""
+"""Base optimizers whose update of an element depends on its whole tensor, wrong on slices, also where none can be tried out."""
 
 
 def in_leaf(p: Any) -> bool:
@@ -143,14 +144,25 @@ def check_internals(engine: Any, zero: Any, kind: str) -> None:
         raise UnsupportedHost(f"DeepSpeed: optimizer wrapper {kind} is not supported; use a torch.optim optimizer")
 
 
-def check_optimizer(inner: Any, base: type, stage: int) -> None:
-    """Refuse an engine whose optimizer is of another class, or looks at whole tensors where it is shown slices."""
+def check_optimizer(inner: Any, base: type, stage: int, parts: Sequence[Any] = ()) -> None:
+    """Refuse an engine whose optimizer is of another class, or looks at whole tensors where it is shown slices.
+
+    Args:
+        parts: at stage 3, what the engine has it step for one by one.
+    """
     if isinstance(inner, Contract):
         raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, a composed class; initialise the "
                               f"engine with a plain {base.__name__}, and give the mixins' options to on()")
     if not isinstance(inner, base):
         raise UnsupportedHost(f"DeepSpeed: the engine's optimizer is {type(inner).__name__}, the class is built on "
                               f"{base.__name__}; initialise the engine with a {base.__name__}")
-    if stage and type(inner).__name__.lower() in PER_TENSOR:
-        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__} uses norms of whole tensors, and stage {stage} shows it "
-                              "slices; use the LARS or LAMB mixin over torch.optim.SGD or AdamW, or stage 0")
+    if not stage:
+        return
+    habits = habits_of(type(inner), inner.param_groups)  # type: ignore[attr-defined]
+    if not habits.by_element or any(kind.__name__.lower() in PER_TENSOR for kind in type(inner).__mro__):
+        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__}, with these options, updates an element by what else is in its "
+                              f"tensor, and stage {stage} shows it slices; use the LARS or LAMB mixin over torch.optim.SGD or "
+                              "AdamW, or stage 0")
+    if stage == 3 and habits.counts_in_groups and len(parts) > 1:
+        raise UnsupportedHost(f"DeepSpeed: {type(inner).__name__} counts its steps in its groups, and stage 3 has it step "
+                              f"{len(parts)} times, once for each group or part of it; use one parameter group, or stage 2")

@@ -44,7 +44,7 @@ class ZeroHost(Host):
         self.engine, self.zero, self.stage = engine, engine.optimizer, int(engine.zero_optimization_stage())
         self.kind = "torch" if self.zero is engine.basic_optimizer else type(self.zero).__name__
         self.inner: torch.optim.Optimizer = self.zero if self.kind == "torch" else self.zero.optimizer  # Adagrad's is its own
-        check_optimizer(self.inner, base, self.stage)
+        check_optimizer(self.inner, base, self.stage, getattr(self.zero, "fp16_groups", ()))
         check_internals(engine, self.zero, self.kind)
         self.module = engine.module
         self.watch = Watch(engine)

@@ -6,10 +6,7 @@ checkpoint, or be found at the first one, hours later.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from everbatch.contract import base_of
+from everbatch.engines.habits import trial
 from everbatch.errors import check
 from everbatch.optim.composed import Composed
 from everbatch.optim.state import _is_option, _is_plain
@@ -112,11 +110,7 @@ def _tried(base: type, groups: list[dict[str, Any]], options: Mapping[str, Any],
     """What the base keeps after two steps that could not be saved; "" if all could."""
     known = inspect.signature(base.__init__).parameters  # type: ignore[misc]
     given = {k: v for k, v in options.items() if k in known}
-    streams = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    # Compiling a step would take minutes. Whoever compiles has loaded torch's compiler, which takes seconds, before.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with streams, eager, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with trial(device):
         probe: Any = base(groups, **given)
         before, groups_before = _attributes(probe), [dict(g) for g in probe.param_groups]
         step = base.step  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from everbatch.contract import Cost, parts_of
+from everbatch.contract import Cost, base_of, parts_of
+from everbatch.engines.habits import habits_of
 from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
 from everbatch.engines.shards import Vector
@@ -55,8 +56,9 @@ class DynamicSparsity(OptimizerMixin):
     Updates: see `topology.change`; no collective elsewhere.
     Order: right of clipping and EMA, left of projections and of mixins that move weights before the
     gradient.
-    Limits: base optimizers must leave a weight of zero with zero gradient and moments at zero (all
-    elementwise ones do). Density 1 leaves every bit.
+    Limits: after a base that moves weights of zero with zero gradients, as Muon does, weights are
+    masked once more. Weights written through `.data` between steps are masked when a topology changes.
+    Density 1 leaves every bit.
 
     Source: Evci et al. 2020, arXiv 1911.11134 (RigL); Mocanu et al. 2018 (SET); Dettmers and
     Zettlemoyer 2019, arXiv 1907.04840 (SNFS); Liu et al. 2021, arXiv 2102.02887 (ITOP); Yildirim et
@@ -95,7 +97,12 @@ class DynamicSparsity(OptimizerMixin):
         self._due = False
         """Whether the step under way changes the topology."""
         self._edits = -1
-        """The host's count of edits when weights were masked last."""
+        """The host's count of edits when weights were masked last, and what tells whether others wrote to them since."""
+        self._written = 0
+        inner = getattr(self.host, "inner", None)
+        base = type(inner) if inner is not None else base_of(type(self)) or type(self)
+        self._strays = not habits_of(base, self.host.groups()).keeps_zeros
+        """Whether the base moves weights that are zero and have no gradient, as Muon does."""
         sparse = self._masks.sparse()
         if sparse:
             self._install(self._masks.draw(self.host, 1, sparse))
@@ -108,7 +115,7 @@ class DynamicSparsity(OptimizerMixin):
         if state.done and not state.task:
             raise RuntimeError(f"{type(self).__name__}: a step outside a task would change what tasks 1 to {state.done} compute; "
                                f"call begin_task({state.done + 1})")
-        if state.masks and self.host.edits != self._edits:
+        if state.masks and (self.host.edits != self._edits or self._writes() != self._written):
             self._enforce()
 
     def displacement(self, vector: Vector) -> Vector:
@@ -146,14 +153,14 @@ class DynamicSparsity(OptimizerMixin):
         super().edit_parameters()
         config, state = self.configs[DynamicSparsity], self.states[DynamicSparsity]
         if state.active:
-            if config.dense_moments or self.host.edits != edits:  # a part to the right has moved weights
+            if config.dense_moments or self._strays or self.host.edits != edits:  # a part to the right has moved weights
                 self._enforce()  # before the change: importances are of masked weights
             if self._due:
                 step = self.step_count - state.task_start
                 self._change(step, self._schedule().fraction(step))
             if state.done and self._decays:
                 self._masks.thaw(self.host, state)
-        self._edits = self.host.edits
+        self._edits, self._written = self.host.edits, self._writes()
 
     # ----------------------------------------------------------------------------------- one change
     @property
@@ -202,13 +209,17 @@ class DynamicSparsity(OptimizerMixin):
 
     def _installed(self) -> None:
         """Weights are masked as of now; EMA's averages follow."""
-        self._edits = self.host.edits
+        self._edits, self._written = self.host.edits, self._writes()
         self._zero_averages()
 
     def _enforce(self) -> None:
         """Zero what masks leave out, and put frozen weights back."""
         self._masks.enforce(self.host, self.states[DynamicSparsity])
-        self._edits = self.host.edits
+        self._edits, self._written = self.host.edits, self._writes()
+
+    def _writes(self) -> int:
+        """A number that grows with every write to a weight, `load_state_dict` of a model among them."""
+        return 0 if self.host.masters_apart else sum(shard.owner._version for shard in self.host.shards)
 
     def _zero_averages(self, born: Mapping[str, Tensor] | None = None) -> None:
         """Zero what masks leave out in EMA's averages, and entries that were born just now."""
