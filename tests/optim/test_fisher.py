@@ -366,6 +366,48 @@ def test_an_estimate_leaves_no_trace(kind: Any) -> None:
     close(first, diagonal_fisher(opt, BATCHES[:2], kind))
 
 
+@pytest.mark.parametrize("kind", ["frozen bf16", "double buffer", "named"])
+def test_what_is_not_trained_keeps_its_type_and_logits_may_have_a_name(kind: str) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 3)
+            self.below.to(torch.bfloat16 if kind == "frozen bf16" else torch.float32)
+            self.register_buffer("shift", torch.linspace(0, 1, 6, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.below(x.to(self.below.weight.dtype))  # type: ignore[arg-type]
+            if kind == "double buffer":
+                x = x @ self.shift.diag().to(x) + (x.double() @ self.shift[:, None]).float()  # type: ignore[operator, union-attr]
+            found = self.head(x.float())
+            return {"logits": found, "more": x} if kind == "named" else found
+
+    torch.manual_seed(0)
+    model = Mixed()
+    opt: Any = compose(EWC, base=torch.optim.SGD)(model, lr=0.1)
+    rows = [(x.float(), y) for x, y, _ in BATCHES]
+    got = diagonal_fisher(opt, rows)
+    total = torch.zeros_like(model.head.weight)
+    for row, label in ((r, t) for x, y in rows for r, t in zip(x, y, strict=True)):
+        model.zero_grad()
+        result = model(row[None])
+        nn.functional.cross_entropy(result["logits"] if kind == "named" else result, label[None]).backward()
+        assert model.head.weight.grad is not None
+        total += model.head.weight.grad.square() / 10
+    near = 2e-2 if kind == "frozen bf16" else 1e-4  # products in bf16 round otherwise with several rows
+    torch.testing.assert_close(got["head.weight"], total.detach(), rtol=near, atol=1e-8)
+
+
+def test_a_model_without_logits_is_told_so() -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return [super().forward(x)]
+
+    opt: Any = compose(EWC, base=torch.optim.SGD)(Odd(6, 3), lr=0.1)
+    with pytest.raises(ValueError, match="importance: a model that returns a list, must return a tensor, or have it under"):
+        diagonal_fisher(opt, [(x.float(), y) for x, y, _ in BATCHES])
+
+
 def test_frozen_and_tied_parameters() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

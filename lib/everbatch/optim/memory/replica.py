@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -68,23 +68,33 @@ def replica(host: Host, factory: Factory | None) -> tuple[Call, Weights, nn.Modu
     missing = [name for name in weights if name not in keys]
     check(not missing, "importance", f"the factory's model lacks parameters {missing[:3]}", "be the same model")
 
-    # What is not trained stays as it is, in the type that the weights are called in.
-    dtype = next(iter(weights.values())).dtype
+    # What is not trained stays as it is; where masters stand in for weights of fewer bits, what had those bits follows them.
+    more = {trained[name].dtype: weights[name].dtype for name in weights}
     fixed: Weights = {}
     for name, p in own.named_parameters():
         if not p.requires_grad:
-            fixed[keys[plain_name(name)]] = _whole(p).to(dtype)
+            fixed[keys[plain_name(name)]] = _whole(p).to(more.get(p.dtype, p.dtype))
     places = {plain_name(name): name for name, _ in root.named_buffers()}
     for name, buffer in own.named_buffers():
-        fixed[places[plain_name(name)]] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+        fixed[places[plain_name(name)]] = buffer.to(more.get(buffer.dtype, buffer.dtype))
 
     def call(w: Weights, x: Rows) -> Tensor:
         given = {keys[name]: t for name, t in w.items()}
         if isinstance(x, dict):
-            return functional_call(root, {**given, **fixed}, (), x)  # type: ignore[no-any-return]
-        return functional_call(root, {**given, **fixed}, (x,))  # type: ignore[no-any-return]
+            return _logits(functional_call(root, {**given, **fixed}, (), x))
+        return _logits(functional_call(root, {**given, **fixed}, (x,)))
 
     return call, weights, root
+
+
+def _logits(result: Any) -> Tensor:
+    """The tensor that a model returns, or has under the name that many give it."""
+    if isinstance(result, Tensor):
+        return result
+    found = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+    check(isinstance(found, Tensor), "importance", f"a model that returns a {type(result).__name__}", "return a tensor, or have "
+          "it under the name logits", "wrap the model, or name its output to the Trainer: output=")
+    return found  # type: ignore[return-value]
 
 
 def _whole(p: Any) -> Tensor:
