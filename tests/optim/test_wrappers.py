@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from everbatch.composition import compose
 from everbatch.contract import base_of, parts_of
@@ -95,3 +96,13 @@ def test_a_wrapper_over_a_wrapper_finds_the_base() -> None:
 def test_a_wrong_order_stays_refused(bases: tuple[type, ...]) -> None:
     with pytest.raises((CompositionError, TypeError), match=r"stands to the right of its base|consistent method resolution"):
         type("Wrong", bases, {})
+
+
+def test_functions_that_would_lose_what_mixins_hold_are_refused() -> None:
+    model = nn.Linear(4, 2)
+    opt: Any = compose(EMA, base=torch.optim.SGD)(model, lr=0.1, ema_decay=0.9)
+    model(torch.ones(3, 4)).sum().backward()
+    opt.step()
+    with pytest.raises(RuntimeError, match="EMASGD: .* would lose what the mixins hold; save opt.state_dict()"):
+        get_optimizer_state_dict(model, opt)
+    assert opt.state_dict()["everbatch"]["tensors"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -334,8 +335,12 @@ class OptimizerMixin(Contract):
             weights: hold the weights as well where they are the model's own (plain torch, DDP, FSDP2); by default only masters
                 that are other tensors than those (DeepSpeed), so that nothing is saved twice.
 
+        Raises:
+            RuntimeError: asked by `torch.distributed.checkpoint.state_dict`, whose functions would leave the mixins' state out.
+
         Cost: a copy of moments, averages and masks.
         """
+        persistence.refuse_stripping(type(self).__name__, sys._getframe(1))
         return persistence.state_dict(self, weights=weights)
 
     def load_state_dict(

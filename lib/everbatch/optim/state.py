@@ -23,7 +23,7 @@ from everbatch.errors import CheckpointMismatch
 from everbatch.optim import state_checks
 from everbatch.optim.composed import Composed
 
-__all__ = ["check_pieces", "load_pieces", "load_state_dict", "pieces", "state_dict"]
+__all__ = ["check_pieces", "load_pieces", "load_state_dict", "pieces", "refuse_stripping", "state_dict"]
 
 
 def pieces(opt: Composed) -> tuple[list[Piece], dict[str, Any]]:
@@ -61,6 +61,13 @@ def load_pieces(opt: Composed, checkpoint: Checkpoint, meta: dict[str, Any]) -> 
     known = set(checkpoint.names())
     _restore(opt, meta, lambda key, s: checkpoint.read(f"{key}/{s.name}", s.start, s.numel)
              if f"{key}/{s.name}" in known else None, {n.split("/", 1)[0] for n in known}, checkpoint.whole)
+
+
+def refuse_stripping(who: str, caller: Any) -> None:
+    """Refuse callers that keep of an optimizer's state what torch's own have, and lose the rest without a word."""
+    if caller.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+        raise RuntimeError(f"{who}: get_state_dict and get_optimizer_state_dict of torch.distributed keep moments alone, "
+                           "and would lose what the mixins hold; save opt.state_dict(), which is whole on every rank")
 
 
 def state_dict(opt: Composed, *, weights: bool | None = None) -> dict[str, Any]:

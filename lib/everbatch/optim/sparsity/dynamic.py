@@ -98,7 +98,7 @@ class DynamicSparsity(OptimizerMixin):
         """Whether the step under way changes the topology."""
         self._edits = -1
         """The host's count of edits when weights were masked last, and what tells whether others wrote to them since."""
-        self._written = 0
+        self._written, self._apart = 0, self.host.masters_apart
         inner = getattr(self.host, "inner", None)
         base = type(inner) if inner is not None else base_of(type(self)) or type(self)
         self._strays = not habits_of(base, self.host.groups()).keeps_zeros
@@ -219,7 +219,7 @@ class DynamicSparsity(OptimizerMixin):
 
     def _writes(self) -> int:
         """A number that grows with every write to a weight, `load_state_dict` of a model among them."""
-        return 0 if self.host.masters_apart else sum(shard.owner._version for shard in self.host.shards)
+        return 0 if self._apart else sum(shard.owner._version for shard in self.host.shards)
 
     def _zero_averages(self, born: Mapping[str, Tensor] | None = None) -> None:
         """Zero what masks leave out in EMA's averages, and entries that were born just now."""
