@@ -147,6 +147,11 @@ def test_cost_counts_every_stream_once_failures_too() -> None:
     assert "(not searched)" in text and "lr=0.1" in text
 
 
+def test_the_cost_of_an_evaluation_leaves_out_what_other_records_cost() -> None:
+    others = [{**row, "record": "an earlier one"} for row in ROWS]
+    assert compare(TWO, CONVENTIONAL, [*ROWS, *others])["cost"] == compare(TWO, CONVENTIONAL, ROWS)["cost"]
+
+
 def test_before_a_conventional_search_there_is_no_optimism() -> None:
     found = compare(TWO, None, ROWS[:18])
     assert found["optimism"] == {} and found["ranks"] is None and list(found["expected_maximum"]) == ["two-phase"]

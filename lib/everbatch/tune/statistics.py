@@ -128,15 +128,15 @@ def compare(
     Returns:
         `choices` (each with `new`, its estimate on new orders, and a bootstrap), `optimism` by method, `ranks`, `cost` by
         protocol, `expected_maximum` by protocol and method, `bootstrap_optimism` by method, `other_records` (rows that were left
-        out), `metric`.
+        out, of `cost` too), `metric`.
     """
     if metric not in METRICS:
         raise ValueError(f"compare: metric={metric!r}, must be one of {', '.join(METRICS)}")
     every = choices(record, conventional, rows, metric)
     by = {(choice.protocol, choice.method): choice for choice in every}
     records = {"two-phase": record, **({} if conventional is None else {"conventional": conventional})}
-    cost = {p: {"search": kept["body"].get("cost"), "evaluation": _spent([row for row in rows if row["protocol"] == p])}
-            for p, kept in records.items()}
+    mine = {p: [row for row in rows if (row["protocol"], row["record"]) == (p, kept["sha256"])] for p, kept in records.items()}
+    cost = {p: {"search": kept["body"].get("cost"), "evaluation": _spent(mine[p])} for p, kept in records.items()}
     used = {kept["sha256"] for kept in records.values()}
     return {
         "metric": metric, "cost": cost, "choices": [_plain(choice) for choice in every],
