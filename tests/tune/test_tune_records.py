@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,8 +87,18 @@ def swap_scores(body: dict[str, Any]) -> None:
     """What a forger of everything does: scores and choice, so that they agree."""
     i = worst(body)
     for unit in er(body)["configurations"][i]["orders"]:
-        unit.update(avg_acc=0.999, acc=0.999)
+        unit.update(avg_acc=0.999, acc=0.999, accuracies=[0.999])
     er(body)["chosen"] = i
+
+
+def chosen(body: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = er(body)["configurations"][er(body)["chosen"]]
+    return found
+
+
+def unsearched(body: dict[str, Any]) -> None:
+    row = {"id": 0, "values": {}, "status": "unsearched", "orders": []}
+    er(body).update(space={}, paths=[], chosen=0, configurations=[row])
 
 
 FORGED: list[tuple[str, Callable[[dict[str, Any]], None], bool, str]] = [
@@ -108,6 +119,30 @@ FORGED: list[tuple[str, Callable[[dict[str, Any]], None], bool, str]] = [
     ("another kind", lambda b: b.update(kind="conventional"), True, "be a two-phase record"),
     ("values of a bound", lambda b: b["methods"]["finetune"]["configurations"][0]["values"].update({"optimizer.lr": 1.0}), True,
      "must have none"),
+    ("a digit and its checksum", lambda b: er(b)["configurations"][worst(b)]["orders"][0].update(avg_acc=0.5401), True,
+     "be the mean of its accuracies"),
+    ("the last digit of all",
+     lambda b: chosen(b)["orders"][0].update(avg_acc=math.nextafter(chosen(b)["orders"][0]["avg_acc"], 1)), True,
+     "be the mean of its accuracies"),
+    ("a final accuracy", lambda b: chosen(b)["orders"][1].update(acc=0.95), True, "be the last of its accuracies"),
+    ("a score of 500 %", lambda b: [unit.update(avg_acc=5.0, acc=5.0, accuracies=[5.0]) for unit in chosen(b)["orders"]], True,
+     "be numbers from 0 to 1"),
+    ("a score below 0",
+     lambda b: er(b)["configurations"][worst(b)]["orders"][0].update(avg_acc=-1, acc=-1, accuracies=[-1]), True,
+     "be numbers from 0 to 1"),
+    ("no accuracies", lambda b: chosen(b)["orders"][0].pop("accuracies"), True, "be numbers from 0 to 1"),
+    ("an order twice", lambda b: chosen(b)["orders"].append(dict(chosen(b)["orders"][0])), True, "be those of the search"),
+    ("an unfinished configuration", lambda b: er(b)["configurations"][worst(b)].update(status="raced_out"), True,
+     "be 'complete', as its orders and failures say"),
+    ("options of a bound", lambda b: b["methods"]["finetune"].update(options={"replay": None, "optimizer.lr": 0.77}), True,
+     "options {'optimizer.lr': 0.77, 'replay': None} of finetune, must be {'replay': None}"),
+    ("the name of a bound", lambda b: b["methods"].update(ewc=b["methods"].pop("finetune")), True,
+     "methods er, ewc, must be er, finetune"),
+    ("a method left out", lambda b: b["methods"].pop("finetune"), True, "methods er, must be er, finetune"),
+    ("a search left out", unsearched, True, "er without a space, must be searched"),
+    ("a bound with a space",
+     lambda b: b["methods"]["finetune"].update(space={"optimizer.lr": [0.1]}, paths=["optimizer.lr"]), True,
+     "finetune with a space, must be a bound"),
 ]
 
 
@@ -126,6 +161,18 @@ def test_a_forger_of_everything_is_caught_by_the_published_checksum_alone(run: P
     path = forged(run, swap_scores, "all", checksum=True)
     verify(read(path))  # passes: nothing in it contradicts itself
     assert read(path)["sha256"] != published
+
+
+def test_what_was_proposed_lies_in_its_space_and_what_is_no_body_is_refused_in_one_line(run: Path) -> None:
+    record = reload(run / "search" / "record.json")
+    record["body"]["search"]["searcher"] = "optuna"  # of which only the space is known
+    verify(record)
+    chosen(record["body"])["values"]["optimizer.lr"] = 0.3
+    with pytest.raises(ValueError, match="^record: configurations .* of er, must lie in its space$"):
+        verify(record)
+    del record["body"]["search"]
+    with pytest.raises(ValueError, match="^record: a body that lacks 'search' .*, must be what `search` froze$"):
+        verify(record)
 
 
 def test_a_number_that_is_not_finite_is_no_record(run: Path) -> None:

@@ -27,7 +27,8 @@ or, of one that failed, `{"key", "options", "order", "failed": "diverged", "caus
         "paths": ["optimizer.lr", ...],             of the space, in the order in which values are drawn
         "configurations": [                         every one that was drawn, by id
             {"id": 0, "values": {"optimizer.lr": 0.05, ...}, "status": "complete",
-             "orders": [{"order": 0, "avg_acc": 0.93, "acc": 0.9, "seconds": 1.9, "cpu_seconds": 1.6}, ...]}],
+             "orders": [{"order": 0, "accuracies": [1.0, 0.93, ...], "avg_acc": 0.93, "acc": 0.9,
+                         "seconds": 1.9, "cpu_seconds": 1.6}, ...]}],
         "failures": [{"id": 3, "order": 1, "failed": "diverged", "cause": "..."}],
         "chosen": 0}}                               the id of one that is complete
     "orders": [0, 1]                                the class orders that the search used

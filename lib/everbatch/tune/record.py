@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from everbatch.declared import Range
 from everbatch.errors import check
 from everbatch.tune.ledger import canonical, sha256, write_atomically
-from everbatch.tune.spaces import draw_all, method_of, space_from
+from everbatch.tune.spaces import Values, draw_all, method_of, space_from
 
 __all__ = ["freeze", "read", "rows_of", "select", "verify", "verify_against"]
 
@@ -98,9 +99,12 @@ def _refuse(constant: str) -> float:
 
 
 def verify(record: Mapping[str, Any], kind: str = "two-phase") -> dict[str, Any]:
-    """The body of a record whose choice is what its scores select, of configurations that are what its seed draws.
+    """The body of a record that does not contradict itself.
 
-    Who forges scores, choice and checksum together passes here, and is caught by the published SHA-256 alone.
+    Its methods are those of its search, with the options that their names stand for; its configurations are what its seed draws;
+    their scores are those of their accuracies, and select its choice.
+
+    Who forges accuracies, scores, choice and checksum together passes here, and is caught by the published SHA-256 alone.
 
     Raises:
         ValueError: anything else.
@@ -108,26 +112,89 @@ def verify(record: Mapping[str, Any], kind: str = "two-phase") -> dict[str, Any]
     body: dict[str, Any] = record["body"]
     check(body.get("kind") == kind, "record", f"a record of kind {body.get('kind')!r}", f"be a {kind} record",
           "a search on the evaluation data chooses nothing that may be judged on it" if kind == "two-phase" else "")
+    try:
+        _check_methods(body)
+        for name, method in body["methods"].items():
+            if not method["space"]:
+                bound = {"values": {}, "status": "unsearched", "orders": [], "id": 0}
+                check(method["chosen"] == 0 and method["configurations"] == [bound] and not method["failures"], "record",
+                      f"{name}, which is not searched, with chosen values", "have none")
+                continue
+            again = select(method["configurations"], body["orders"])
+            check(method["chosen"] == again, "record", f"configuration {method['chosen']} chosen for {name}",
+                  f"be {again}, which its scores select")
+            _check_scores(name, method, body["orders"])
+            _check_drawn(name, method, body["search"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"record: a body that lacks {error} or has it in another form, must be what `search` froze") from None
+    return body
+
+
+def _check_methods(body: Mapping[str, Any]) -> None:
+    """What was searched, what stands beside it, and what each of them is."""
+    searched, bounds = body["search"]["methods"], body["search"]["bounds"]
+    check(sorted(body["methods"]) == sorted([*searched, *bounds]), "record", f"methods {', '.join(sorted(body['methods']))}",
+          f"be {', '.join(sorted([*searched, *bounds]))}, as its search says")
     for name, method in body["methods"].items():
-        rows = method["configurations"]
-        if not method["space"]:
-            check(method["chosen"] == 0 and not rows[0]["values"], "record", f"{name}, which is not searched, with chosen values",
-                  "have none")
-            continue
-        again = select(rows, body["orders"])
-        check(method["chosen"] == again, "record", f"configuration {method['chosen']} chosen for {name}",
-              f"be {again}, which its scores select")
         known = method_of(name).options
         check(method["options"] == known, "record", f"options {method['options']} of {name}", f"be {known}")
-        if body["search"]["searcher"] == "random":
-            check(sorted(method["space"]) == sorted(method["paths"]), "record", f"paths {method['paths']} of {name}",
-                  "be its space")
-            space = {path: method["space"][path] for path in method["paths"]}
-            drawn = draw_all(space_from(space, "record"), body["search"]["seed"], body["search"]["trials"])
-            odd = [row["id"] for row, values in zip(rows, drawn, strict=False) if row["values"] != values]
-            check(not odd and len(rows) == len(drawn), "record", f"configurations {odd[:5]} of {name}",
-                  "be those that its seed draws from its space")
-    return body
+        found, must = ("with", "be a bound") if method["space"] else ("without", "be searched")
+        check(bool(method["space"]) == (name in searched), "record", f"{name} {found} a space", f"{must}, as its search says")
+
+
+def _check_scores(name: str, method: Mapping[str, Any], orders: Sequence[int]) -> None:
+    """Every configuration's orders, status and scores, to the last bit."""
+    failed = {failure["id"] for failure in method["failures"]}
+    for row in method["configurations"]:
+        who, units = f"configuration {row['id']} of {name}", row["orders"]
+        listed = [unit["order"] for unit in units]
+        check(listed == [order for order in orders if order in listed], "record", f"orders {listed} of {who}",
+              f"be those of the search, {list(orders)}, each once")
+        status = "failed" if row["id"] in failed else "complete" if listed == list(orders) else "raced_out"
+        check(row["status"] == status, "record", f"status {row['status']!r} of {who}",
+              f"be {status!r}, as its orders and failures say")
+        for unit in units:
+            where, scores = f"of order {unit['order']} of {who}", unit.get("accuracies")
+            good = isinstance(scores, list) and bool(scores) and all(_is_share(score) for score in scores)
+            check(good, "record", f"accuracies {scores} {where}", "be numbers from 0 to 1")
+            check(unit["avg_acc"] in _means(scores), "record", f"avg_acc={unit['avg_acc']} {where}",
+                  f"be the mean of its accuracies, {_means(scores)[0]}")
+            check(unit["acc"] == scores[-1], "record", f"acc={unit['acc']} {where}",
+                  f"be the last of its accuracies, {scores[-1]}")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _means(scores: Sequence[float]) -> tuple[float, float]:
+    """What `sum` makes of them, which from Python 3.12 on carries what rounding takes away."""
+    plain = 0.0
+    for score in scores:
+        plain += score
+    return plain / len(scores), math.fsum(scores) / len(scores)
+
+
+def _check_drawn(name: str, method: Mapping[str, Any], search: Mapping[str, Any]) -> None:
+    """Whether the seed draws these configurations; of what was proposed instead, whether it lies in the space."""
+    rows = method["configurations"]
+    check([row["id"] for row in rows] == list(range(search["trials"])), "record", f"{len(rows)} configurations of {name}",
+          f"be {search['trials']}, numbered from 0")
+    check(sorted(method["space"]) == sorted(method["paths"]), "record", f"paths {method['paths']} of {name}", "be its space")
+    space = space_from({path: method["space"][path] for path in method["paths"]}, "record")
+    if search["searcher"] == "random":
+        drawn = draw_all(space, search["seed"], search["trials"])
+        odd = [row["id"] for row, values in zip(rows, drawn, strict=True) if row["values"] != values]
+        must = "be those that its seed draws from its space"
+    else:
+        odd, must = [row["id"] for row in rows if not _inside(row["values"], space)], "lie in its space"
+    check(not odd, "record", f"configurations {odd[:5]} of {name}", must)
+
+
+def _inside(values: Mapping[str, Any], space: Mapping[str, Values]) -> bool:
+    return values.keys() == space.keys() and all(
+        given.low <= values[path] <= given.high if isinstance(given, Range) else values[path] in given
+        for path, given in space.items())
 
 
 def verify_against(body: Mapping[str, Any], plan: Mapping[str, Any], commitment: str) -> None:
