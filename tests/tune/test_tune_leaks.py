@@ -8,15 +8,20 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from everbatch import config
 from everbatch.data import load
 from everbatch.data.load import _KINDS as KINDS
 from everbatch.tune.check import check_npz
+from everbatch.tune.hashes import row_hashes
 from everbatch.tune.pair import EvaluationData, ScenarioPair, prepare
 from everbatch.tune.pair import _places as places
 from everbatch.tune.seal import LeakageError, Seal, ciphered, scrub
@@ -140,6 +145,85 @@ def test_one_shared_sample_is_found_at_prepare(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 of 48 samples in x_train to tune on, the first is sample \[0\]"):
         prepare(one, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def standardised(x: NDArray[Any]) -> NDArray[Any]:
+    return (x.astype(np.float32) / 255 - np.float32(0.4914)) / np.float32(0.2023)
+
+
+ENCODED: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "0 to 1": lambda x: x.astype(np.float32) / 255,
+    "64 bits": lambda x: x[:, None] / 255,
+    "standardised": standardised,
+    "colour": lambda x: np.repeat(x[:, None], 3, axis=1),
+    "standardised colour": lambda x: standardised(np.repeat(x[:, None], 3, axis=1)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_one_shared_image_in_another_encoding_is_found(name: str, run: Path, tmp_path: Path) -> None:
+    with np.load(write(tmp_path / "mixed.npz", 1, share=1, of=0)) as arrays:
+        found = dict(arrays)
+    found |= {part: ENCODED[name](found[part]) for part in ("x_train", "x_test")}
+    np.savez(tmp_path / "mixed.npz", **found)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"1 of 48 samples .* sample \[0\], in the evaluation data too \(1 of them in another"):
+        prepare(pair(tmp_path, evaluation=str(tmp_path / "mixed.npz")), str(tmp_path / "run"))
+    seal = Seal.read(run / "tuning" / "seal.json")  # and by what a search opens
+    with pytest.raises(LeakageError, match="2 of 2 samples are evaluation data"):
+        seal.check_samples(ENCODED[name](images(1)[0][:2]))
+
+
+def met(kept: NDArray[Any], asked: NDArray[Any]) -> list[bool]:
+    """Whether each sample of one side is found among all of the other."""
+    there = {one for row in row_hashes(b"salt", kept) for one in row}
+    return [not there.isdisjoint(row) for row in row_hashes(b"salt", asked, asking=True)]
+
+
+def test_digits_are_found_in_every_range_and_never_taken_for_others() -> None:
+    x = load("digits", train=True).fetch(torch.arange(300)).numpy()
+    as_bytes = np.round(x.astype(np.float32) * (255 / 16)).astype(np.uint8)
+    for other in (as_bytes, x / 16, (x.astype(np.float32) - 4.9) / 6, standardised(as_bytes), (x / 16).astype(np.float16)):
+        assert all(met(x, other)) and all(met(other, x))
+        assert not any(met(x[:150], other[150:])) and not any(met(other[:150], x[150:]))
+    every = [one for row in row_hashes(b"salt", x) for one in row]
+    assert len({*every}) == len(every) == 3 * len(x)  # numbers, image, levels
+
+
+def test_no_value_lies_on_a_step_of_either_image_hash() -> None:
+    """All contrasts that bytes can have, and all that few levels have before and after they are rounded to bytes."""
+    for high in range(1, 256):
+        x = np.arange(high + 1, dtype=np.uint8)
+        image = np.resize(x, (1, 1, 16, 16))
+        assert all(met(image, standardised(image)) + met(standardised(image), image)), high
+    for levels in range(1, 17):
+        for low in range(levels):
+            for high in range(low + 1, levels + 1):
+                raw = np.resize(np.arange(low, high + 1), (1, 1, 8, 8)).astype(np.uint8)
+                assert all(met(raw, np.round(raw * np.float32(255 / levels)).astype(np.uint8))), (levels, low, high)
+
+
+def test_arrays_that_are_no_images_are_known_by_their_numbers_in_every_type() -> None:
+    rng = np.random.default_rng(0)
+    counts, real = rng.integers(-9, 2**20, (20, 6)), rng.normal(size=(20, 6))
+    assert all(met(counts, counts.astype(float)) + met(counts.astype(np.float32), counts))
+    assert all(met(real, real.astype(np.float32)) + met(real.astype(np.float32), real))
+    assert met(np.zeros((1, 6)), np.full((1, 6), -0.0)) == [True]
+    assert not any(met(real, 2 * real) + met(real, real * (1 + 1e-12)) + met(counts, counts + 1))
+    seconds = 1.6e9 + np.arange(50.0)[:, None]  # all the same number in 32 bits
+    assert not any(met(seconds[::2], seconds[1::2])) and all(met(seconds, seconds))
+    large = 2**60 + np.arange(20)[:, None]
+    assert not any(met(large[::2], large[1::2])) and all(met(large, large))
+    grey = np.full((1, 1, 8, 8), 7, np.uint8)  # constant: known by its number alone
+    assert met(grey, grey.astype(float)) == [True] and met(grey, grey + 1) == [False]
+    odd = np.array([[np.nan, 1, np.inf]])
+    assert met(odd, odd.astype(np.float32)) == [True]
+
+
+def test_a_seal_of_an_earlier_version_is_refused(run: Path, tmp_path: Path) -> None:
+    earlier = {**json.loads((run / "tuning" / "seal.json").read_text()), "format": 1}
+    (tmp_path / "seal.json").write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match="of format 1, from another version .*, must be of format 2; prepare again with another"):
+        Seal.read(tmp_path / "seal.json")
 
 
 def test_both_sides_from_one_file_are_refused_unless_their_classes_differ(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from everbatch.data import Source, load
 from everbatch.data.memory import check_memory
 from everbatch.errors import check, check_whole, nearest
 from everbatch.rows import one_tensor
+from everbatch.tune.hashes import row_hashes
 from everbatch.tune.ledger import canonical, sha256, write_atomically
-from everbatch.tune.seal import Seal, ciphered, row_hashes
+from everbatch.tune.seal import Seal, ciphered
 from everbatch.tune.stream import SCENARIO, check_options, plain_options
 
 __all__ = ["EvaluationData", "ScenarioPair", "prepare"]
@@ -223,13 +224,16 @@ def _npz(arrays: dict[str, NDArray[Any]], names: list[str]) -> bytes:
 
 
 def _check_disjoint(tuning: Side, evaluation: Side) -> None:
-    """Refuse a sample that is on both sides, by its content: one is found among any number."""
+    """Refuse a sample that is on both sides, by its content: one is found among any number, in another encoding too."""
     salt = secrets.token_bytes(16)
-    there = {h for name in ("x_train", "x_test") for h in row_hashes(salt, evaluation[0][name])}
+    there = {h for name in ("x_train", "x_test") for row in row_hashes(salt, evaluation[0][name]) for h in row}
     for name in ("x_train", "x_test"):
-        shared = [i for i, h in enumerate(row_hashes(salt, tuning[0][name])) if h in there]
-        what = f"{len(shared)} of {len(tuning[0][name])} samples in {name} to tune on, the first is sample {shared[:1]}"
-        check(not shared, "tune", f"{what}, in the evaluation data too", "be on one side", "take them out of one")
+        found = [(i, row) for i, row in enumerate(row_hashes(salt, tuning[0][name], asking=True)) if not there.isdisjoint(row)]
+        other = sum(row[0] not in there for _, row in found)
+        how = f" ({other} of them in another encoding: other types, ranges or channels)" if other else ""
+        first = [i for i, _ in found[:1]]
+        what = f"{len(found)} of {len(tuning[0][name])} samples in {name} to tune on, the first is sample {first}"
+        check(not found, "tune", f"{what}, in the evaluation data too{how}", "be on one side", "take them out of one")
 
 
 def _places(text: str) -> list[Path]:

@@ -21,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everbatch.errors import check
+from everbatch.tune.hashes import keyed, row_hashes
 from everbatch.tune.ledger import canonical, write_atomically
 
-__all__ = ["LeakageError", "Seal", "ciphered", "guard", "row_hashes", "scrub"]
+__all__ = ["LeakageError", "Seal", "ciphered", "guard", "scrub"]
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 2**24
 KEPT = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|TZ|TMPDIR|VIRTUAL_ENV|CI|LC_.*|PYTHON.*|OMP_.*|MKL_.*|CUDA_.*|NCCL_.*"
                   r"|GLOO_.*|LD_LIBRARY_PATH|RAY_.*|TUNE_.*|EVERBATCH_.*|DS_.*|TORCH.*|HF_.*|SLURM_.*|XDG_.*")
@@ -34,16 +35,6 @@ KEPT = re.compile(r"PATH|HOME|USER|LOGNAME|SHELL|TERM|LANG|TZ|TMPDIR|VIRTUAL_ENV
 
 class LeakageError(RuntimeError):
     """The tuning phase reached for evaluation data."""
-
-
-def _keyed(salt: bytes, data: bytes) -> str:
-    return hashlib.blake2b(data, key=salt, digest_size=8).hexdigest()
-
-
-def row_hashes(salt: bytes, inputs: NDArray[Any]) -> list[str]:
-    """A salted hash of every sample: of its numbers, its type and its shape."""
-    head = f"{inputs.dtype.str} {inputs.shape[1:]} ".encode()
-    return [_keyed(salt, head + np.ascontiguousarray(row).tobytes()) for row in inputs]
 
 
 def ciphered(nonce: bytes, content: bytes) -> bytes:
@@ -63,7 +54,7 @@ class Seal:
     Attributes:
         salt: of all hashes here.
         roots: hashes of the places where the evaluation data lies.
-        samples: hashes of its samples.
+        samples: hashes of its samples, of every kind; see `everbatch.tune.hashes`.
         body: scenario, orders, SHA-256 of the tuning data, commitment to the evaluation data.
     """
 
@@ -76,23 +67,28 @@ class Seal:
     def made(cls, places: Iterable[str | os.PathLike[str]], inputs: Iterable[NDArray[Any]], body: Mapping[str, Any]) -> Seal:
         """With a salt of its own."""
         salt = secrets.token_bytes(16)
-        roots = frozenset(_keyed(salt, os.path.realpath(place).encode()) for place in places)
-        return cls(salt, roots, frozenset(h for part in inputs for h in row_hashes(salt, part)), dict(body))
+        roots = frozenset(keyed(salt, os.path.realpath(place).encode()) for place in places)
+        return cls(salt, roots, frozenset(h for part in inputs for row in row_hashes(salt, part) for h in row), dict(body))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Seal:
         """From seal.json.
 
         Raises:
-            ValueError: no such file, or not one that `prepare` wrote.
+            ValueError: no such file, not one that `prepare` wrote, or one of an earlier version, whose hashes do not tell the
+                same image in another encoding.
         """
         path = Path(path)
         check(path.is_file(), "tune", f"no {path.name} in {str(path.parent)!r}", "be a folder that `prepare` wrote for tuning")
         try:
             found = json.loads(path.read_text())
-            return cls(bytes.fromhex(found["salt"]), frozenset(found["roots"]), frozenset(found["samples"]), found["body"])
+            version = found["format"]
+            made = cls(bytes.fromhex(found["salt"]), frozenset(found["roots"]), frozenset(found["samples"]), found["body"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"tune: {str(path)!r} cannot be read ({type(error).__name__}), must be of `prepare`") from None
+        check(version == FORMAT, "tune", f"{str(path)!r} of format {version}, from another version of everbatch",
+              f"be of format {FORMAT}", "prepare again with another output, so that samples are compared as they are now")
+        return made
 
     def write(self, path: Path) -> None:
         """To seal.json."""
@@ -103,7 +99,7 @@ class Seal:
         """Whether a path leads to the evaluation data: by any name, relative, or through links."""
         path = os.path.realpath(text)
         while True:
-            if _keyed(self.salt, path.encode("utf-8", "surrogateescape")) in self.roots:
+            if keyed(self.salt, path.encode("utf-8", "surrogateescape")) in self.roots:
                 return True
             above = os.path.dirname(path)
             if above == path:
@@ -116,7 +112,7 @@ class Seal:
         Raises:
             LeakageError: with how many.
         """
-        found = sum(h in self.samples for h in row_hashes(self.salt, inputs))
+        found = sum(not self.samples.isdisjoint(row) for row in row_hashes(self.salt, inputs, asking=True))
         if found:
             raise LeakageError(f"tune: {found} of {len(inputs)} samples are evaluation data, must be none; see `prepare`")
 
