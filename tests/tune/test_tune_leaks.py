@@ -253,6 +253,13 @@ BAD = [
     ({"scenario": {"optimizer": "mine.yaml"}}, "be the options themselves"),
     ({"scenario": {"trainer.epochs": len}}, "be a plain value"),
     ({"evaluation": "missing.npz"}, "missing.npz"),
+    ({"scenario": {"optimizer.ewc.strength": 5}}, "optimizer.ewc.strength=5 in the scenario, must be left out; optimizer.e"),
+    ({"scenario": {"optimizer": {"ewc": {}}}}, "optimizer.ewc={} in the scenario, must be left out"),
+    ({"scenario": {"optimizer.ewc": None}}, "optimizer.ewc=None in the scenario, must be left out"),
+    ({"scenario": {"lwf": {"strength": 1.0}}}, "lwf is a method's"),
+    ({"scenario": {"replay.method": "er"}}, "replay is a method's, but for replay.capacity"),
+    ({"scenario": {"replay": None}}, "replay=None in the scenario, must be left out"),
+    ({"scenario": {"method": "er"}}, "method='er' in the scenario, must be left out; `search` names the methods"),
 ]
 
 
@@ -262,6 +269,11 @@ def test_a_pair_that_cannot_be_is_refused(options: dict[str, object], said: str,
         prepare(pair(tmp_path, **options), str(tmp_path / "run"))
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_scenario_says_how_all_methods_are_trained_remembered_and_measured() -> None:
+    given = {"optimizer.weight_decay": 1e-4, "optimizer.lr": 0.1, "replay.capacity": 5, "episodic.capacity": 7, "plasticity": {}}
+    assert ScenarioPair(scenario=given).whole_scenario.items() >= given.items()
 
 
 def test_the_same_pair_is_prepared_once_and_another_one_elsewhere(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from everbatch import config
 from everbatch.declared import Range
 from everbatch.tune.drive import missing
 from everbatch.tune.ledger import Ledger
+from everbatch.tune.pair import ScenarioPair
 from everbatch.tune.plan import Plan, SearchOptions
 from everbatch.tune.spaces import Method, draw, draw_all, gtep, plain_space, space_from
 from everbatch.tune.stream import SCENARIO, flat
@@ -131,6 +132,27 @@ def test_a_published_list_can_be_searched(tmp_path: Path) -> None:
     assert made.values["er"][0]["trainer.epochs"] == 160 and "replay.beta" not in made.values["er"][0]
     trial = made.trial("er", 0, made.values["er"][0], [0])
     assert trial.options[2]["trainer.schedule.kind"] in ("steps", "cosine")
+
+
+OVERRIDDEN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"optimizer.lr": 0.5}, {}, "optimizer.lr=0.5 in the scenario and optimizer.lr in the space of er, must be in one of them"),
+    ({"trainer.epochs": 10}, {"gtep": "replay"}, "trainer.epochs=10 in the scenario and trainer.epochs in the space of er"),
+    ({"trainer.schedule.kind": "cosine"}, {"space": {"all": {"trainer": [{"schedule": {"kind": "constant"}}]}}},
+     "trainer.schedule.kind='cosine' in the scenario and trainer.schedule.kind in the space of er"),
+    ({"optimizer.base": "sgd"}, {"bounds": ("lamb",)}, "optimizer.base='sgd' in the scenario, must be 'adamw' or left out; lamb"),
+]
+
+
+@pytest.mark.parametrize(("scenario", "options", "said"), OVERRIDDEN)
+def test_a_scenario_option_that_a_method_would_override_is_refused(
+    scenario: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path,
+) -> None:
+    search = SearchOptions(**{"methods": ("er",), **options})
+    with pytest.raises(ValueError) as caught:
+        Plan(search, {**SCENARIO, **scenario}, [2, 1, 1, 1], [0, 1], "digits", "0" * 64, tmp_path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(said)):  # before anything is prepared
+        TwoPhase(pair=ScenarioPair(scenario=scenario), search=search)
 
 
 # ------------------------------------------------------------------------------------------------------------------ rounds

@@ -22,6 +22,7 @@ from everbatch.rows import one_tensor
 from everbatch.tune.hashes import row_hashes
 from everbatch.tune.ledger import canonical, sha256, write_atomically
 from everbatch.tune.seal import Seal, ciphered
+from everbatch.tune.spaces import check_scenario
 from everbatch.tune.stream import SCENARIO, check_options, plain_options
 
 __all__ = ["EvaluationData", "ScenarioPair", "prepare"]
@@ -52,7 +53,8 @@ class ScenarioPair:
     evaluation_orders: int = 12
     """New class orders of the evaluation, the seeds after those; declared before tuning begins."""
     scenario: dict[str, Any] = field(default_factory=dict)
-    """What is the same in both phases, for all methods: options of a class-incremental run by path ("replay.capacity": 20)."""
+    """What is the same in both phases, for all methods: options of a class-incremental run by path ("replay.capacity": 20);
+    none that a method is made of, and none that the search overrides."""
 
     def __post_init__(self) -> None:
         check_whole("tune", "orders", self.orders, 1)
@@ -65,6 +67,7 @@ class ScenarioPair:
             check(len(set(given)) == len(given), "tune", f"{name}={list(given)}", "name every class once")
         shared = sorted({*self.tuning_classes} & {*self.evaluation_classes})
         check(not shared or self.tuning != self.evaluation, "tune", f"classes {shared[:5]} on both sides", "be on one side")
+        check_scenario(plain_options(self.scenario, "scenario"))
         check_options([self.whole_scenario], self.increments)
 
     @property

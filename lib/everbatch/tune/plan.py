@@ -12,8 +12,8 @@ from everbatch.errors import check, check_whole, nearest
 from everbatch.tune.drive import Resources
 from everbatch.tune.ledger import Ledger, unit_key
 from everbatch.tune.record import rows_of, select
-from everbatch.tune.spaces import Values, draw_all, gtep, is_rule, method_of, plain_space, space_from
-from everbatch.tune.stream import check_options, flat, plain_options
+from everbatch.tune.spaces import CAPACITY, Values, draw_all, gtep, is_rule, method_of, plain_space, space_from
+from everbatch.tune.stream import SCENARIO, check_options, flat, plain_options
 from everbatch.tune.trial import Trial
 
 __all__ = ["Plan", "SearchOptions"]
@@ -88,6 +88,30 @@ class SearchOptions(Resources):
         given = flat({**self.space.get("all", {})}, is_rule) | flat(self.space.get(method, {}), is_rule)
         return {**declared, **space_from(given, "space")}
 
+    def check_scenario(self, scenario: Mapping[str, Any]) -> None:
+        """Refuse an option that is in the scenario and in the space of a method, or that a method sets itself: it would hold for
+        some of the methods alone. What is as by default in the scenario may be searched.
+
+        Raises:
+            ValueError: naming both.
+        """
+        own = {path: value for path, value in scenario.items() if path not in SCENARIO or value != SCENARIO[path]}
+        for method in self.methods:
+            named: set[str] = set()
+            for path, choices in self.space_of(method).items():
+                for value in choices if isinstance(choices, tuple) else (None,):
+                    named |= plain_options({path: value}, f"space of {method}").keys()
+            check(CAPACITY not in named, "tune", f"{CAPACITY} in the space of {method}", "be left out",
+                  "it belongs to the scenario: both phases have the same memory")
+            for path, value in own.items():
+                also = [other for other in named if f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}.")]
+                check(not also, "tune", f"{path}={value!r} in the scenario and {', '.join(also)} in the space of {method}",
+                      "be in one of them", "the searched methods would not have what the scenario says")
+        for method in (*self.methods, *self.bounds):
+            for path, value in method_of(method).options.items():
+                check(own.get(path, value) == value, "tune", f"{path}={own.get(path)!r} in the scenario",
+                      f"be {value!r} or left out", f"{method} sets it")
+
 
 @dataclass
 class Plan:
@@ -115,14 +139,9 @@ class Plan:
         kind = self.scenario.get("engine.kind", "deepspeed")
         check(self.options.ranks == 1 or kind != "plain", "tune", f"ranks={self.options.ranks} with engine.kind=plain",
               "be 1", "prepare a scenario with engine.kind ddp, fsdp2 or deepspeed")
+        self.options.check_scenario(self.scenario)
         for method in self.options.methods:
             space = self.options.space_of(method)
-            named: set[str] = set()
-            for path, choices in space.items():
-                for value in choices if isinstance(choices, tuple) else (None,):
-                    named |= plain_options({path: value}, f"space of {method}").keys()
-            check("replay.capacity" not in named, "tune", f"replay.capacity in the space of {method}", "be left out",
-                  "it belongs to the scenario: both phases have the same memory")
             if self.options.searcher == "random":
                 self.values[method] = draw_all(space, self.options.seed, self.options.trials)
                 idle = [self.check_options(method, values) for values in self.values[method]]

@@ -16,7 +16,8 @@ from everbatch.errors import check, nearest
 from everbatch.experiment import named
 from everbatch.tune.stream import flat
 
-__all__ = ["BASE", "Method", "Values", "draw", "draw_all", "gtep", "is_rule", "method_of", "plain_space", "space_from"]
+__all__ = ["BASE", "CAPACITY", "Method", "Values", "check_scenario", "draw", "draw_all", "gtep", "is_rule", "method_of",
+           "plain_space", "space_from"]
 
 Values = tuple[Any, ...] | Range | Mapping[str, Any]
 """Of one option: a list, an interval, or a rule: {"coin": true}, {"milestones": counts, "of": path of the epochs},
@@ -24,6 +25,10 @@ Values = tuple[Any, ...] | Range | Mapping[str, Any]
 RULES = ({"coin"}, {"milestones", "of"}, {"count_of", "of"})
 BASE: dict[str, tuple[Any, ...]] = {"optimizer.lr": (0.01, 0.02, 0.05, 0.1)}
 """What is searched of every method."""
+CAPACITY = "replay.capacity"
+"""Belongs to the scenario: both phases, and all methods, have memories of one size."""
+MEASURES = ("evaluation", "plasticity")
+"""Parts that change nothing of what is trained."""
 UNUSED = "-"
 """The path of what a published search draws and does not use."""
 
@@ -71,6 +76,34 @@ class Method:
 def method_of(name: str) -> Method:
     """`Method(name)`, put together once."""
     return Method(name)
+
+
+def check_scenario(scenario: Mapping[str, Any]) -> None:
+    """Refuse options by path that would make every method another one: of a part that methods are made of, and `method` itself.
+
+    Parts that only measure are no method's, nor are those that act where a method's part calls them.
+
+    Raises:
+        ValueError: naming the option and the part.
+    """
+    for path, value in scenario.items():
+        given = f"{path}={value!r} in the scenario"
+        check(path != "method", "tune", given, "be left out", "`search` names the methods")
+        part = next((part for part in _parts() if f"{path}.".startswith(f"{part}.")), "")
+        but = f", but for {CAPACITY}" if part == "replay" else ""
+        check(not part or path == CAPACITY, "tune", given, "be left out",
+              f"{part} is a method's{but}: join it to the methods that are to have it (er+ewc), or search it")
+
+
+@functools.cache
+def _parts() -> tuple[str, ...]:
+    """Paths of the parts that options turn on, but for those that measure."""
+    found = []
+    for key in methods.TABLE:
+        part: Any = methods.load(key)
+        if key not in MEASURES and (methods.path_of(key) != key or part.in_code or part.asked(part.Config())):
+            found.append(methods.path_of(key))
+    return tuple(found)
 
 
 def _at(tree: Mapping[str, Any], path: str) -> dict[str, Any] | None:

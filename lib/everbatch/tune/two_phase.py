@@ -54,6 +54,7 @@ class TwoPhase:
         for path, why in self.unused().items():
             given = operator.attrgetter(path)(self)
             check(given == default[path], "two_phase", f"{path}={given} has no effect here", "be left out", why)
+        self.search.check_scenario(self.pair.whole_scenario)  # before anything is prepared
 
     @property
     def folder(self) -> Path:
