@@ -21,6 +21,7 @@ from everbatch import config
 from everbatch.data import load
 from everbatch.data.load import _KINDS as KINDS
 from everbatch.tune.check import check_npz
+from everbatch.tune.commands import Prepare
 from everbatch.tune.hashes import row_hashes
 from everbatch.tune.pair import EvaluationData, ScenarioPair, prepare
 from everbatch.tune.pair import _places as places
@@ -274,6 +275,23 @@ def test_a_pair_that_cannot_be_is_refused(options: dict[str, object], said: str,
 def test_a_scenario_says_how_all_methods_are_trained_remembered_and_measured() -> None:
     given = {"optimizer.weight_decay": 1e-4, "optimizer.lr": 0.1, "replay.capacity": 5, "episodic.capacity": 7, "plasticity": {}}
     assert ScenarioPair(scenario=given).whole_scenario.items() >= given.items()
+
+
+def test_classes_that_are_digits_need_no_quotes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def parsed(*words: str) -> Prepare:
+        return config.parse(Prepare, list(words), prog="prepare")
+
+    plain = parsed("tuning_classes=[0,1]", 'evaluation_classes=["2",3]', "increments=[2]").pair
+    quoted = parsed('tuning_classes=["0","1"]', 'evaluation_classes=["2","3"]', "increments=[2]").pair
+    assert plain == quoted == ScenarioPair(tuning_classes=(0, "1"), evaluation_classes=(2, 3), increments=(2,))
+    assert plain.tuning_classes == ("0", "1")
+    assert prepare(plain, str(tmp_path / "run"))["classes"] == ["0", "1"]
+    assert prepare(quoted, str(tmp_path / "run"))["written"] is False
+    for wrong in ("[0,0.5]", "[true]", '[0,"0"]'):
+        with pytest.raises(SystemExit):
+            parsed(f"tuning_classes={wrong}")
+        said = capsys.readouterr().err
+        assert "tuning_classes" in said and ("each text or a whole number" in said or "name every class once" in said), said
 
 
 def test_the_same_pair_is_prepared_once_and_another_one_elsewhere(tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ class ScenarioPair:
     `everbatch.data.load`. Tuning validates on its test part."""
     evaluation: str = "digits"
     """Data to be judged on; the same text divides the classes of one data set."""
-    tuning_classes: tuple[str, ...] = ()
-    """Names of the classes to tune on; by default all, or the first half, in order, where both are one data set."""
-    evaluation_classes: tuple[str, ...] = ()
+    tuning_classes: tuple[str | int, ...] = ()
+    """Names of the classes to tune on; by default all, or the first half, in order, where both are one data set. Whole numbers
+    stand for their digits, [0,1] for ["0","1"]."""
+    evaluation_classes: tuple[str | int, ...] = ()
     """Names of the classes to be judged on; by default all, or the second half."""
     image_size: int | None = None
     """Side of the images in pixels; by default the size the data has."""
@@ -64,8 +65,12 @@ class ScenarioPair:
             check_whole("tune", "increments", count, 1)
         for name in ("tuning_classes", "evaluation_classes"):
             given = getattr(self, name)
-            check(len(set(given)) == len(given), "tune", f"{name}={list(given)}", "name every class once")
-        shared = sorted({*self.tuning_classes} & {*self.evaluation_classes})
+            good = all(isinstance(one, str | int) and not isinstance(one, bool) for one in given)
+            check(good, "tune", f"{name}={list(given)}", "be a list, each text or a whole number")
+            texts = tuple(str(one) for one in given)
+            check(len(set(texts)) == len(texts), "tune", f"{name}={list(given)}", "name every class once")
+            object.__setattr__(self, name, texts)
+        shared = sorted({str(one) for one in self.tuning_classes} & {str(one) for one in self.evaluation_classes})
         check(not shared or self.tuning != self.evaluation, "tune", f"classes {shared[:5]} on both sides", "be on one side")
         check_scenario(plain_options(self.scenario, "scenario"))
         check_options([self.whole_scenario], self.increments)
