@@ -248,6 +248,29 @@ def test_the_board_counts_trials_and_streams(tmp_path: Path) -> None:
     assert lines[3].startswith("5/10 streams") and out.getvalue() == "search: 10 streams of 5 trials, 0 of them done before\n"
 
 
+def test_the_last_table_ends_with_the_causes_of_what_failed(tmp_path: Path) -> None:
+    def ended(count: int) -> list[str]:
+        out = io.StringIO()
+        trials = [Trial(method="er", id=i, options=[], increments=[], units=[(0, f"{i}-0"), (1, f"{i}-1")], data="",
+                        data_sha256="", seal=None, ledger=str(tmp_path), time_limit=1.0) for i in range(count + 1)]
+        board = Board("search", out=out)
+        board.begin(trials)
+        board.end()
+        return out.getvalue().splitlines()
+
+    for i in range(1, 8):
+        Ledger(tmp_path).write({"key": f"{i}-0", "order": 0, "avg_acc": 0.5})
+        cause = f"ValueError: loss {i} is\nnot finite" + " and so on" * 40
+        Ledger(tmp_path).write({"key": f"{i}-1", "order": 1, "failed": "diverged", "cause": cause})
+    lines = ended(7)
+    told = [line for line in lines if line.startswith("failed: ")]
+    assert [line[:66] for line in told] == [
+        f"failed: er #{i}, order 1 (diverged): ValueError: loss {i} is not finit" for i in range(1, 6)]
+    assert all(len(line) <= 250 and line.endswith("...") for line in told)
+    assert lines[-1] == f"and 2 more: see `failures` in the record, or {tmp_path}/units" and lines[-7].startswith("14/16 streams")
+    assert ended(2)[-1].startswith("failed: er #2") and ended(0)[-1].startswith("0/2 streams")  # and nothing where nothing failed
+
+
 def test_without_ray_a_search_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"^tune: ray is not installed; pip install everbatch\[tune\]$"), \

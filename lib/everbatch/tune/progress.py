@@ -7,12 +7,18 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from everbatch.tune.ledger import Ledger
 from everbatch.tune.trial import Trial
 
 __all__ = ["Board", "reporter"]
+
+SHOWN = 5
+"""Failed trials whose cause is told in the end."""
+WIDTH = 200
+"""Characters of a cause that are told."""
 
 
 class Board:
@@ -39,9 +45,9 @@ class Board:
         self._say(f"{self.title}: {total} streams of {len(trials)} trials, {self.first} of them done before")
 
     def end(self) -> None:
-        """The last table."""
+        """The last table, and why what failed did."""
         self.running = set()
-        self._say(self.table())
+        self._say("\n".join([self.table(), *self._causes()]))
 
     def tick(self) -> None:
         """Something happened."""
@@ -62,6 +68,21 @@ class Board:
             shown = "-" if not scores else self._shown(scores)
             lines.append(f"{method:<24} {f'{len(scores)}/{len(mine)}':>7} {running:>8} {failed:>7}  {shown}")
         return "\n".join([*lines, self._times()])
+
+    def _causes(self) -> list[str]:
+        """A line for each trial that failed, for the first few."""
+        failed = []
+        for trial in self.trials:
+            rows = [Ledger(trial.ledger).read(key) for _, key in trial.units]
+            failed += [(trial, row) for row in rows if row is not None and "failed" in row][:1]
+        lines = []
+        for trial, row in failed[:SHOWN]:
+            cause = " ".join(str(row["cause"]).split())
+            short = cause if len(cause) <= WIDTH else f"{cause[:WIDTH]} ..."
+            lines.append(f"failed: {trial.name}, order {row['order']} ({row['failed']}): {short}")
+        more = len(failed) - len(lines)
+        where = Path(self.trials[0].ledger) / "units" if more else ""
+        return [*lines, f"and {more} more: see `failures` in the record, or {where}"] if more else lines
 
     def _shown(self, scores: list[tuple[float, int]]) -> str:
         if not self.choosing:
