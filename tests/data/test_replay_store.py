@@ -8,6 +8,7 @@ import datetime
 import multiprocessing
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from everbatch.data import Buffer, ClassBalanced, ReplayStore, Reservoir, Ring, share
+from everbatch.data import Buffer, ClassBalanced, ReplayStore, Reservoir, Ring, Stream, class_incremental, load, share
 from everbatch.data.own_memory import OwnMemory
 from everbatch.distributed import World
 from everbatch.errors import CheckpointMismatch
+from everbatch.train.memory.herding import Herded
+from everbatch.train.memory.offer import offer
 
 STEPS, GLOBAL = 12, 12
 PAYLOAD = ("raw", "logits", "flag")
@@ -226,6 +229,35 @@ def test_draws_made_ahead_are_the_same_on_several_ranks(size: int) -> None:
         waiting += [ranks.submit(check_widened, Seat(rank, size, desk, barrier)) for rank in range(size)]
         for found in waiting:
             found.result()
+
+
+def offered(world: World, stream: Stream, kind: str) -> list[dict[str, Any]]:
+    """What is drawn from, and kept in, a memory that each task's samples are offered to when it has ended."""
+    memory_ = Herded(150, seed=5, key="sample") if kind == "class" else ClassBalanced(150, seed=5, key="sample", by="task")
+    store, found = ReplayStore(memory_, world, seed=1), []
+    for task in stream.tasks:
+        ids = task.train_ids[:130]  # two pieces of 64 and one of 2, of which one of three ranks has none
+        if kind == "class":  # as herding lists them: class by class, the rest of a list after its beginning
+            ids = ids[torch.argsort(stream.targets(ids), stable=True)]
+        offer(store, types.SimpleNamespace(world=world, stream=stream), task, ids, positions=torch.arange(len(ids)) % 31)
+        found += [store.draw(40, task.id, "reference") or {}, store.state_dict()]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["task", "class"])
+def test_what_a_task_leaves_has_the_same_slots_on_any_number_of_ranks(kind: str) -> None:
+    stream = class_incremental(load("digits", train=True), load("digits", train=False), tasks=3)
+    single = offered(World(), stream, kind)
+    for size in (2, 3):
+        desk: dict[Any, Any] = {}
+        barrier = threading.Barrier(size, timeout=30)
+        with concurrent.futures.ThreadPoolExecutor(size) as ranks:
+            waiting = [ranks.submit(offered, Seat(rank, size, desk, barrier), stream, kind) for rank in range(size)]
+            parts = [found.result() for found in waiting]
+        check_draws([[drawn] for drawn in single[::2]], [[[drawn] for drawn in part[::2]] for part in parts])
+        for k, saved in enumerate(single[1::2]):
+            assert all(same(part[2 * k + 1]["index"], saved["index"]) for part in parts)
+            assert same(joined([part[2 * k + 1]["rows"] for part in parts]), saved["rows"])
 
 
 def test_another_batch_than_was_begun_is_added_as_it_is() -> None:

@@ -147,7 +147,7 @@ class NearestMean(TrainerMixin):
             ids = task.train_ids[labels == label]
             chosen.append(ids[herding(self.__features(task, ids), most).cpu()])
         places = torch.cat([torch.arange(len(ids)) for ids in chosen])
-        offer(store, self, task, torch.cat(chosen), self.configs[NearestMean].rows, positions=places)
+        offer(store, self, task, torch.cat(chosen), positions=places)
         self.__means = None
 
     def __features(self, task: Task, ids: Tensor) -> Tensor:

@@ -16,22 +16,27 @@ from everbatch.rows import each, named, unnamed
 __all__ = ["drawn_part", "offer"]
 
 
-def offer(
-    store: ReplayStore, trainer: Any, task: Task, ids: Tensor, rows: int = 64, *, positions: Tensor | None = None,
-) -> None:
+ROWS = 64
+"""Samples over all ranks that are offered at once. Never of the number of ranks: a memory hands the slots that a piece frees
+to that piece, so that other pieces would put the same samples into other slots, and draws take slots."""
+
+
+def offer(store: ReplayStore, trainer: Any, task: Task, ids: Tensor, *, positions: Tensor | None = None) -> None:
     """Offer these training samples of a task, in this order, without augmentation. Collective.
+
+    Slots, and so what is drawn later, are the same on any number of ranks. Cost: each sample is fetched once, by one rank;
+    ceil(n / `ROWS`) all-to-alls, with at most `ROWS` samples in memory on all ranks together, and one more on each rank that has
+    no share of a piece.
 
     Args:
         trainer: offers `world` and `stream`, and `problem` where it has one.
         ids: (n,) the same on every rank.
-        rows: samples per rank fetched at once.
         positions: (n,) what the memory notes as each sample's place; by default its id.
     """
     positions = ids if positions is None else positions
     world, stream = trainer.world, trainer.stream
     problem = getattr(trainer, "problem", None)
-    pieces = rows * world.size
-    for chunk, places in zip(torch.split(ids, pieces), torch.split(positions, pieces), strict=True):
+    for chunk, places in zip(torch.split(ids, ROWS), torch.split(positions, ROWS), strict=True):
         bounds = share(len(chunk), world.size)
         low, high = int(bounds[world.rank]), int(bounds[world.rank + 1])
         mine = chunk[low:high] if high > low else chunk[:1]  # sources need not take an empty list
