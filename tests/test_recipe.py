@@ -67,8 +67,10 @@ def test_what_a_run_leaves_behind(finished: tuple[Path, Job]) -> None:
     counts = kept["test_samples"]
     assert all(abs(a * n - round(a * n)) < 1e-9 for row in matrix for a, n in zip(row, counts, strict=True) if a is not None)
     weighted = sum(a * n for a, n in zip(matrix[2], counts, strict=True)) / sum(counts)
-    assert kept["final_average_accuracy"] == pytest.approx(weighted, abs=1e-12)
-    for line in ("final average accuracy", "average incremental accuracy", "forgetting", "backward transfer", "after task 3/3"):
+    assert kept["last_accuracy"] == pytest.approx(weighted, abs=1e-12) and weighted != pytest.approx(sum(matrix[2]) / 3, abs=1e-9)
+    assert kept["final_average_accuracy"] == pytest.approx(sum(matrix[2]) / 3, abs=1e-12)
+    for line in ("final average accuracy", "last accuracy", "average incremental accuracy", "forgetting", "backward transfer",
+                 "after task 3/3"):
         assert job.out.count(line) == 1  # rank 0 alone
     assert kept["configuration"]["replay"]["method"] == "dark_er_pp" and torch.__version__.startswith(kept["versions"]["torch"])
     rows = read_scalars(folder / "scalars.jsonl")

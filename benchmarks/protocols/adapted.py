@@ -95,4 +95,4 @@ def ends(cell: Cell, home: Path) -> dict[str, float | None]:
     with tempfile.TemporaryDirectory(prefix="everbatch-cell-") as folder:
         values = run(config.build(Arms, shared, dict(cell.options), {"output": folder})).values
     names = ("average_incremental_accuracy", "forgetting")
-    return {"accuracy": values["final_average_accuracy"], **{name: values[name] for name in names}}
+    return {"accuracy": values["last_accuracy"], **{name: values[name] for name in names}}

@@ -49,6 +49,11 @@ def test_counts_pool_the_samples() -> None:
     correct, counts = np.asarray([[8, 0], [5, 30]]), [10, 40]
     a = correct / counts
     np.testing.assert_allclose(metrics.seen_accuracy(a, counts=counts), [8 / 10, 35 / 50])
+    got, plain = metrics.summary(a, counts=counts), metrics.summary(a)
+    assert got["final_average_accuracy"] == plain["final_average_accuracy"] == pytest.approx((5 / 10 + 30 / 40) / 2)
+    assert got["last_accuracy"] == metrics.last_accuracy(a, counts=counts) == pytest.approx(35 / 50)
+    assert got["average_incremental_accuracy"] == pytest.approx((8 / 10 + 35 / 50) / 2)  # of accuracies over all classes seen
+    assert got["backward_transfer"] == plain["backward_transfer"] and "last_accuracy" not in plain
 
 
 def test_a_stream_under_way_is_its_beginning() -> None:

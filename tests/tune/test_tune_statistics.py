@@ -221,5 +221,6 @@ def test_what_the_commands_leave(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "comparison.json").read_text())
     assert kept["avg_acc"] == json.loads(json.dumps(compare(TWO, CONVENTIONAL, ROWS))) and "torch" in kept["versions"]
     assert (tmp_path / "figures" / "both_protocols.png").exists() and list((tmp_path / "tensorboard").iterdir())
-    assert "final average accuracy" in text and (tmp_path / "comparison.txt").read_text().strip() in text
+    assert "last accuracy" in text and "final average accuracy" not in text
+    assert (tmp_path / "comparison.txt").read_text().strip() in text
     assert "see" not in report(TWO, CONVENTIONAL, [], tmp_path / "none") and not (tmp_path / "none" / "figures").exists()

@@ -1,7 +1,7 @@
 """Experiments: a run as a function of its options, in a process of its own or in yours.
 
 >>> from everbatch.experiment import ClassIncremental, run       # doctest: +SKIP
->>> run(ClassIncremental(tasks=5, output="runs/mine")).values["average_accuracy"]       # doctest: +SKIP
+>>> run(ClassIncremental(tasks=5, output="runs/mine")).values["final_average_accuracy"]       # doctest: +SKIP
 """
 
 from everbatch.ends import guard

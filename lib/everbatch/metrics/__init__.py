@@ -8,6 +8,7 @@ from everbatch.metrics.matrix import (
     final_average_accuracy,
     forgetting,
     forward_transfer,
+    last_accuracy,
     seen_accuracy,
     summary,
 )
@@ -15,5 +16,6 @@ from everbatch.metrics.stability import Stability, largest_drop, largest_rise
 
 __all__ = [
     "Estimate", "Stability", "average_incremental_accuracy", "backward_transfer", "estimate", "final_average_accuracy",
-    "forgetting", "forward_transfer", "largest_drop", "largest_rise", "seen_accuracy", "summary",
+    "forgetting", "forward_transfer", "largest_drop", "largest_rise", "last_accuracy", "seen_accuracy",
+    "summary",
 ]

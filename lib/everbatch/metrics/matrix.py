@@ -7,7 +7,8 @@ has no bounds, such as R squared; larger is better in any. With one task there i
 metrics are None, not 0.
 
 Source: the definitions of Lopez-Paz & Ranzato 2017 (arXiv 1706.08840) for both transfers, Chaudhry et al. 2018 (arXiv
-1801.10112) for forgetting, Rebuffi et al. 2017 (arXiv 1611.07725) for average incremental accuracy.
+1801.10112) for forgetting, Rebuffi et al. 2017 (arXiv 1611.07725) for average incremental accuracy. Last accuracy is PILOT's and
+GTEP's name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from everbatch.errors import check
 
 __all__ = [
     "average_incremental_accuracy", "backward_transfer", "final_average_accuracy", "forgetting", "forward_transfer",
-    "in_range", "seen_accuracy", "summary",
+    "in_range", "last_accuracy", "seen_accuracy", "summary",
 ]
 
 Unit = Literal["fraction", "percent", "score"]
@@ -81,10 +82,13 @@ def seen_accuracy(
     return np.asarray([np.average(a[k, : k + 1], weights=weight[: k + 1]) for k in range(len(a))])
 
 
-def final_average_accuracy(
-    matrix: ArrayLike, *, counts: Sequence[int] | None = None, unit: Unit = "fraction",
-) -> float:
-    """Mean accuracy over tasks after the last one, (1/T) sum_j a_Tj; over samples with `counts` (`seen_accuracy`)."""
+def final_average_accuracy(matrix: ArrayLike, *, unit: Unit = "fraction") -> float:
+    """Mean accuracy over tasks after the last one, (1/T) sum_j a_Tj: tasks weigh the same, as in forgetting and transfer."""
+    return float(seen_accuracy(matrix, unit=unit)[-1])
+
+
+def last_accuracy(matrix: ArrayLike, *, counts: Sequence[int], unit: Unit = "fraction") -> float:
+    """Accuracy over all test samples after the last task, A_T = sum_j n_j a_Tj / sum_j n_j (see `seen_accuracy`)."""
     return float(seen_accuracy(matrix, counts=counts, unit=unit)[-1])
 
 
@@ -145,9 +149,13 @@ def summary(
     matrix: ArrayLike, *, random_init: ArrayLike | None = None, counts: Sequence[int] | None = None,
     include_last: bool = False, unit: Unit = "fraction",
 ) -> dict[str, float | None]:
-    """All metrics of this page by name; `forward_transfer` is None without `random_init`, as are those of one task."""
+    """All metrics of this page by name; `forward_transfer` is None without `random_init`, as are those of one task.
+
+    `last_accuracy` is there with `counts` alone; without, it would be the final average accuracy.
+    """
+    pooled = {} if counts is None else {"last_accuracy": last_accuracy(matrix, counts=counts, unit=unit)}
     return {
-        "final_average_accuracy": final_average_accuracy(matrix, counts=counts, unit=unit),
+        "final_average_accuracy": final_average_accuracy(matrix, unit=unit), **pooled,
         "average_incremental_accuracy": average_incremental_accuracy(matrix, counts=counts, unit=unit),
         "backward_transfer": backward_transfer(matrix, unit=unit),
         "forgetting": forgetting(matrix, include_last=include_last, unit=unit),

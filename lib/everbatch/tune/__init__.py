@@ -12,7 +12,7 @@ Everything that is kept is JSON; a number that is not finite is never written. F
     {"key": "...", "options": {"optimizer.lr": 0.05, ...}, "order": 0,
      "accuracies": [1.0, 0.93, ...],        after each task, over all classes seen
      "avg_acc": 0.93,                       their mean: average incremental accuracy
-     "acc": 0.9,                            the last: final average accuracy
+     "acc": 0.9,                            the last of them: last accuracy
      "seconds": 1.9, "cpu_seconds": 1.6, "ranks": 1}
 
 or, of one that failed, `{"key", "options", "order", "failed": "diverged", "cause": "...", "seconds", "cpu_seconds"}`, where

@@ -50,7 +50,7 @@ def choices(
         record: of the two-phase search, with its checksum: {"body": ..., "sha256": ...}.
         conventional: of the search on D_E; None where there is none yet.
         rows: of the evaluation; those of other records are left out.
-        metric: "avg_acc" (average incremental accuracy) or "acc" (final average accuracy).
+        metric: "avg_acc" (average incremental accuracy) or "acc" (last accuracy).
     """
     found = []
     records = {"two-phase": record} if conventional is None else {"two-phase": record, "conventional": conventional}

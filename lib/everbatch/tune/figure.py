@@ -43,7 +43,7 @@ def both_protocols(found: Mapping[str, Any], path: str | os.PathLike[str] | None
     _draw_choices(left, rows, methods)
     _draw_optimism(middle, found["optimism"])
     _draw_curves(right, found["expected_maximum"])
-    name = {"avg_acc": "average incremental accuracy", "acc": "final average accuracy"}[found["metric"]]
+    name = {"avg_acc": "average incremental accuracy", "acc": "last accuracy"}[found["metric"]]
     figure.suptitle(f"{name}: tuned on other classes (two-phase) and on those judged on (conventional)", fontsize=10)
     if path is not None:
         path = Path(path)

@@ -22,7 +22,7 @@ KINDS = ("two-phase", "conventional")
 def select(configurations: Sequence[Mapping[str, Any]], orders: Sequence[int]) -> int | None:
     """The id of the best complete configuration; None without any.
 
-    By mean average incremental accuracy over the orders, then mean final accuracy, then less time, then the lower id.
+    By mean average incremental accuracy over the orders, then mean last accuracy, then less time, then the lower id.
     """
     ranked = []
     for row in configurations:

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["costs", "optimism", "ranks", "report", "results"]
 
-NAMES = {"avg_acc": "average incremental accuracy", "acc": "final average accuracy"}
+NAMES = {"avg_acc": "average incremental accuracy", "acc": "last accuracy"}
 
 
 def report(found: Mapping[str, Any]) -> str:
