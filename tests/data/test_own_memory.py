@@ -76,6 +76,61 @@ def test_answers_that_are_none(slots: Any, drawn: Any, said: str) -> None:
         memory.draw(1, "replay", 0)
 
 
+class Writing(Newest):
+    """Changes in place what it is shown."""
+
+    where = ""
+
+    def add(self, held: Any, offered: Any, rng: Any) -> Any:
+        whose, _, name = self.where.partition(".")
+        if name:
+            rng.shuffle(getattr({"held": held, "offered": offered}[whose], name))
+        return super().add(held, offered, rng)
+
+    def draw(self, held: Any, count: int, rng: Any) -> Any:
+        assert not any(getattr(held, name).flags.writeable for name in ("used", "ids", "targets", "positions", "tasks"))
+        return held.filled[:count]
+
+
+@pytest.mark.parametrize("where", [*(f"offered.{n}" for n in ("ids", "targets", "positions")),
+                                   *(f"held.{n}" for n in ("used", "ids", "targets", "positions", "tasks"))])
+def test_what_a_memory_is_shown_cannot_be_written(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = OwnMemory(Writing, 8, seed=3)
+    for first in (0, 4):
+        offer(memory, first)
+    assert memory.draw(3, "replay", 0).tolist() == [0, 1, 2]
+    before = memory.state()
+    monkeypatch.setattr(Writing, "where", where)
+    given = [np.arange(3) for _ in range(3)]
+    with pytest.raises(ValueError, match="read-only"):
+        memory.add(*given, 0)
+    assert all(values.tolist() == [0, 1, 2] and values.flags.writeable for values in given)
+    assert all(np.array_equal(memory.state()[name], value) for name, value in before.items() if not name.startswith("own_"))
+
+
+class Keeping(Newest):
+    """Holds on to what it was shown, and answers with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = np.zeros(0, dtype=np.int64)
+
+    def add(self, held: Any, offered: Any, rng: Any) -> Any:
+        self.last = offered.targets
+        return offered.targets
+
+    def draw(self, held: Any, count: int, rng: Any) -> Any:
+        return held.targets[held.used]
+
+
+def test_what_goes_on_from_there_can_be_written() -> None:
+    memory = OwnMemory(Keeping, 8)
+    kept = memory.add(*([np.arange(3)] * 3), 0)
+    drawn, saved = memory.draw(3, "replay", 0), memory.state()
+    for values in (kept.rows, kept.slots, drawn, saved["own_last"]):
+        assert isinstance(values, np.ndarray) and values.flags.writeable and values.tolist() == [0, 1, 2]
+
+
 class Listing(Newest):
     """Keeps what a checkpoint cannot hold."""
 

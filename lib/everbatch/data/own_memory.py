@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from everbatch.data.buffer import NO_SLOTS, Buffer, Slots, State, whole
 from everbatch.data.slots import Ints
 from everbatch.errors import CheckpointMismatch, check
 from everbatch.seeds import derive, numpy_generator
 
-__all__ = ["Memory", "Offered", "OwnMemory", "check_own"]
+__all__ = ["Held", "Memory", "Offered", "OwnMemory", "check_own"]
 
 OWN = "own_"
 """Before the names of its attributes, in a saved state."""
 
 
 class Offered(NamedTuple):
-    """One global batch, the same on every rank: (G,) each."""
+    """One global batch, the same on every rank: (G,) each, to be read; a write raises numpy's ValueError."""
 
     ids: Ints
     targets: Ints
@@ -30,21 +31,52 @@ class Offered(NamedTuple):
     task: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """What a memory keeps so far, by slot: (capacity,) each, -1 where a slot is not used. To be read, as it is during the call
+    that was given it; a write raises numpy's ValueError."""
+
+    capacity: int
+    seed: int
+    used: NDArray[np.bool_]
+    ids: Ints
+    targets: Ints
+    positions: Ints
+    tasks: Ints
+
+    @property
+    def filled(self) -> Ints:
+        """The used slots, ascending."""
+        return np.flatnonzero(self.used)
+
+    def __len__(self) -> int:
+        """How many slots are used."""
+        return int(np.count_nonzero(self.used))
+
+
+def _shown(values: NDArray[Any]) -> NDArray[Any]:
+    """The same numbers for a user to read. A write would change the run's own labels or index, and nothing would notice."""
+    view: NDArray[Any] = values.view()
+    view.setflags(write=False)
+    return view
+
+
 class Memory(Protocol):
     """What `replay.memory` takes: a class without arguments, or `functools.partial` of one, with these two methods.
 
     `held` is what is kept so far: `capacity`, `seed`, and by slot `used`, `ids`, `targets`, `positions`, `tasks`, (capacity,)
-    each, to be read; `filled` are the used slots, `len(held)` is their number.
+    each; `filled` are the used slots, `len(held)` is their number. These arrays, and those of `offered`, are read-only: what
+    shuffles or changes in place needs a copy.
 
     Both are asked on every rank, of the same content and with generators in the same state, and must answer alike: no other
     randomness, nothing of the rank's own. Attributes that are numbers or numpy arrays are saved with the run; others are refused.
     """
 
-    def add(self, held: Buffer, offered: Offered, rng: np.random.Generator, /) -> ArrayLike:
+    def add(self, held: Held, offered: Offered, rng: np.random.Generator, /) -> ArrayLike:
         """The slot of each sample of the batch, (G,) integers below the capacity, or -1 where it is not kept. Of several for one
         slot the last stays; what was in the slot is gone."""
 
-    def draw(self, held: Buffer, count: int, rng: np.random.Generator, /) -> ArrayLike:
+    def draw(self, held: Held, count: int, rng: np.random.Generator, /) -> ArrayLike:
         """Used slots to rehearse, at most `count`; none: this step rehearses nothing."""
 
 
@@ -78,9 +110,14 @@ class OwnMemory(Buffer):
     def _tag(self) -> int:
         return derive("OwnMemory", self._name)
 
+    def _held(self) -> Held:
+        """What the user's object is shown of this. Cost: five views, whatever the capacity."""
+        return Held(capacity=self.capacity, seed=self.seed, used=_shown(self.used), ids=_shown(self.ids),
+                    targets=_shown(self.targets), positions=_shown(self.positions), tasks=_shown(self.tasks))
+
     def _add(self, ids: Ints, targets: Ints, positions: Ints, task: int) -> Slots:
         rng = numpy_generator(self.seed, "own memory", "add", int(positions[0]))
-        answer = self.own.add(self, Offered(ids, targets, positions, task), rng)
+        answer = self.own.add(self._held(), Offered(_shown(ids), _shown(targets), _shown(positions), task), rng)
         chosen = self._slots("add", answer, -1)
         got = f"add() of {len(ids)} samples gave {chosen.shape} slots"
         check(chosen.shape == ids.shape, self._name, got, "give one for each")
@@ -99,7 +136,7 @@ class OwnMemory(Buffer):
         if not len(self):
             return NO_SLOTS
         rng = numpy_generator(self.seed, "own memory", "draw", *key)
-        slots = self._slots("draw", self.own.draw(self, min(count, len(self)), rng), 0)
+        slots = self._slots("draw", self.own.draw(self._held(), min(count, len(self)), rng), 0)
         check(len(slots) <= count, self._name, f"draw({count}) gave {len(slots)} slots", "give at most so many")
         empty = slots[~self.used[slots]]
         check(not len(empty), self._name, f"draw() gave slot {empty[:1]}, which is empty", "give used slots", "see held.filled")
@@ -113,7 +150,7 @@ class OwnMemory(Buffer):
               "give slots, one-dimensional integers")
         odd = found[(found < low) | (found >= self.capacity)]
         check(not len(odd), self._name, f"{method}() gave slot {odd[:1]}", f"be in [{low}, {self.capacity})")
-        return whole(found)
+        return np.array(found, dtype=np.int64)  # a copy: it may be an array of the user's, or what only reads this memory
 
     def _attributes(self) -> dict[str, Any]:
         """What the user's object keeps."""
@@ -125,7 +162,8 @@ class OwnMemory(Buffer):
 
     def state(self) -> State:
         """See `Buffer.state`; with the attributes of the user's object."""
-        return {**super().state(), **{f"{OWN}{name}": value for name, value in self._attributes().items()}}
+        own = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in self._attributes().items()}
+        return {**super().state(), **{f"{OWN}{name}": value for name, value in own.items()}}
 
     def _place(
         self, state: Mapping[str, np.ndarray | int], capacity: int, slots: Ints, ids: Ints, targets: Ints, positions: Ints,
