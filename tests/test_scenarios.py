@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from everbatch import config
-from everbatch.data import STREAMS, as_stream, class_incremental, load, make_stream, task_incremental
+from everbatch.data import (
+    STREAMS,
+    TensorSource,
+    as_stream,
+    class_incremental,
+    domain_incremental,
+    load,
+    make_stream,
+    task_incremental,
+)
 from everbatch.data.tasks import manner
 from everbatch.experiment import ClassIncremental, Data, run
 from everbatch.experiment.split import Split
@@ -72,6 +81,13 @@ def test_a_stream_of_ones_own_list_of_pairs() -> None:
     assert manner(make_stream("blurry", halves)) == "class, blurry 0.1" and len(make_stream("task", halves)) == 2
     assert make_stream("class", halves).fingerprint() == as_stream(halves).fingerprint()
     assert make_stream("domain", [digits, digits]).kind == "domain"
+    x, y = torch.zeros(4, 1), torch.tensor([0, 1, 0, 1])
+    named = [TensorSource(x, y, classes=names, name=names[0]) for names in (["cat", "dog"], ["gnu", "hen"], ["dog", "cat"])]
+    assert make_stream("domain", [(named[0], named[0]), (named[2], named[2])]).classes == ("cat", "dog")
+    for kind in ("make_stream", "domain_incremental"):
+        make: Any = make_stream if kind == "make_stream" else lambda _, pairs: domain_incremental(pairs)
+        with pytest.raises(ValueError, match=f"{kind}.*: 'gnu' has classes .*gnu.*hen.* that 'cat' has not, must be the"):
+            make("domain", [(named[0], named[0]), (named[1], named[1])])
     for kind, given, text in (("class", {"tasks": 2}, "tasks with kind='class', must be left out; each pair is a task"),
                               ("domain", {"domains": "rotated"}, "domains with kind='domain', must be left out; each pair"),
                               ("growing", {}, "2 pairs with kind='growing'"), ("iid", {}, "kind='iid' and 2 pairs")):

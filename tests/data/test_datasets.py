@@ -214,7 +214,8 @@ def test_pairs_of_new_classes_are_class_incremental_by_name() -> None:
     assert as_stream(stream) is stream
 
 
-def test_pairs_of_the_same_classes_are_domains() -> None:
+def test_pairs_of_the_same_classes_are_domains(capsys: pytest.CaptureFixture[str]) -> None:
+    tell.cache_clear()
     x, y = torch.arange(6.0)[:, None], torch.tensor([0, 1, 2, 0, 1, 2])
     pairs = [((x, y), (x, y)), ((x + 10, y), (x, y))]
     stream = as_stream(pairs)
@@ -222,6 +223,8 @@ def test_pairs_of_the_same_classes_are_domains() -> None:
     assert stream.kind == "domain" and stream.fingerprint() == domain_incremental(sources).fingerprint()
     overlapping = as_stream([((x[:2], y[:2]), (x[:2], y[:2])), ((x[1:3], y[1:3]), (x[1:3], y[1:3]))])
     assert overlapping.kind == "domain" and [t.classes for t in overlapping.tasks] == [(0, 1), (1, 2)]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "as_stream: tasks share some classes ('1'" in said and "taken for domains" in said
     apart = as_stream([((x[:1], y[:1] + 7), (x[:1], y[:1] + 7)), ((x[1:3], y[1:3]), (x[1:3], y[1:3]))])
     assert apart.kind == "class" and apart.classes == ("7", "1", "2") and apart.label_map.tolist() == [-1, 1, 2, *[-1] * 4, 0]
 

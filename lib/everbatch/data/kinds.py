@@ -78,7 +78,7 @@ def make_stream(
     who = "make_stream"
     check(kind in STREAMS, who, f"kind={kind!r}", f"be one of {', '.join(STREAMS)}", nearest(str(kind), STREAMS))
     about = STREAMS[kind]
-    pairs: list[Pair] = pairs_of(who, data)
+    pairs: list[Pair] = pairs_of(who, data, domains=about.base == "domain")
     whole = len(pairs) == 1
     _check_options(kind, whole, {
         "increments": increments, "class_order": class_order, "tasks": tasks, "degrees": degrees,

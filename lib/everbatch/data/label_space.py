@@ -14,7 +14,7 @@ from everbatch.data.sources import Source, digest, target_bytes
 from everbatch.errors import check
 from everbatch.rows import Rows
 
-__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data"]
+__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data", "same_classes"]
 
 Pair: TypeAlias = tuple[Source, Source]
 
@@ -83,6 +83,23 @@ def in_one_label_space(who: str, sources: Sequence[Source], *, match: bool = Fal
             place = {name: label for label, name in enumerate(classes)}
             result.append(RelabelledSource(source, classes, torch.tensor([place[name] for name in source.classes])))
     return result
+
+
+def same_classes(who: str, pairs: Sequence[Pair]) -> None:
+    """Refuse domains that have not all the same classes, each in training or test, in whatever order.
+
+    Raises:
+        ValueError: names the first that differs, and classes of it.
+    """
+    names = [list(dict.fromkeys((*train.classes, *test.classes))) for train, test in pairs]
+    first, known = pairs[0][0].name, set(names[0])
+    for (train, _), own in zip(pairs[1:], names[1:], strict=True):
+        here = set(own)
+        more, less = [name for name in own if name not in known], [name for name in names[0] if name not in here]
+        got = f"{train.name!r} has classes {more[:5]} that {first!r} has not" if more else (
+            f"{train.name!r} has classes {own[:5]} without {less[:5]} of {first!r}")
+        check(not more and not less, who, got, "be the same classes in every domain",
+              "tasks of other classes are a class-incremental stream")
 
 
 def as_pair(who: str, train: Any, test: Any) -> Pair:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 
 from everbatch.data.datasets import as_source
-from everbatch.data.label_space import Pair, in_one_label_space, is_data
+from everbatch.data.label_space import Pair, in_one_label_space, is_data, same_classes
+from everbatch.data.notes import tell
 from everbatch.data.sources import ConcatSource, Source
 from everbatch.data.streams import domain_incremental, iid
 from everbatch.data.tasks import Stream, Task, finished
@@ -29,7 +30,7 @@ def as_stream(data: Any, *, kind: Literal["iid", "class", "task", "domain"] | No
             (inputs, targets) of arrays.
         kind: what tasks are, and so what a prediction may choose from: "class", the classes seen so far; "task", the
             task's own; "domain", all. By default "iid" for one pair, "class" for several of which no two share a label,
-            else "domain".
+            else "domain", which is said where they do not share all.
 
     Labels share one space: where data sets name their classes, equal names are one class and others are put beside them
     in order of appearance; labels without names count as they are, in all pairs.
@@ -53,7 +54,10 @@ def as_stream(data: Any, *, kind: Literal["iid", "class", "task", "domain"] | No
         return iid(*pairs[0])
     labels = [present(pair) for pair in pairs]
     every = set().union(*labels)
-    kind = kind or ("class" if sum(map(len, labels)) == len(every) else "domain")
+    if kind is None:
+        kind = "class" if sum(map(len, labels)) == len(every) else "domain"
+        if kind == "domain":
+            _tell_shared(labels, pairs[0][0].classes)
     if kind == "domain" and all(own == every for own in labels):
         return domain_incremental(pairs)
     return _joined(who, pairs, labels, kind)
@@ -81,6 +85,21 @@ def _joined(
     return finished(who, Stream(tuple(tasks), train, test, width, kind, label_map))
 
 
+def _tell_shared(labels: Sequence[set[int]], names: Sequence[str]) -> None:
+    """Say what tasks that share some classes, and not all, were taken for."""
+    every, common = set().union(*labels), set.intersection(*labels)
+    if every == common:
+        return
+    seen: set[int] = set()
+    for own in labels:
+        if own & seen:
+            shared = names[min(own & seen)]
+            tell(f"as_stream: tasks share some classes ({shared!r} among them) and not all: taken for domains, where a "
+                 f"prediction is among all {len(every)}; say kind=\"domain\", or kind=\"task\" where the task is known at test")
+            return
+        seen |= own
+
+
 def _check_disjoint(who: str, labels: Sequence[set[int]], names: Sequence[str]) -> None:
     """Refuse classes that come in two tasks; one look at each."""
     home: dict[int, int] = {}
@@ -93,11 +112,11 @@ def _check_disjoint(who: str, labels: Sequence[set[int]], names: Sequence[str]) 
         home |= dict.fromkeys(own, index)
 
 
-def pairs_of(who: str, data: Any) -> list[Pair]:
+def pairs_of(who: str, data: Any, *, domains: bool = False) -> list[Pair]:
     """A (train, test) pair, or a sequence of them, as sources of one label space.
 
     Raises:
-        ValueError: anything else; names the place.
+        ValueError: anything else; names the place. With `domains`: pairs whose classes differ.
     """
     if isinstance(data, tuple) and len(data) == 2 and all(is_data(part) for part in data):
         data = [data]
@@ -108,6 +127,9 @@ def pairs_of(who: str, data: Any) -> list[Pair]:
         got = f"{len(pair)} values" if isinstance(pair, list | tuple) else f"a {type(pair).__name__}"
         check(isinstance(pair, list | tuple) and len(pair) == 2, who, f"{got} in place {index}", "be a (train, test) pair", _CURE)
         flat += [as_source(part) for part in pair]
+    if domains and len(data) > 1:
+        given = in_one_label_space(who, flat)
+        same_classes(who, list(zip(given[::2], given[1::2], strict=True)))
     flat = in_one_label_space(who, flat, match=True)
     return list(zip(flat[::2], flat[1::2], strict=True))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everbatch.data.arrays import check_labels
 from everbatch.data.datasets import Samples, as_source
-from everbatch.data.label_space import Pair, as_pair, in_one_label_space
+from everbatch.data.label_space import Pair, as_pair, in_one_label_space, same_classes
 from everbatch.data.memory import check_memory
 from everbatch.data.sources import ConcatSource, Source, stratified_split
 from everbatch.data.tasks import Kind, Stream, Task, finished, rows_of_stream
@@ -190,6 +190,7 @@ def domain_incremental(domains: Sequence[tuple[Samples, Samples]]) -> Stream:
               "be a (train, test) pair")
     flat = in_one_label_space(who, [as_source(part) for pair in domains for part in pair])
     pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    same_classes(who, pairs)
     for pair in pairs:
         _check_pair(who, *pair)
     train, test = ConcatSource([pair[0] for pair in pairs]), ConcatSource([pair[1] for pair in pairs])
