@@ -19,11 +19,11 @@ import pytest
 
 from everbatch.data import Stream, iid
 from everbatch.distributed import World
-from everbatch.experiment import Experiment, Finished, GrowingData, repeat, run
+from everbatch.experiment import Experiment, Finished, GrowingData, LargeBatch, repeat, run
 from everbatch.experiment.base import Result
 from everbatch.experiment.repeat import sum_up, told
 from everbatch.experiment.side_by_side import _environment, side_by_side
-from everbatch.train import StepRecord, Trainer, TrainerMixin
+from everbatch.train import ContinualEvaluation, Plasticity, StepRecord, Trainer, TrainerMixin
 from experiment_worker import experiment
 from processes import ENVIRONMENT, ROOT, Zygote
 
@@ -83,6 +83,30 @@ def test_seeds_are_summed_up_and_each_is_the_run_with_that_seed(whole: Result, t
     assert alone.values["accuracy"] == accuracy[1]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (alone.folder, whole.folder / "seeds" / "6")]
     assert weights[0] == weights[1] and not (whole.folder / "model.safetensors").exists()
+
+
+def test_what_mixins_report_is_summed_up_too(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"evaluation": ContinualEvaluation.Config(every=4, dense=0), "plasticity": Plasticity.Config()}
+    options = replace(experiment("plain", tmp_path), seeds=2, **more)
+    kept = run(options).values
+    alone = [json.loads((tmp_path / "seeds" / seed / "result.json").read_text()) for seed in "01"]
+    found = kept["estimates"]
+    for name in ("evaluation.min_accuracy", "evaluation.points", "plasticity.final_effective_rank"):
+        part, _, key = name.partition(".")
+        values = [run[part][key] for run in alone]
+        assert found[name]["count"] == 2 and found[name]["mean"] == pytest.approx(statistics.fmean(values))
+    assert [run["plasticity"]["final_effective_rank"] == run["plasticity"]["effective_rank"][-1] for run in alone] == [True] * 2
+    assert not any(name.startswith(("versions", "configuration")) or name == "evaluation.weights" for name in found)
+    lines = {line.split("  ")[0]: line for line in told(kept, options.unit_of)[1:]}
+    for name, unit in (("evaluation.min accuracy", "%"), ("evaluation.evaluation seconds", "s"),
+                       ("plasticity.final dormant units", "%"), ("final average accuracy", "%")):
+        assert lines[name].endswith(f" {unit}"), lines[name]
+    for name in ("evaluation.points", "evaluation.evaluated samples", "plasticity.final effective rank"):
+        assert lines[name][-1].isdigit(), lines[name]
+    large = LargeBatch(evaluation=ContinualEvaluation.Config(), seeds=2)
+    kept = {"accuracy": 0.5, "throughput": {"samples_per_s": 3.0}, "seconds": 1.0,
+            "evaluation": {"accuracy": 0.5, "weights": "raw"}}
+    assert large.headlines(kept) == {"accuracy": 0.5, "samples_per_s": 3.0, "evaluation.accuracy": 0.5, "seconds": 1.0}
 
 
 def test_what_has_ended_is_not_run_again(whole: Result, capsys: pytest.CaptureFixture[str]) -> None:

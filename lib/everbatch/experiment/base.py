@@ -22,8 +22,20 @@ from everbatch.train.adversarial import Role, serve, split_ranks
 
 __all__ = ["Experiment", "Finished", "Result"]
 
-SETTINGS = ("steps", "skipped_steps", "seed", "world_size", "seconds")
-"""Numbers at the top of result.json that say how a run was made, not what came of it."""
+SETTINGS = ("steps", "skipped_steps", "seed", "world_size", "seconds", "versions", "configuration")
+"""What at the top of result.json says how a run was made, not what came of it."""
+SECONDS = ("seconds", "evaluation_seconds", "measuring_seconds")
+COUNTS = ("points", "evaluated_samples")
+
+
+def is_share(headline: str) -> bool:
+    """Whether a headline number is one in [0, 1], where all that a recipe reports itself are."""
+    part, _, name = headline.rpartition(".")
+    return not part or (part == "evaluation" and name not in COUNTS) or headline == "plasticity.final_dormant_units"
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
+    return {name: value for name, value in values.items() if value is None or type(value) in (int, float)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +158,20 @@ class Experiment(Parts):
     def headlines(self, values: Mapping[str, Any]) -> dict[str, float | None]:
         """The numbers of a run that are summed up over seeds, from what its result.json holds; None where it has none.
 
-        Without an answer of its own: every number that `finish` gave at the top, and the seconds.
+        Without an answer of its own: every number that `finish` gave at the top, those one level below (what mixins report, say
+        `evaluation.min_accuracy`), and the seconds.
         """
-        names = [name for name in values if name not in SETTINGS]
-        found = {name: values[name] for name in names if values[name] is None or type(values[name]) in (int, float)}
-        return {**found, "seconds": values.get("seconds")}
+        found = _numbers({name: value for name, value in values.items() if name not in SETTINGS})
+        return {**found, **self.reported(values), "seconds": values.get("seconds")}
+
+    def reported(self, values: Mapping[str, Any]) -> dict[str, float | None]:
+        """Numbers one level below the top of a result.json, by dotted names."""
+        parts = {name: part for name, part in values.items() if isinstance(part, Mapping) and name not in SETTINGS}
+        return {f"{name}.{key}": value for name, part in parts.items() for key, value in _numbers(part).items()}
 
     def unit_of(self, headline: str) -> str:
         """What a headline number is told in: "%" for a share, which is told in percent; "" for none."""
-        return "s" if headline == "seconds" else ""
+        return "s" if headline.rpartition(".")[2] in SECONDS else ""
 
 
 @dataclass(frozen=True)

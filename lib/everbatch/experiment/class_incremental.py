@@ -12,7 +12,7 @@ from everbatch.distributed import World
 from everbatch.errors import check, check_whole
 from everbatch.evaluate.evaluator import accuracies
 from everbatch.experiment import named
-from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.base import Experiment, Finished, is_share
 from everbatch.experiment.data import sample_of
 from everbatch.experiment.options import MIXINS, TRAINER_MIXINS
 from everbatch.experiment.split import Split
@@ -129,5 +129,5 @@ class ClassIncremental(Experiment):
         return {"accuracy_matrix": done.matrix, **figures, "classes": done.stream.classes}, lines
 
     def unit_of(self, headline: str) -> str:
-        """All are shares."""
-        return super().unit_of(headline) or "%"
+        """All of its own are shares."""
+        return super().unit_of(headline) or ("%" if is_share(headline) else "")

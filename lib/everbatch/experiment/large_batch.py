@@ -10,7 +10,7 @@ from everbatch.data import Stream, iid
 from everbatch.distributed import World
 from everbatch.errors import check, check_whole
 from everbatch.evaluate.evaluator import accuracies
-from everbatch.experiment.base import Experiment, Finished
+from everbatch.experiment.base import Experiment, Finished, is_share
 from everbatch.experiment.progress import Progress
 from everbatch.optim.layerwise.rules import scaled_lr
 from everbatch.report.plots import compare_curves
@@ -114,14 +114,15 @@ class LargeBatch(Experiment):
         return values, _lines(accuracy, averaged, trainer.throughput)
 
     def headlines(self, values: Mapping[str, Any]) -> dict[str, float | None]:
-        """Accuracy, that of the averaged weights where there are any, throughput."""
+        """Accuracy, that of the averaged weights where there are any, throughput, what mixins report."""
         averaged = {} if self.optimizer.ema is None else {"accuracy_averaged": values["accuracy_averaged"]}
-        return {"accuracy": values["accuracy"], **averaged, "samples_per_s": values["throughput"]["samples_per_s"],
+        reported = self.reported({name: part for name, part in values.items() if name != "throughput"})
+        return {"accuracy": values["accuracy"], **averaged, "samples_per_s": values["throughput"]["samples_per_s"], **reported,
                 "seconds": values["seconds"]}
 
     def unit_of(self, headline: str) -> str:
         """Accuracies are shares."""
-        return {"samples_per_s": "samples/s"}.get(headline) or super().unit_of(headline) or "%"
+        return {"samples_per_s": "samples/s"}.get(headline) or super().unit_of(headline) or ("%" if is_share(headline) else "")
 
 
 def micro_batches(global_batch: int, micro_batch: int, ranks: int) -> int:

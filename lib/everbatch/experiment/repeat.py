@@ -176,9 +176,10 @@ def sum_up(headlines: Mapping[int, Mapping[str, float | None]]) -> dict[str, dic
 def told(values: Mapping[str, Any], unit_of: Callable[[str], str]) -> list[str]:
     """A line for each headline number, with how many seeds have it where not all do."""
     seeds = values["seeds"]
-    lines = [f"{f'{len(seeds)} seeds, from {seeds[0]} to {seeds[-1]}':<30} {'mean':>10} {'std':>10}   95 % t interval"]
+    wide = max(30, *map(len, values["estimates"])) if values["estimates"] else 30
+    lines = [f"{f'{len(seeds)} seeds, from {seeds[0]} to {seeds[-1]}':<{wide}} {'mean':>10} {'std':>10}   95 % t interval"]
     for name, found in values["estimates"].items():
-        head = f"{name.replace('_', ' '):<30}"
+        head = f"{name.replace('_', ' '):<{wide}}"
         if not found["count"]:
             lines.append(f"{head} {'-':>10}")
             continue

@@ -146,6 +146,7 @@ class Plasticity(TrainerMixin):
         values: dict[str, Any] = {}
         for name, column in zip(COLUMNS, state.found[: state.done].T.tolist(), strict=True):
             values[name] = [None if value == NONE else value for value in column]
+        values |= {f"final_{name}": values[name][-1] for name in COLUMNS}  # what several seeds are summed up by
         values["gradient_norm"] = [row[: k + 1] for k, row in enumerate(state.norms[: state.done].tolist())]
         values["measuring_seconds"] = state.seconds
         lines = []
