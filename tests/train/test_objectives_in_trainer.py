@@ -15,7 +15,7 @@ from everbatch.composition import compose
 from everbatch.data import Batch, Loader, Stream, TensorSource, class_incremental
 from everbatch.distributed import World
 from everbatch.optim import ESAM, SAM, Ignite, Refresh
-from everbatch.train import Replay, StepRecord, Trainer
+from everbatch.train import Replay, StepRecord, Trainer, TrainerMixin
 
 LR, BATCH = 0.1, 12
 
@@ -177,3 +177,19 @@ def test_terms_and_parts_that_have_no_rows_are_refused() -> None:
                        config=Trainer.Config(batch_size=BATCH))
         with pytest.raises(ValueError, match=text):
             trainer.training_step(batches(1)[0])
+
+
+@pytest.mark.parametrize(("term", "said"), [
+    (lambda o: o.mean(1), r"'mine' of shape \(12,\)"), (lambda o: o.mean()[None], r"'mine' of shape \(1,\)"),
+    (lambda o: 0.5, "'mine' that is a float")])
+def test_a_term_that_is_not_one_number_is_named(term: Any, said: str) -> None:
+    class Mine(TrainerMixin):
+        def loss_terms(self, outputs: Tensor, batch: Batch) -> dict[str, Any]:
+            terms: dict[str, Any] = super().loss_terms(outputs, batch)  # type: ignore[misc]
+            return {**terms, "mine": term(outputs)}
+
+    trainer = started((), {}, mixins=(Mine,))
+    before = [p.detach().clone() for p in trainer.module.parameters()]
+    with pytest.raises(ValueError, match=f"Trainer: a loss term {said}, must be a tensor without dimensions .*; reduce it"):
+        trainer.training_step(batches(1)[0])
+    assert all(torch.equal(p, old) for p, old in zip(trainer.module.parameters(), before, strict=True))
