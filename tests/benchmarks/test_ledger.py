@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -141,6 +142,9 @@ def test_intervals_by_the_textbook() -> None:
     assert "no statement" in estimate([0.1]).sentence() and estimate([0.1]).low is None
     with pytest.raises(ValueError):
         estimate([])
+    for values, said in (([0.5, math.nan], "nan in place 1 of 2"), ([math.inf, 0.5], "inf in place 0"), ([-math.inf], "-inf in")):
+        with pytest.raises(ValueError, match=f"estimate: {said} .*values, must be finite numbers; leave runs without"):
+            estimate(values)
 
 
 def test_chance_of_two_standard_errors() -> None:

@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from everbatch.errors import check
+
 __all__ = ["LEVEL", "Estimate", "chance", "estimate", "quantile"]
 
 LEVEL = 0.95
@@ -56,11 +58,14 @@ def estimate(values: Iterable[float]) -> Estimate:
     """Mean, sample standard deviation, standard error and the 95 % t interval of the mean.
 
     Raises:
-        ValueError: no value.
+        ValueError: no value, or one that is not finite.
     """
     found = list(values)
-    if not found:
-        raise ValueError("estimate: no values, must be at least one")
+    check(len(found) > 0, "estimate", "no values", "be at least one")
+    for place, value in enumerate(found):  # statistics would raise an AttributeError, or give a mean that is none
+        if not math.isfinite(value):
+            check(False, "estimate", f"{value} in place {place} of {len(found)} values", "be finite numbers",
+                  "leave runs without a number out, and say how many they are")
     mean, count = statistics.fmean(found), len(found)
     if count == 1:
         return Estimate(mean, None, None, None, None, 1)
