@@ -23,6 +23,7 @@ from torch.utils.data import (
 from everbatch.data import (
     DatasetSource,
     Loader,
+    RowSource,
     Source,
     TensorSource,
     as_source,
@@ -32,6 +33,7 @@ from everbatch.data import (
     growing,
     iid,
     load,
+    make_stream,
     permuted,
 )
 from everbatch.data.notes import tell
@@ -227,6 +229,22 @@ def test_pairs_of_the_same_classes_are_domains(capsys: pytest.CaptureFixture[str
     assert said.count("\n") == 1 and "as_stream: tasks share some classes ('1'" in said and "taken for domains" in said
     apart = as_stream([((x[:1], y[:1] + 7), (x[:1], y[:1] + 7)), ((x[1:3], y[1:3]), (x[1:3], y[1:3]))])
     assert apart.kind == "class" and apart.classes == ("7", "1", "2") and apart.label_map.tolist() == [-1, 1, 2, *[-1] * 4, 0]
+
+
+@pytest.mark.parametrize(("others", "said"), [
+    (torch.zeros(2, 1, 5, 5), r"\(1, 5, 5\) torch.float32, must be as those of 'tensors', \(1, 4, 4\) torch.float32; one"),
+    (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), r"\(1, 4, 4\) torch.uint8, must be as"),
+    (torch.zeros(2, 16), r"\(16,\) torch.float32, must be as")])
+def test_inputs_of_another_shape_or_type_are_refused_at_once(others: Tensor, said: str) -> None:
+    y, x = torch.tensor([0, 1]), torch.zeros(2, 1, 4, 4)
+    for k, wrong in enumerate([((others, y + 2), (others, y + 2)), ((x, y + 2), (others, y + 2))]):
+        for make in (as_stream, lambda pairs: make_stream("class", pairs)):
+            with pytest.raises(ValueError, match=f"_stream: inputs of 'tensors' in pair {2 - k} are {said}"):
+                make([((x, y), (x, y)), *[((x, y + 4), (x, y + 4))] * (1 - k), wrong])
+    assert as_stream(((x, y), (others, y))).kind == "iid"  # tested at another size
+    by_name = [RowSource({"a": x}, y), RowSource({"b": x}, y)]
+    with pytest.raises(ValueError, match=r"are b \(1, 4, 4\) torch.float32, must be as those of 'rows', a \(1, 4, 4\)"):
+        as_stream([(source, source) for source in by_name])
 
 
 class Endless(IterableDataset[Any]):

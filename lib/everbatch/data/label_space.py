@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from everbatch.data.datasets import as_source
-from everbatch.data.sources import Source, digest, target_bytes
+from everbatch.data.sources import TARGETS, Source, digest, target_bytes
 from everbatch.errors import check
-from everbatch.rows import Rows
+from everbatch.rows import Rows, named
 
-__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data", "same_classes"]
+__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data", "same_classes", "same_inputs"]
 
 Pair: TypeAlias = tuple[Source, Source]
 
@@ -100,6 +100,31 @@ def same_classes(who: str, pairs: Sequence[Pair]) -> None:
             f"{train.name!r} has classes {own[:5]} without {less[:5]} of {first!r}")
         check(not more and not less, who, got, "be the same classes in every domain",
               "tasks of other classes are a class-incremental stream")
+
+
+def same_inputs(who: str, pairs: Sequence[Pair]) -> None:
+    """Refuse pairs whose inputs have other names, shapes or types than the first one's, as far as first samples tell: training
+    data beside training data, and test data, which may be of another size, beside test data.
+
+    Raises:
+        ValueError: names the first that differs, and both.
+
+    Cost: one sample of each source is read; none of a single pair.
+    """
+    for sources in zip(*pairs, strict=True) if len(pairs) > 1 else ():
+        kinds = {k: _kind(source) for k, source in enumerate(sources) if len(source)}  # what is empty is refused elsewhere
+        for k, kind in kinds.items():
+            first = min(kinds)
+            check(kind == kinds[first], who, f"inputs of {sources[k].name!r} in pair {k} are {kind}",
+                  f"be as those of {sources[first].name!r}, {kinds[first]}",
+                  "one network takes all tasks: load images with one image_size, and convert types")
+
+
+def _kind(source: Source) -> str:
+    """Names, shapes and types of a source's inputs."""
+    first = named("", source.fetch(torch.tensor([0])))
+    return ", ".join(f"{name[1:]} {tuple(rows.shape[1:])} {rows.dtype}".lstrip() for name, rows in first.items()
+                     if name[1:] != TARGETS)
 
 
 def as_pair(who: str, train: Any, test: Any) -> Pair:
