@@ -25,13 +25,13 @@ __all__ = ["Experiment", "Finished", "Result"]
 SETTINGS = ("steps", "skipped_steps", "seed", "world_size", "seconds", "versions", "configuration")
 """What at the top of result.json says how a run was made, not what came of it."""
 SECONDS = ("seconds", "evaluation_seconds", "measuring_seconds")
-COUNTS = ("points", "evaluated_samples")
+COUNTS = ("adapters", "points", "evaluated_samples")
 
 
 def is_share(headline: str) -> bool:
-    """Whether a headline number is one in [0, 1], where all that a recipe reports itself are."""
+    """Whether a headline number is one in [0, 1], as those that a recipe reports itself are, but for counts."""
     part, _, name = headline.rpartition(".")
-    return not part or (part == "evaluation" and name not in COUNTS) or headline == "plasticity.final_dormant_units"
+    return (part in ("", "evaluation") and name not in COUNTS) or headline == "plasticity.final_dormant_units"
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
