@@ -1,7 +1,7 @@
 """Jobs of the launch about layers that are frozen after the engine was built: [HOST ...]. See worker.py.
 
 OUT.json, by "mix/host": the largest difference of any weight from one process, at any step, and how far the frozen layer moved.
-"fsdp1/whole": what an optimizer says of torch's older FSDP.
+"resumed/host": see `resumed`. "fsdp1/whole": what an optimizer says of torch's older FSDP.
 """
 
 from __future__ import annotations
@@ -75,6 +75,29 @@ def apart(mix: str, name: str) -> tuple[float, float]:
     return max(hosts.difference(a, b) for a, b in zip(ours, theirs, strict=True)), moved + alone
 
 
+def resumed(name: str) -> float:
+    """How far a run that goes on in another engine, from a state that was taken while the layer was frozen, is from the first."""
+    base = functools.partial(torch.optim.AdamW, lr=0.01)
+    cls, batches = compose(EMA, SAM, base=base.func), hosts.batches(6)
+    runs = [hosts.start(BY_NAME[name], cls, {"rho": 0.1}, base=base, model=hosts.net(seed)) for seed in (0, 7)]
+    layers = [dict(run.bare.named_modules())["3"] for run in runs]
+    for i in range(4):
+        layers[0].requires_grad_(i < 2)
+        runs[0].step(*batches[i])
+    layers[1].requires_grad_(False)
+    runs[1].opt.load_state_dict(runs[0].opt.state_dict(weights=True))
+    apart = 0.0
+    for i in (4, 5):
+        found = []
+        for run, layer in zip(runs, layers, strict=True):
+            layer.requires_grad_(i == 5)
+            run.step(*batches[i])
+            with run.opt.host.frozen_too():
+                found.append(run.weights() | {"outputs": run.outputs()})
+        apart = max(apart, hosts.difference(*found))
+    return apart
+
+
 def older(whole: bool) -> str:
     """What FSDP1 is told."""
     with warnings.catch_warnings():
@@ -87,5 +110,8 @@ def older(whole: bool) -> str:
 def jobs(record: Record, *names: str) -> Iterator[Job]:
     for mix, name in itertools.product(MIXES, names):
         yield record.noted(f"{mix}/{name}", apart, mix, name)
+    for name in names:
+        if name.startswith("zero"):
+            yield record.noted(f"resumed/{name}", resumed, name)
     for whole in (False, True):
         yield record.noted(f"fsdp1/{whole}", older, whole)

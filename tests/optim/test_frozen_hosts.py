@@ -34,6 +34,11 @@ def test_a_layer_frozen_on_the_way_rests(found: dict[str, Any], mix: str, host: 
     assert apart <= 1e-6 and moved == 0.0
 
 
+@hosts_in_turn(WHEN, [host for host in HOSTS if host.startswith("zero")])
+def test_a_state_taken_while_a_layer_rests_has_it(found: dict[str, Any], host: str) -> None:
+    assert found[f"resumed/{host}"] == 0.0
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_torchs_older_fsdp_is_refused(found: dict[str, Any], whole: bool) -> None:
     assert "FullyShardedDataParallel (FSDP1): parameter" in found[f"fsdp1/{whole}"]

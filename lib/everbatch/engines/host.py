@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -124,6 +124,11 @@ class Host(abc.ABC):
             yield
         finally:
             self._frozen_too = before
+
+    def with_masters(self) -> AbstractContextManager[None]:
+        """Inside the block all that has masters of its own counts as trained, to be saved and restored: DeepSpeed's engines have
+        them of what is frozen just now, and write them over the model's own weights."""
+        return nullcontext()
 
     @abc.abstractmethod
     def _build_shards(self) -> list[Shard]: ...

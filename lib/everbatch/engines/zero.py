@@ -8,6 +8,7 @@ behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class ZeroHost(Host):
     @property
     def shards(self) -> list[Shard]:
         every = self._every() if self._shards is None else self._shards
-        frozen = [] if self._frozen_too else [n for n, p in self._named if not p.requires_grad]
+        frozen = set[str]() if self._frozen_too else {n for n, p in self._named if not p.requires_grad}
         return [s for s in every if s.name not in frozen] if frozen else every
 
     @property
@@ -98,6 +99,9 @@ class ZeroHost(Host):
     def master_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         return {n: (p.dtype if self.kind == "torch" else torch.float32, torch.Size(getattr(p, "ds_shape", p.shape)))
                 for n, p in self._named if p.requires_grad or self._frozen_too}
+
+    def with_masters(self) -> AbstractContextManager[None]:
+        return self.frozen_too()
 
     def state(self) -> dict[Any, Any]:
         return self.inner.state

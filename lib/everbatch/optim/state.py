@@ -133,7 +133,9 @@ def load_state_dict(
     state_checks.are_tensors(who, saved["everbatch"])
     tensors, meta = dict(saved["everbatch"]["tensors"]), saved["everbatch"]["meta"]
     given = {plain_name(name): value for name, value in (weights or {}).items()}
-    for name in opt.host.master_layout() if given else ():
+    with opt.host.with_masters():
+        known = opt.host.master_layout() if given else {}
+    for name in known:
         if name in given:
             tensors.setdefault(f"master/{name}", given[name])
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -154,15 +156,17 @@ def _plain(opt: Composed) -> dict[str, Any]:
     mixins = {part.__name__: {n: _encode(v) for n, v in _fields(state).items() if not isinstance(v, ByName)}
               for part, state in opt.states.items()}
     base = base_of(type(opt)).__name__  # type: ignore[union-attr]
-    shapes = {n: list(shape) for n, (_, shape) in opt.host.master_layout().items() if shape.numel()}
+    with opt.host.with_masters():
+        shapes = {n: list(shape) for n, (_, shape) in opt.host.master_layout().items() if shape.numel()}
     return {"class": [p.__name__ for p in parts_of(type(opt))], "base": base, "groups": groups, "mixins": mixins,
             "shapes": shapes, "seed": opt.seed, "steps": opt.step_count, "skipped": opt.skipped_count}
 
 
 def _held(opt: Composed) -> dict[str, list[tuple[Shard, Tensor]]]:
-    """This rank's slices by kind: masters of what is trained; moments and mixin state also of what is frozen just now."""
+    """This rank's slices by kind: masters; moments and mixin state also of what is frozen just now."""
     host, result = opt.host, dict[str, list[tuple[Shard, Tensor]]]()
-    trained = set(host.names)
+    with host.with_masters():
+        trained = set(host.names)
     with host.frozen_too():
         shards = host.shards
     for shard in shards:

@@ -87,7 +87,9 @@ def _same_weights(
     who, host = type(opt).__name__, opt.host
     held = {n.split("/", 1)[1]: shape for n, shape in shapes.items() if n.startswith("master/")}
     told = {n: tuple(shape) for n, shape in meta.get("shapes", {}).items()}
-    ours = {n: tuple(shape) for n, (_, shape) in host.master_layout().items() if shape.numel()}  # an empty one has no piece
+    with host.with_masters():
+        layout = host.master_layout()
+    ours = {n: tuple(shape) for n, (_, shape) in layout.items() if shape.numel()}  # an empty one has no piece
     theirs = {**told, **held}
     if grown:
         theirs = {n: shape for n, shape in theirs.items() if n in ours}
