@@ -102,8 +102,25 @@ def test_no_random_number_of_the_run_is_drawn() -> None:
 
     torch.manual_seed(5)
     before: Tensor = torch.get_rng_state()
-    assert not habits(Noisy).by_element
+    assert habits(Noisy) == Habits(keeps_zeros=False)  # whether slices would do cannot be told
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_count_that_nothing_reads_and_a_rate_of_zero() -> None:
+    class Counting(torch.optim.SGD):
+        """Notes its steps."""
+
+        def step(self, closure: Any = None) -> None:
+            """Take one."""
+            for group in self.param_groups:
+                group["calls"] = group.get("calls", 0) + 1
+            super().step()
+
+    assert habits(Counting, lr=0.1) == Habits()
+    assert habits(torch.optim.Muon, lr=0.0) == habits(torch.optim.Muon, lr=0.01)  # a warm-up begins at zero
+    with torch.device("meta"):
+        optimizer = torch.optim.Muon([torch.nn.Parameter(torch.ones(3, 3, device="cpu"))], lr=0.1)
+        assert not habits_of(torch.optim.Muon, optimizer.param_groups).keeps_zeros
 
 
 def test_groups_without_parameters_and_with_odd_options() -> None:

@@ -35,7 +35,7 @@ NEEDED = {
 }
 GROUPS = {"DeepSpeedZeroOptimizer": "bit16_groups", "BF16_Optimizer": "bf16_groups"}
 """Where an engine's optimizer has the parameters of its groups, if not in `fp16_groups`."""
-PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo",
+PER_TENSOR = {"lars", "larc", "lamb", "adafactor", "adafactorbigvision", "muon", "novograd", "nvnovograd", "shampoo", "kron",
               "adamp", "sgdp", "fromage"}
 """Base optimizers whose update of an element depends on its whole tensor, wrong on slices, also where none can be tried out."""
 

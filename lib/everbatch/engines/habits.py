@@ -34,7 +34,7 @@ class Habits:
     keeps_zeros: bool = True
     """Whether an element that is zero, and has only had gradients of zero, stays zero."""
     counts_in_groups: bool = False
-    """Whether its step changes options of its groups, as a count of steps there."""
+    """Whether weights of one group end elsewhere where each has a step of its own, as by a count of steps in the group."""
 
 
 @contextlib.contextmanager
@@ -73,32 +73,44 @@ def habits_of(base: type, groups: Sequence[Mapping[str, Any]]) -> Habits:
 
 def _tried(base: type, options: Mapping[str, Any], scale: float, device: torch.device) -> Habits:
     source = torch.Generator().manual_seed(0)
-    start = torch.randn(SHAPE, generator=source).to(device)
-    gradients = [(scale * torch.randn(SHAPE, generator=source)).to(device) for _ in range(STEPS)]
+    start = torch.randn(SHAPE, generator=source, device="cpu").to(device)
+    gradients = [(scale * torch.randn(SHAPE, generator=source, device="cpu")).to(device) for _ in range(STEPS)]
     gradients[0] -= start * (start * gradients[0]).sum() / start.square().sum()  # some act on what is at right angles
-    whole, counts = _stepped(base, options, start, gradients)
+    (whole,) = _stepped(base, options, [start], [gradients])
+    moved = NEAR * (whole - start).norm()
+    (again,) = _stepped(base, options, [start], [gradients])
+    random = bool((again - whole).norm() > moved)  # of one that draws random numbers two runs tell nothing
     try:  # each of an optimizer of its own, as ranks have them
-        parts = [_stepped(base, options, start.view(-1)[at], [g.view(-1)[at] for g in gradients])[0]
+        parts = [_stepped(base, options, [start.view(-1)[at]], [[g.view(-1)[at] for g in gradients]])[0]
                  for at in (slice(CUT), slice(CUT, None))]
-        by_element = not bool((torch.cat(parts) - whole.view(-1)).norm() > NEAR * (whole - start).norm())
+        by_element = random or not bool((torch.cat(parts) - whole.view(-1)).norm() > moved)
     except Exception:  # it takes matrices, and no flat tensor
         by_element = False
 
-    kept = torch.rand(SHAPE, generator=source).to(device) < 0.5
-    sparse, _ = _stepped(base, options, start * kept, [g * kept for g in gradients])
-    return Habits(by_element, not bool(sparse[~kept].any()), counts)
+    kept = torch.rand(SHAPE, generator=source, device="cpu").to(device) < 0.5
+    (sparse,) = _stepped(base, options, [start * kept], [[g * kept for g in gradients]])
+    two = [start, -start], [gradients, gradients[::-1]]
+    together, in_turn = _stepped(base, options, *two), _stepped(base, options, *two, in_turn=True)
+    counts = any(bool((a - b).norm() > moved) for a, b in zip(together, in_turn, strict=True))
+    return Habits(by_element, not bool(sparse[~kept].any()), counts and by_element and not random)
 
 
-def _stepped(base: Any, options: Mapping[str, Any], start: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """A weight after these gradients, and whether its group's options changed."""
-    weight = torch.nn.Parameter(start.clone())
+def _stepped(
+    base: Any, options: Mapping[str, Any], starts: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], *,
+    in_turn: bool = False,
+) -> list[Tensor]:
+    """Weights of one group after these gradients of each; `in_turn` steps once for each weight, as ZeRO-3 has it."""
+    weights = [torch.nn.Parameter(start.clone()) for start in starts]
     known = inspect.signature(base.__init__).parameters
-    optimizer = base([{**options, "params": [weight]}], **{k: v for k, v in options.items() if k in known})
-    before = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    for gradient in gradients:
-        weight.grad = gradient.clone()
-        with torch.no_grad():
-            (base.step.__wrapped__ if getattr(base.step, "hooked", False) else base.step)(optimizer)
-    after = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    changed = [k for k, v in after.items() if k not in before or repr(before[k]) != repr(v)]
-    return weight.detach(), bool(changed)
+    rate = options["lr"] if options.get("lr") else 1e-2  # one of a warm-up that begins at zero moves nothing
+    optimizer = base([{**options, "lr": rate, "params": weights}], **{k: v for k, v in options.items() if k in known})
+    step = base.step.__wrapped__ if getattr(base.step, "hooked", False) else base.step
+    (group,) = optimizer.param_groups
+    for now in zip(*gradients, strict=True):
+        for weight, gradient in zip(weights, now, strict=True):
+            weight.grad = gradient.clone()
+        for some in [[weight] for weight in weights] if in_turn else [weights]:
+            group["params"] = some
+            with torch.no_grad():
+                step(optimizer)
+    return [weight.detach() for weight in weights]
