@@ -78,6 +78,10 @@ def test_options_of_what_a_method_has_not_are_refused(tmp_path: Path, capsys: py
             chosen(*words)
         assert "replay.capacity beside method=ewc, which has no replay, must be left out; or join" in capsys.readouterr().err
     assert chosen("method=ewc", "replay=null").replay is None
+    er, dumped = tmp_path / "er.yaml", tmp_path / "dumped.yaml"
+    er.write_text("method: er\n")
+    config.dump(chosen("method=ewc"), dumped)  # a dump says no method
+    assert chosen("--config", str(er), "--config", str(dumped)).optimizer.ewc is not None
     assert chosen("method=ewc+er", "replay.capacity=10").replay.capacity == 10
     with pytest.raises(CompositionError, match="GDumb and Joint both own the samples that a task trains on"):
         compose(methods.load("gdumb"), methods.load("joint"), base=Trainer)

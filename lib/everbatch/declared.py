@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from everbatch.errors import check
@@ -61,17 +61,22 @@ Space: TypeAlias = "Mapping[str, tuple[Any, ...] | Range]"
 
 def check_kinds(part: type, given: Mapping[str, Any]) -> None:
     """Refuse options of another kind than the part's Config says, where any value would do: what is not True or False counts as
-    one of them, a text as a sequence of letters, and what cannot be called is called hours later."""
+    one of them, a text as a sequence of letters, and what cannot be called is called hours later. Kinds that are not known here
+    are the Config's own to check."""
     kinds = {f.name: getattr(f.type, "__name__", f.type) for f in dataclasses.fields(part.Config)}  # type: ignore[attr-defined]
     for name, value in given.items():
-        kind, good, must = str(kinds[name]), True, ""
+        kind, _, none = str(kinds[name]).partition(" | ")
+        if none not in ("", "None") or (none and value is None):
+            continue
+        good, must = True, ""
         if kind == "bool":
-            good, must = type(value).__name__ in ("bool", "bool_"), "be True or False"
+            good = type(value).__name__ in ("bool", "bool_") or (isinstance(value, int) and value in (0, 1))
+            must = "be True or False"
         elif kind == "tuple[str, ...]":
-            good = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-            must = f"be a tuple of texts, such as ({value!r},)" if isinstance(value, str) else "be a tuple of texts"
-        elif kind.startswith(("Factory", "Callable[")):
-            good, must = callable(value) or (value is None and "None" in kind), "be a function"
-        elif kind.startswith("Mapping["):
-            good, must = isinstance(value, Mapping) or (value is None and "None" in kind), "be a mapping"
+            good, must = not isinstance(value, str) and isinstance(value, Iterable), "be a tuple of texts"
+            must += f", such as ({value!r},)" if isinstance(value, str) else ""
+        elif kind == "Factory" or (kind.startswith("Callable[") and kind.endswith("]")):
+            good, must = callable(value), "be a function"
+        elif kind.startswith("Mapping[") and kind.endswith("]"):
+            good, must = isinstance(value, Mapping), "be a mapping"
         check(good, part.__name__, f"{name}={value!r}", must)

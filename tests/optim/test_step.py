@@ -6,6 +6,8 @@ import contextlib
 import copy
 import functools
 import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -467,6 +469,21 @@ def test_a_group_that_is_refused_is_not_added() -> None:
 def test_options_of_another_kind(part: type, options: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         compose(part, base=torch.optim.SGD)(small_net(), lr=0.1, **options)
+
+
+def test_kinds_that_a_config_checks_itself_are_left_to_it() -> None:
+    class Own(OptimizerMixin):
+        """Options of several kinds."""
+
+        @dataclass(frozen=True, kw_only=True)
+        class Config:
+            weights: Mapping[str, float] | float = 1.0
+            rule: Callable[[int], float] | str = "cosine"
+            names: tuple[str, ...] = ()
+            flag: bool = False
+
+    opt: Any = compose(Own, base=torch.optim.SGD)(small_net(), lr=0.1, weights=2.0, rule="linear", names={"a": 1}.keys(), flag=1)
+    assert opt.configs[Own].weights == 2.0 and opt.configs[Own].rule == "linear"
 
 
 def test_methods_of_descent_refuse_a_base_that_maximises() -> None:

@@ -109,6 +109,7 @@ def test_a_timm_model_is_rebuilt_and_predicts_as_the_run_did(tmp_path: Path, nam
 
 @pytest.mark.parametrize(("name", "options", "why"), [
     ("test_vit", {"patch_size": 8, "depth": 2, "num_heads": 4}, ""),
+    ("test_vit", {"dynamic_img_size": True}, ""), ("test_vit", {"dynamic_img_pad": True}, ""),
     ("test_resnet", {"drop_rate": 0.1, "drop_path_rate": 0.1}, ""),
     ("test_resnet", {"act_layer": nn.SiLU}, "act1 is SiLU, there ReLU"),
     ("test_resnet", {"global_pool": "max"}, "global_pool has pool_type='max', there 'avg'"),

@@ -57,7 +57,7 @@ def parse(
         layers = [_mapping(file) for file in files]
         words = getattr(recipe, "words", {}).keys()
         overrides.sort(key=lambda layer: not layer.keys() & words)  # options win over what a word stands for, wherever they stand
-        config = build(recipe, *layers, *overrides, base=base)
+        config = build(recipe, *layers, *overrides, base=base, files=len(layers))
         _refuse_unused(config, tree(recipe, base), layers, overrides)
     except ValueError as error:  # ConfigError, and what the strict loader raises
         fail(prog, str(error))
@@ -69,11 +69,15 @@ def parse(
     return config
 
 
-def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) -> T:
+def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None, files: int = 0) -> T:
     """An instance of `recipe` from nested mappings, later ones over earlier ones, over `base` or the field defaults.
 
     A recipe may have `words`, names and their texts, that are no options but stand for some: `recipe.meaning(word, value)` gives
-    them as nested mappings, which lie right below the layer that says the word. What a word turns off stays off.
+    them as nested mappings, which lie right below the layer that says the word. What a word turns off stays off, but for a file
+    above it, which may be of another method.
+
+    Args:
+        files: how many of the layers, the first ones, are whole files.
 
     Raises:
         ConfigError: an unknown key, a wrong type or a value out of range, an option of what a word turned off; one line with the
@@ -82,8 +86,10 @@ def build(recipe: type[T], *layers: Mapping[str, Any], base: T | None = None) ->
     root = tree(recipe, base)
     merged: dict[str, Any] = {}
     off: dict[str, str] = {}
-    for layer in layers:
+    for place, layer in enumerate(layers):
         own = dict(layer)
+        if place < files:
+            off = {}
         for word in getattr(recipe, "words", {}):
             said = own.pop(word, None)
             if said is not None:

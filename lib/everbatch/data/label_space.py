@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from everbatch.data.datasets import as_source
+from everbatch.data.notes import tell
 from everbatch.data.sources import TARGETS, Source, digest, target_bytes
 from everbatch.errors import check
 from everbatch.rows import Rows, named
 
-__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data", "same_classes", "same_inputs"]
+__all__ = ["Pair", "RelabelledSource", "as_pair", "in_one_label_space", "is_data", "same_classes", "tell_inputs"]
 
 Pair: TypeAlias = tuple[Source, Source]
 
@@ -102,22 +103,20 @@ def same_classes(who: str, pairs: Sequence[Pair]) -> None:
               "tasks of other classes are a class-incremental stream")
 
 
-def same_inputs(who: str, pairs: Sequence[Pair]) -> None:
-    """Refuse pairs whose inputs have other names, shapes or types than the first one's, as far as first samples tell: training
-    data beside training data, and test data, which may be of another size, beside test data.
-
-    Raises:
-        ValueError: names the first that differs, and both.
+def tell_inputs(who: str, pairs: Sequence[Pair]) -> None:
+    """Say once where the inputs of a pair have other names, shapes or types than the first one's, as far as first samples tell:
+    few networks take both. Training data is compared with training data, and test data, which may be of another size, with test
+    data.
 
     Cost: one sample of each source is read; none of a single pair.
     """
     for sources in zip(*pairs, strict=True) if len(pairs) > 1 else ():
         kinds = {k: _kind(source) for k, source in enumerate(sources) if len(source)}  # what is empty is refused elsewhere
-        for k, kind in kinds.items():
-            first = min(kinds)
-            check(kind == kinds[first], who, f"inputs of {sources[k].name!r} in pair {k} are {kind}",
-                  f"be as those of {sources[first].name!r}, {kinds[first]}",
-                  "one network takes all tasks: load images with one image_size, and convert types")
+        first = min(kinds, default=0)
+        odd = next((k for k, kind in kinds.items() if kind != kinds[first]), None)
+        if odd is not None:
+            tell(f"{who}: inputs of {sources[odd].name!r} in pair {odd} are {kinds[odd]}, those of {sources[first].name!r} "
+                 f"{kinds[first]}: the network has to take both; load images with one image_size, and convert types")
 
 
 def _kind(source: Source) -> str:

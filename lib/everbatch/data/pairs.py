@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from everbatch.data.datasets import as_source
-from everbatch.data.label_space import Pair, in_one_label_space, is_data, same_classes, same_inputs
+from everbatch.data.label_space import Pair, in_one_label_space, is_data, same_classes, tell_inputs
 from everbatch.data.notes import tell
 from everbatch.data.sources import ConcatSource, Source
 from everbatch.data.streams import domain_incremental, iid
@@ -37,8 +37,9 @@ def as_stream(data: Any, *, kind: Literal["iid", "class", "task", "domain"] | No
 
     Raises:
         ValueError: what is neither; a pair with an empty part; labels that are no class indices, or that cannot be
-            brought into one space; pairs whose first inputs differ in shape or type; what has tasks but is no whole
-            stream.
+            brought into one space; what has tasks but is no whole stream.
+
+    Pairs whose first inputs differ in shape or type are said.
     """
     who = "as_stream"
     if hasattr(data, "tasks"):
@@ -117,7 +118,7 @@ def pairs_of(who: str, data: Any, *, domains: bool = False) -> list[Pair]:
     """A (train, test) pair, or a sequence of them, as sources of one label space.
 
     Raises:
-        ValueError: anything else; names the place. Inputs of another shape or type. With `domains`: pairs whose classes differ.
+        ValueError: anything else; names the place. With `domains`: pairs whose classes differ.
     """
     if isinstance(data, tuple) and len(data) == 2 and all(is_data(part) for part in data):
         data = [data]
@@ -128,7 +129,7 @@ def pairs_of(who: str, data: Any, *, domains: bool = False) -> list[Pair]:
         got = f"{len(pair)} values" if isinstance(pair, list | tuple) else f"a {type(pair).__name__}"
         check(isinstance(pair, list | tuple) and len(pair) == 2, who, f"{got} in place {index}", "be a (train, test) pair", _CURE)
         flat += [as_source(part) for part in pair]
-    same_inputs(who, list(zip(flat[::2], flat[1::2], strict=True)))
+    tell_inputs(who, list(zip(flat[::2], flat[1::2], strict=True)))
     if domains and len(data) > 1:
         given = in_one_label_space(who, flat)
         same_classes(who, list(zip(given[::2], given[1::2], strict=True)))

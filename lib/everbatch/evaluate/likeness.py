@@ -15,7 +15,7 @@ __all__ = ["unlike"]
 OURS = "everbatch."
 """Modules of this library are put into a network by what the file says of them."""
 IDLE = {
-    "training", "num_classes", "momentum", "inplace", "fused_attn", "grad_checkpointing", "strict_img_size", "dynamic_img_size"}
+    "training", "num_classes", "momentum", "inplace", "fused_attn", "grad_checkpointing", "strict_img_size", "distilled_training"}
 """Settings that change no prediction; so do those with one of these in their names:"""
 IDLE_PARTS = ("drop", "init")
 
@@ -29,7 +29,8 @@ def unlike(model: nn.Module, other: nn.Module) -> str:
         layer, wanted = one.get(name), two.get(name)
         if any(name == part or name.startswith(f"{part}.") for part in own) or (_idle(layer) and _idle(wanted)):
             continue
-        norms = isinstance(layer, _BatchNorm) and isinstance(wanted, _BatchNorm)  # synchronised or not: the same when it predicts
+        # Synchronised or not: torch's own are the same when they predict, and others may do more.
+        norms = all(isinstance(one, _BatchNorm) and _kind(one).__module__ == _BatchNorm.__module__ for one in (layer, wanted))
         if _kind(layer) is not _kind(wanted) and not norms:
             return f"{name or 'the model'} is {_said(layer)}, there {_said(wanted)}"
         ours, theirs = _settings(layer), _settings(wanted)

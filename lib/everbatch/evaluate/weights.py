@@ -58,7 +58,9 @@ def sizes_of(model: nn.Module) -> dict[str, Any]:
         return {}
     found = {"patch_size": _listed(getattr(embed, "patch_size", None)), "depth": len(blocks),
              "embed_dim": getattr(model, "embed_dim", None),
-             "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None)}
+             "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None),
+             "dynamic_img_size": getattr(model, "dynamic_img_size", None) or None,
+             "dynamic_img_pad": getattr(embed, "dynamic_img_pad", None) or None}
     return {key: value for key, value in found.items() if value is not None}
 
 

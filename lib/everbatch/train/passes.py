@@ -128,7 +128,7 @@ class Passes:
             for part, outputs in zip(parts, self.trainer.forward_parts(parts), strict=True):
                 for name, term in self.trainer.loss_terms(outputs, part).items():
                     if not isinstance(term, Tensor) or term.ndim:
-                        _refuse_term(name, term)
+                        term = _one_number(name, term)
                     terms[name] = terms[name] + term if name in terms else term
                 if done is self.recorded:
                     done.outputs.setdefault(part.part, []).append(outputs.detach())
@@ -142,11 +142,17 @@ class Passes:
         return torch.stack(done.losses).sum()
 
 
-def _refuse_term(name: str, term: object) -> None:
-    """Say which loss term is not one number."""
+def _one_number(name: str, term: object) -> Tensor:
+    """A loss term without dimensions.
+
+    Raises:
+        ValueError: it is not one number.
+    """
     got = f"of shape {tuple(term.shape)}" if isinstance(term, Tensor) else f"that is a {type(term).__name__}"
-    check(False, "Trainer", f"a loss term {name!r} {got}", "be a tensor without dimensions (0-dim), one number of the part",
-          "reduce it: batch.mean(losses) does over rows, and knows which count")
+    check(isinstance(term, Tensor) and term.numel() == 1, "Trainer", f"a loss term {name!r} {got}", "be a tensor without "
+          "dimensions (0-dim), one number of the part", "reduce it: batch.mean(losses) does over rows, and knows which count")
+    assert isinstance(term, Tensor)
+    return term.reshape(())
 
 
 class _ByRow(Batch):
