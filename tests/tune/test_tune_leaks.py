@@ -22,7 +22,7 @@ from everbatch.data import load
 from everbatch.data.load import _KINDS as KINDS
 from everbatch.tune.check import check_npz
 from everbatch.tune.commands import Prepare
-from everbatch.tune.hashes import row_hashes
+from everbatch.tune.hashes import Known, row_hashes
 from everbatch.tune.pair import EvaluationData, ScenarioPair, prepare
 from everbatch.tune.pair import _places as places
 from everbatch.tune.seal import LeakageError, Seal, ciphered, scrub
@@ -188,6 +188,27 @@ def test_digits_are_found_in_every_range_and_never_taken_for_others() -> None:
         assert not any(met(x[:150], other[150:])) and not any(met(other[:150], x[150:]))
     every = [one for row in row_hashes(b"salt", x) for one in row]
     assert len({*every}) == len(every) == 3 * len(x)  # numbers, image, levels
+
+
+def dots(low: float, high: float, seed: int) -> NDArray[Any]:
+    rng = np.random.default_rng(seed)
+    bright = rng.uniform(low, high, (300, 1, 1))
+    return (np.eye(64)[rng.integers(0, 64, 300)].reshape(300, 8, 8) * bright).astype(np.float32)
+
+
+def test_images_that_are_told_apart_by_their_range_are_no_copies_of_each_other() -> None:
+    dim, bright = dots(0.1, 0.5, 0), dots(0.5, 1.0, 1)
+    assert all(met(bright[:3], dim[(dim > 0).reshape(300, -1).argmax(1) == (bright[0] > 0).argmax()]))  # the same but for range
+    known = Known.of(b"salt", [bright], [dim])
+    assert known.recurring > 30
+    assert not any(not known.hashes.isdisjoint(row) for row in row_hashes(b"salt", dim, asking=True))
+    assert all(not known.hashes.isdisjoint(row) for row in row_hashes(b"salt", bright.astype(np.float64), asking=True))
+    # One image of many that is there in two ranges is no image of the other side; all others are known in any.
+    x = load("digits", train=True).fetch(torch.arange(1300)).numpy().astype(np.float32)
+    twice = np.concatenate([x, x[:1] / 2])
+    known = Known.of(b"salt", [twice], [x[:2] * 3])
+    assert known.recurring == 0
+    assert [not known.hashes.isdisjoint(row) for row in row_hashes(b"salt", x[:2] * 3, asking=True)] == [False, True]
 
 
 def test_no_value_lies_on_a_step_of_either_image_hash() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["keyed", "row_hashes"]
+__all__ = ["Known", "keyed", "row_hashes"]
 
 SIDE = 4
 """Pixels of a side from which on an array is an image."""
@@ -19,6 +20,9 @@ LEVEL_PIXELS = 64
 """Pixels below which few values say nothing."""
 LOOK = 512
 """Pixels that are looked at before all values of a channel are counted."""
+RECURRING = 1e-3
+"""Share of a side's images that it may have in several ranges, as copies that were made brighter, before ranges are what tells
+its images apart."""
 
 
 def keyed(salt: bytes, data: bytes) -> str:
@@ -103,3 +107,50 @@ def _as_image(row: NDArray[Any]) -> list[bytes]:
 
 def _one_of_equals(channels: NDArray[Any]) -> NDArray[Any]:
     return channels[:1] if (channels == channels[0]).all() else channels
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the samples of one side, that is kept, are known again by."""
+
+    hashes: frozenset[str]
+    numbers: frozenset[str]
+    """Those of them that are of a sample's numbers."""
+    recurring: int
+    """Images that a side itself has in several ranges, where those are more than 1 in 1000, so that numbers alone tell; else 0."""
+
+    @classmethod
+    def of(cls, salt: bytes, kept: Sequence[NDArray[Any]], asked: Sequence[NDArray[Any]]) -> Known:
+        """Of two sides.
+
+        An image that one side itself has in several ranges, a dot of several brightnesses say, is told apart by its range: the
+        same one in another range on the other side is no other encoding of it. Such images are known by their numbers, and
+        where they are more than 1 in 1000 of a side, all are.
+
+        Cost: as `row_hashes` of both sides.
+        """
+        sides = [_noted(salt, kept, asking=False), _noted(salt, asked, asking=True)]
+        several = [{form for form, found in side.forms.items() if len(found) > 1} for side in sides]
+        mixed = max(len(found) if len(found) > RECURRING * len(side.forms) else 0
+                    for found, side in zip(several, sides, strict=True))
+        forms = set() if mixed else sides[0].forms.keys() - several[0] - several[1]
+        numbers = frozenset(sides[0].numbers)
+        return cls(numbers | forms, numbers, mixed)
+
+
+@dataclass
+class _Side:
+    numbers: set[str] = field(default_factory=set)
+    forms: dict[str, set[str]] = field(default_factory=dict)
+    """By the hash of an image without its range: those of the numbers that have it."""
+
+
+def _noted(salt: bytes, arrays: Sequence[NDArray[Any]], *, asking: bool) -> _Side:
+    side = _Side()
+    for array in arrays:
+        exact = 2 if array.dtype.kind == "f" else 1
+        for row in row_hashes(salt, array, asking=asking):
+            side.numbers.update(row[:exact])
+            for form in row[exact:]:
+                side.forms.setdefault(form, set()).add(row[0])
+    return side

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from everbatch.data import Source, load
 from everbatch.data.memory import check_memory
+from everbatch.data.notes import tell
 from everbatch.errors import check, check_whole, nearest
 from everbatch.rows import one_tensor
-from everbatch.tune.hashes import row_hashes
+from everbatch.tune.hashes import Known, row_hashes
 from everbatch.tune.ledger import canonical, sha256, write_atomically
 from everbatch.tune.seal import Seal, ciphered
 from everbatch.tune.spaces import check_scenario
@@ -162,7 +163,7 @@ def prepare(pair: ScenarioPair, output: str, nonce: str | None = None) -> dict[s
         inside = os.path.realpath(tuning) + "/"
         check(not inside.startswith(f"{place.rstrip('/')}/"), "tune", f"output={output!r} inside {str(place)!r}",
               "lie outside of all data", "the search may open its own folder, and nothing else of these")
-    _check_disjoint(*sides)
+    salt, samples = _check_disjoint(*sides)
     contents = [_npz(*side) for side in sides]
     secret = secrets.token_bytes(32)
     plan = {"scenario": pair.whole_scenario, "increments": [*pair.increments], "orders": pair.tuning_orders,
@@ -172,13 +173,12 @@ def prepare(pair: ScenarioPair, output: str, nonce: str | None = None) -> dict[s
             "evaluation_orders": plan["evaluation_orders"], "data_sha256": sha256(contents[0]),
             "samples": [len(sides[0][0]["x_train"]), len(sides[0][0]["x_test"])], "classes": sides[0][1],
             "commitment": commitment(secret, plan["data_sha256"], plan)}
-    arrays = [sides[1][0][name] for name in ("x_train", "x_test")]
     write_atomically(evaluation / SEALED, ciphered(secret, contents[1]))
     write_atomically(key, secret.hex().encode())
     key.chmod(0o600)
     write_atomically(evaluation / PLAN, canonical({**plan, "commitment": body["commitment"]}))
     write_atomically(tuning / "data.npz", contents[0])
-    Seal.made(places, arrays, body).write(tuning / "seal.json")  # last: with it, the folder is prepared
+    Seal.made(places, salt, samples, body).write(tuning / "seal.json")  # last: with it, the folder is prepared
     return {"written": True, **body}
 
 
@@ -231,17 +231,26 @@ def _npz(arrays: dict[str, NDArray[Any]], names: list[str]) -> bytes:
     return file.getvalue()
 
 
-def _check_disjoint(tuning: Side, evaluation: Side) -> None:
-    """Refuse a sample that is on both sides, by its content: one is found among any number, in another encoding too."""
-    salt = secrets.token_bytes(16)
-    there = {h for name in ("x_train", "x_test") for row in row_hashes(salt, evaluation[0][name]) for h in row}
-    for name in ("x_train", "x_test"):
-        found = [(i, row) for i, row in enumerate(row_hashes(salt, tuning[0][name], asking=True)) if not there.isdisjoint(row)]
-        other = sum(row[0] not in there for _, row in found)
+def _check_disjoint(tuning: Side, evaluation: Side) -> tuple[bytes, frozenset[str]]:
+    """Refuse a sample that is on both sides, by its content: one is found among any number, in another encoding too.
+
+    Returns:
+        A salt, and the hashes that the evaluation's samples are known by.
+    """
+    salt, names = secrets.token_bytes(16), ("x_train", "x_test")
+    known = Known.of(salt, [evaluation[0][name] for name in names], [tuning[0][name] for name in names])
+    for name in names:
+        rows = row_hashes(salt, tuning[0][name], asking=True)
+        found = [(i, row) for i, row in enumerate(rows) if not known.hashes.isdisjoint(row)]
+        other = sum(row[0] not in known.numbers for _, row in found)
         how = f" ({other} of them in another encoding: other types, ranges or channels)" if other else ""
         first = [i for i, _ in found[:1]]
         what = f"{len(found)} of {len(tuning[0][name])} samples in {name} to tune on, the first is sample {first}"
         check(not found, "tune", f"{what}, in the evaluation data too{how}", "be on one side", "take them out of one")
+    if known.recurring:
+        tell(f"tune: {known.recurring} images are on one side in several ranges of values, so samples were compared by their "
+             "numbers alone: an image in another encoding is not found")
+    return salt, known.hashes
 
 
 def _places(text: str) -> list[Path]:

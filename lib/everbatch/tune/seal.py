@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -64,11 +63,12 @@ class Seal:
     body: Mapping[str, Any]
 
     @classmethod
-    def made(cls, places: Iterable[str | os.PathLike[str]], inputs: Iterable[NDArray[Any]], body: Mapping[str, Any]) -> Seal:
-        """With a salt of its own."""
-        salt = secrets.token_bytes(16)
+    def made(
+        cls, places: Iterable[str | os.PathLike[str]], salt: bytes, samples: frozenset[str], body: Mapping[str, Any],
+    ) -> Seal:
+        """Of places, and of what samples are known by."""
         roots = frozenset(keyed(salt, os.path.realpath(place).encode()) for place in places)
-        return cls(salt, roots, frozenset(h for part in inputs for row in row_hashes(salt, part) for h in row), dict(body))
+        return cls(salt, roots, samples, dict(body))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Seal:
