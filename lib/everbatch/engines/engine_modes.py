@@ -12,7 +12,7 @@ from everbatch.engines.habits import habits_of
 from everbatch.engines.shards import Shard
 from everbatch.errors import UnsupportedHost
 
-__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "places_of", "in_leaf",
+__all__ = ["GROUPS", "NEEDED", "TESTED", "check_internals", "check_optimizer", "clear_stale", "in_leaf", "places_of",
            "refuse_modes", "refuse_moe", "refuse_scalars"]
 
 TESTED = "0.19.8"
@@ -64,8 +64,9 @@ def clear_stale(zero: Any, late: Mapping[str, Any], shards: Sequence[Shard]) -> 
             shard.grad.zero_()
 
 
-def places_of(zero: Any, kind: str, stage: int, groups: Sequence[Mapping[str, Any]],
-                 named: Sequence[tuple[str, Any]]) -> dict[str, int]:
+def places_of(
+    zero: Any, kind: str, stage: int, groups: Sequence[Mapping[str, Any]], named: Sequence[tuple[str, Any]],
+) -> dict[str, int]:
     """Parameter group of every trained parameter, by name."""
     sets: Any = [g["params"] for g in groups] if kind == "torch" else getattr(zero, GROUPS.get(kind, "fp16_groups"))
     place = {id(p): i for i, params in enumerate(sets) for p in params}

@@ -117,7 +117,7 @@ class Known:
     numbers: frozenset[str]
     """Those of them that are of a sample's numbers."""
     recurring: int
-    """Images that a side itself has in several ranges, where those are more than 1 in 1000, so that numbers alone tell; else 0."""
+    """Images that a side itself has in several ranges, where they are more than 1 in 1000, so that numbers alone tell; else 0."""
 
     @classmethod
     def of(cls, salt: bytes, kept: Sequence[NDArray[Any]], asked: Sequence[NDArray[Any]]) -> Known:
