@@ -129,12 +129,14 @@ def export(
 
 def _unless_unlike(told: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """What is said of a model, with the options that give it again; of one that no name gives again, only what it is like."""
-    sized = told | {"options": {**told.get("options", {}), **sizes_of(module)}}
-    for said in (told, sized):
-        if not differs(said, module):
-            return said
+    why, sizes = differs(told, module), sizes_of(module)
+    if not why:
+        return told
+    sized = told | {"options": {**told.get("options", {}), **sizes}}
+    if sizes and not differs(sized, module):
+        return sized
     rest = {key: value for key, value in told.items() if key != "model"}
-    return rest | {"base": told["model"], "differs": differs(told, module)}
+    return rest | {"base": told["model"], "differs": why}
 
 
 def _normalisation(module: nn.Module, world: World) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol
 
-from everbatch.contract import Cost
+from everbatch.contract import Cost, base_of
 from everbatch.engines.host import Host
 
-__all__ = ["Composed"]
+__all__ = ["Composed", "stepping_class"]
 
 
 class Composed(Protocol):
@@ -27,3 +27,9 @@ class Composed(Protocol):
 
     def extra_passes(self) -> float:
         """Passes per step beyond the recorded one."""
+
+
+def stepping_class(opt: Composed) -> type:
+    """The class whose step updates the masters: that of the engine's own optimizer, or the base."""
+    inner = getattr(opt.host, "inner", None)
+    return type(inner) if inner is not None else base_of(type(opt)) or type(opt)

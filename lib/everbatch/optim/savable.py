@@ -16,7 +16,7 @@ from torch import Tensor
 from everbatch.contract import base_of
 from everbatch.engines.habits import trial
 from everbatch.errors import check
-from everbatch.optim.composed import Composed
+from everbatch.optim.composed import Composed, stepping_class
 from everbatch.optim.state import _is_option, _is_plain
 
 __all__ = ["check_held", "check_savable"]
@@ -46,8 +46,7 @@ def check_savable(opt: Composed, options: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: the base keeps something that is neither shaped like its parameter nor a number.
     """
-    inner = getattr(opt.host, "inner", None)
-    base = type(inner) if inner is not None else base_of(type(opt)) or type(opt)
+    base = stepping_class(opt)
     if getattr(torch.optim, base.__name__, None) is base and base.__name__ in PROVEN:
         return True
     if base.__module__.startswith("deepspeed."):  # builds kernels, and keeps what Adam keeps

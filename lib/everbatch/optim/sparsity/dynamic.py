@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from everbatch.contract import Cost, base_of, parts_of
+from everbatch.contract import Cost, parts_of
 from everbatch.engines.habits import habits_of
 from everbatch.engines.named import ByName
 from everbatch.engines.passes import Objective
 from everbatch.engines.shards import Vector
+from everbatch.optim.composed import stepping_class
 from everbatch.optim.ema import EMA, zero_averages
 from everbatch.optim.mixin import OptimizerMixin
 from everbatch.optim.sparsity import recall, tasks, topology
@@ -99,9 +100,7 @@ class DynamicSparsity(OptimizerMixin):
         self._edits = -1
         """The host's count of edits when weights were masked last, and what tells whether others wrote to them since."""
         self._written, self._apart = 0, self.host.masters_apart
-        inner = getattr(self.host, "inner", None)
-        base = type(inner) if inner is not None else base_of(type(self)) or type(self)
-        self._strays = not habits_of(base, self.host.groups()).keeps_zeros
+        self._strays = not habits_of(stepping_class(self), self.host.groups()).keeps_zeros
         """Whether the base moves weights that are zero and have no gradient, as Muon does."""
         sparse = self._masks.sparse()
         if sparse:
